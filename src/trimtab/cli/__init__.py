@@ -1,0 +1,1 @@
+"""The command line: verbs are thin, the work is elsewhere."""

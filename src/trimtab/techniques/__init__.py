@@ -1,0 +1,1 @@
+"""The change: one technique, one file; folders are named after seams."""

@@ -1,0 +1,107 @@
+"""Apply techniques to a loaded model: derive a variant, use it inside a block, come back unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from trimtab.errors import SpecError
+from trimtab.spec.formats import GGUF_BLOCKS
+from trimtab.spec.nodes import MoESpec, ModelSpec
+from trimtab.techniques.base import Technique, compose
+from trimtab.techniques.materials import Materials
+from trimtab.techniques.registry import parse_all
+
+if TYPE_CHECKING:
+    from trimtab.model.variant import Model, Variant
+    from trimtab.runtime.weights.packed import Packed, Weights
+
+
+def derive(variant: Variant, techniques: Sequence[Technique], materials: Materials) -> Variant:
+    """Return the variant with the techniques on it; every buffer they do not replace is shared.
+
+    Raises:
+        SpecError, Conflict: see `compose`.
+        CalibrationError: a technique needs text and there is none.
+    """
+    from trimtab.model.variant import Variant
+
+    spec = compose(variant.spec, techniques)
+    weights = variant.weights
+    for technique in sorted(techniques, key=lambda t: t.stage):
+        weights = technique.convert(weights, variant.spec, spec, materials)
+    return Variant(spec, reencode(weights, spec))
+
+
+def reencode(weights: Weights, spec: ModelSpec) -> Weights:
+    """Store every linear in the format and layout its node asks for; what already is, is shared.
+
+    Raises:
+        SpecError: a matrix would have to move from one integer grid to another.
+    """
+    from trimtab.runtime.numerics import transcode
+
+    replaced: dict[str, Packed] = {}
+    for path, node in linear_weights(spec):
+        packed = weights[path]
+        if packed.format == node.format and packed.layout == node.layout:
+            continue
+        if not packed.format.is_float and packed.format.kind not in GGUF_BLOCKS:
+            raise SpecError(
+                f"{path} is stored as {packed.format} ({packed.layout}) and would become {node.format} ({node.layout}): "
+                "rounding twice. Give all techniques at once, for example -t rtn -t cats, instead of one after the other."
+            )
+        replaced[path] = transcode(packed, node.format, node.layout)
+    return weights | replaced
+
+
+def linear_weights(spec: ModelSpec) -> Iterator[tuple[str, object]]:
+    """Yield (weight path, node) of every linear that owns a matrix; experts one by one."""
+    counts = {
+        f"layers.{index}.mlp.experts": layer.mlp.num_experts
+        for index, layer in enumerate(spec.layers)
+        if isinstance(layer.mlp, MoESpec)
+    }
+    for path, node in spec.linears():
+        if path == "lm_head" and spec.tie_word_embeddings:
+            continue
+        parent, _, leaf = path.rpartition(".")
+        if parent in counts:
+            for expert in range(counts[parent]):
+                yield f"{parent}.{expert}.{leaf}", node
+        else:
+            yield path, node
+
+
+def resolve_all(model: Model, techniques: Sequence[Technique], materials: Materials) -> tuple[Technique, ...]:
+    """Replace every ``auto`` by a value found on the model at hand."""
+    return tuple(technique.resolve(model, materials) for technique in techniques)
+
+
+@contextmanager
+def applied(model: Model, *techniques: str | Technique, materials: Materials | None = None) -> Iterator[Model]:
+    """Use a model with techniques on it; leaving the block, by an exception too, brings the old one back bit for bit.
+
+    Args:
+        model: a loaded model.
+        techniques: spec strings (``"rtn:bits=4"``, ``"rtn+cats"``) or techniques.
+        materials: calibration texts; by default the built-in text.
+
+    Raises:
+        SpecError, Conflict, CalibrationError: before the model is touched.
+    """
+    materials = (materials or default_materials(model)).with_model(model.tokenizer)
+    chosen = resolve_all(model, parse_all(techniques), materials)
+    model.push(derive(model.variant, chosen, materials))
+    try:
+        yield model
+    finally:
+        model.pop()
+
+
+def default_materials(model: Model) -> Materials:
+    """Calibrate on the first half of the built-in text; what is measured by default comes from the second half."""
+    from trimtab.runtime.text.builtin import builtin_text, split
+
+    return Materials(texts={"topics": split(builtin_text())[0]}, tokenizer=model.tokenizer)
