@@ -7,7 +7,6 @@ import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +121,7 @@ class Stack:
 
 def data_root() -> Path:
     """Folder of the catalogue inside the package."""
-    return Path(str(resources.files("trimtab"))) / "data"
+    return Path(__file__).parents[1] / "data"
 
 
 def home() -> Path:
