@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,3 +51,47 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "trimtab-home"
     monkeypatch.setenv("TRIMTAB_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Any:
+    """A random Llama of 3 layers with grouped-query attention and odd sizes; the same for every test."""
+    from trimtab.model.variant import Model, Variant
+    from trimtab.runtime.weights.random import random_weights
+    from trimtab.spec.configs import spec_from_config
+
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 131,
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+    }
+    spec = spec_from_config(config, "tiny-llama").with_dtype("float32")
+    return Model(Variant(spec, random_weights(spec)))
+
+
+@pytest.fixture(scope="session")
+def tiny_materials() -> Any:
+    """Calibration windows of random tokens for `tiny_model`."""
+    import numpy as np
+
+    from trimtab.techniques.materials import Materials
+
+    class Digits:
+        """Encodes numbers as themselves."""
+
+        def encode(self, text: str) -> list[int]:
+            return [int(word) for word in text.split()]
+
+    ids = np.random.default_rng(1).integers(0, 131, 1024)
+    text = " ".join(str(token) for token in ids)
+    return Materials(texts={"random": text}, tokenizer=Digits(), window=128, windows=4, cache=None)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +47,7 @@ def load(
     loaded = open_model(model, dtype=dtype)
     found = Model(Variant(loaded.spec, loaded.weights), loaded.tokenizer)
     if chosen:
-        materials = (materials or default_materials(found)).with_model(found.tokenizer)
+        materials = (materials or default_materials(found)).for_model(found)
         found = Model(derive(found.variant, resolve_all(found, chosen, materials), materials), loaded.tokenizer)
     return found
 
@@ -80,7 +81,13 @@ def make_plan(
     from trimtab.techniques.base import compose
     from trimtab.techniques.registry import parse_all
 
-    spec = model if isinstance(model, ModelSpec) else load_spec(str(model)) if isinstance(model, str | Path) else model.spec
+    spec = (
+        model
+        if isinstance(model, ModelSpec)
+        else load_spec(str(model))
+        if isinstance(model, str | Path)
+        else model.spec
+    )
     keep_packed = dtype == "file"
     weights_dtype = spec.act_dtype if keep_packed else dtype
     base = spec.with_dtype(weights_dtype, kv_dtype, keep_packed=keep_packed)
@@ -99,6 +106,7 @@ def make_plan(
         techniques=tuple(str(technique) for technique in chosen),
         dtype=dtype_name(weights_dtype),
         kv_dtype=dtype_name(kv_dtype),
+        assumed=tuple(f"{t.name}:{f.name}" for t in chosen for f in dataclasses.fields(t) if getattr(t, f.name) == "auto"),
     )
 
 
@@ -140,14 +148,14 @@ def measure(
     return run(plan or _plan(model, machine, workload, techniques, dtype, kv_dtype, stack), **options)  # type: ignore[arg-type]
 
 
-def applied(model: Model, *techniques: str | Technique, materials: Materials | None = None):  # noqa: ANN201
+def applied(model: Model, *techniques: str | Technique, materials: Materials | None = None):
     """Use a model with techniques on it; see `trimtab.techniques.apply.applied`."""
     from trimtab.techniques.apply import applied as apply
 
     return apply(model, *techniques, materials=materials)
 
 
-def _plan(model, machine, workload, techniques, dtype, kv_dtype, stack) -> Plan:  # noqa: ANN001
+def _plan(model, machine, workload, techniques, dtype, kv_dtype, stack) -> Plan:
     from trimtab.errors import SpecError
 
     if model is None:

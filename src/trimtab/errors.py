@@ -74,4 +74,6 @@ def unknown(kind: str, asked: str, known: Iterable[str], hint: str = "") -> Spec
     """Build the error for an unknown name: what was asked, the nearest, and what is allowed."""
     names = sorted(known)
     listed = ", ".join(names) if len(names) <= 24 else f"{', '.join(names[:24])}, ... ({len(names)} in all)"
-    return SpecError(f"Unknown {kind} '{asked}'.{did_you_mean(asked, names)} Known: {listed}.{' ' + hint if hint else ''}")
+    return SpecError(
+        f"Unknown {kind} '{asked}'.{did_you_mean(asked, names)} Known: {listed}.{' ' + hint if hint else ''}"
+    )

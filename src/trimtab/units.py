@@ -32,7 +32,9 @@ def parse_bytes(text: str) -> int:
         scale = None
         number = 0.0
     if scale is None or number < 0:
-        raise SpecError(f"'{text}' is not a size. Write a number with B, kB, MB, GB, KiB, MiB or GiB, for example 8GiB.")
+        raise SpecError(
+            f"'{text}' is not a size. Write a number with B, kB, MB, GB, KiB, MiB or GiB, for example 8GiB."
+        )
     return int(number * scale)
 
 

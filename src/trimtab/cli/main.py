@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-
 from typing import Any
 
 import typer
@@ -98,7 +97,8 @@ def main() -> None:
             raise Interrupted
         sys.exit(code if isinstance(code, int) else 0)
     except TyperException as error:  # unknown options, missing arguments
-        getattr(error, "show", lambda: print(error, file=sys.stderr))()
+        show = getattr(error, "show", None)
+        show() if show else print(error, file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort, Interrupted):
         print("Interrupted.", file=sys.stderr)

@@ -32,4 +32,7 @@ def register(app: typer.Typer) -> None:
         if name:
             return print_table(("field", "value"), [(key, str(value)) for key, value in rows[0].items()])
         columns = ("number", "short", "year", "family", "state", "title")
-        print_table(tuple(f">{c}" if c == "number" else c for c in columns), [[str(row.get(c, "")) for c in columns] for row in rows])
+        print_table(
+            tuple(f">{c}" if c == "number" else c for c in columns),
+            [[str(row.get(c, "")) for c in columns] for row in rows],
+        )

@@ -15,7 +15,9 @@ def register(app: typer.Typer) -> None:
     def prepare(
         model: Annotated[str, typer.Argument(help="smollm2-135m, a folder, a .gguf file or a hub id.")],
         technique: Annotated[list[str], typer.Option("-t", "--technique", help="Spec string; repeatable.")],
-        calibration: Annotated[Path | None, typer.Option(help="Text file to calibrate on; default: the built-in text.")] = None,
+        calibration: Annotated[
+            Path | None, typer.Option(help="Text file to calibrate on; default: the built-in text.")
+        ] = None,
         dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
         save_thresholds: Annotated[Path | None, typer.Option(help="Write the thresholds of cats to this file.")] = None,
         json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -34,7 +36,7 @@ def register(app: typer.Typer) -> None:
         loaded = trimtab.load(model, dtype=dtype)
         materials = text_materials(calibration) if calibration else default_materials(loaded)
         with bars() as progress:
-            materials = materials.with_model(loaded.tokenizer, progress)
+            materials = materials.for_model(loaded, progress)
             resolved = resolve_all(loaded, chosen, materials)
             variant = derive(loaded.variant, resolved, materials)
         thresholds = {

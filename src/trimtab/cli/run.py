@@ -24,9 +24,13 @@ def register(app: typer.Typer) -> None:
         repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
         seed: Annotated[int | None, typer.Option(help="Seed of the sampler.")] = None,
         stop: Annotated[list[str], typer.Option(help="Stop string; repeatable.")] = [],  # noqa: B006
-        raw: Annotated[bool, typer.Option("--raw", help="Feed the prompt as it is, without the chat template.")] = False,
+        raw: Annotated[
+            bool, typer.Option("--raw", help="Feed the prompt as it is, without the chat template.")
+        ] = False,
         ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end token.")] = False,
-        dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or file to keep quantized blocks.")] = "float32",
+        dtype: Annotated[
+            str, typer.Option(help="float32, bfloat16, float16, or file to keep quantized blocks.")
+        ] = "float32",
         calibration: Annotated[Path | None, typer.Option(help="Text file techniques calibrate on.")] = None,
         json: Annotated[bool, typer.Option("--json", help="Print JSON when done instead of streaming.")] = False,
     ) -> None:
@@ -48,7 +52,9 @@ def register(app: typer.Typer) -> None:
         )  # fmt: skip
         if json:
             output = loaded.generate(text, **options)
-            return print_json({"schema": 1, "text": output.text, "ids": list(output.ids), "techniques": [str(t) for t in chosen]})
+            return print_json(
+                {"schema": 1, "text": output.text, "ids": list(output.ids), "techniques": [str(t) for t in chosen]}
+            )
         for piece in loaded.generate(text, stream=True, **options):
             sys.stdout.write(piece)
             sys.stdout.flush()

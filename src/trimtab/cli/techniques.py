@@ -26,7 +26,8 @@ def register(app: typer.Typer) -> None:
         for key in [technique_class(name).name] if name else technique_names():
             cls = technique_class(key)
             parameters = [
-                {"name": f.name, "type": str(f.type), "default": f.default, **f.metadata} for f in dataclasses.fields(cls)
+                {"name": f.name, "type": str(f.type), "default": f.default, **f.metadata}
+                for f in dataclasses.fields(cls)
             ]
             rows.append(
                 {
@@ -43,7 +44,9 @@ def register(app: typer.Typer) -> None:
         if json:
             return print_json(rows[0] if name else rows)
         if not name:
-            listed = [(r["name"], r["seam"], str(r["paper"] or "baseline"), ", ".join(r["needs"]), r["summary"]) for r in rows]
+            listed = [
+                (r["name"], r["seam"], str(r["paper"] or "baseline"), ", ".join(r["needs"]), r["summary"]) for r in rows
+            ]
             return print_table(("name", "seam", ">paper", "needs", "what it does"), listed)
         row = rows[0]
         typer.echo(f"{row['name']}: {row['doc']}\n")

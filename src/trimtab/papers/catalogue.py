@@ -25,6 +25,9 @@ def find_paper(asked: str) -> dict[str, Any]:
     """
     rows = load_papers()
     for row in rows:
-        if asked.lstrip("0") == str(row["number"]) or asked.lower() in (row["short"].lower(), *(p.lower() for p in row.get("parts", ()))):
+        if asked.lstrip("0") == str(row["number"]) or asked.lower() in (
+            row["short"].lower(),
+            *(p.lower() for p in row.get("parts", ())),
+        ):
             return row
     raise unknown("paper", asked, [row["short"] for row in rows], "A number from 1 to 90 works too.")

@@ -200,7 +200,15 @@ def stack_from_table(name: str, table: Mapping[str, Any]) -> Stack:
     """Build a Stack from its TOML table."""
     plain = {
         key: table[key]
-        for key in ("description", "attention", "prefill_chunk", "reserve_bytes", "overhead_per_step_s", "kind", "source")
+        for key in (
+            "description",
+            "attention",
+            "prefill_chunk",
+            "reserve_bytes",
+            "overhead_per_step_s",
+            "kind",
+            "source",
+        )
         if key in table
     }
     return Stack(
@@ -221,5 +229,7 @@ def this_machine_path() -> Path:
 def _this_tables() -> dict[str, Any]:
     path = this_machine_path()
     if not path.exists():
-        raise SpecError("This machine is not calibrated. Run `trimtab calibrate` (under a minute), or name one of `trimtab machines`.")
+        raise SpecError(
+            "This machine is not calibrated. Run `trimtab calibrate` (under a minute), or name one of `trimtab machines`."
+        )
     return tomllib.loads(path.read_text("utf-8"))

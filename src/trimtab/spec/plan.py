@@ -19,6 +19,7 @@ class Plan:
         model: the model with every technique composed in.
         techniques: canonical spec strings in the order given.
         dtype, kv_dtype: of float weights and activations, of the cache.
+        assumed: parameters left at ``auto`` (``gemfilter:layer``), for which a shipped default stands in.
     """
 
     base: ModelSpec
@@ -29,6 +30,7 @@ class Plan:
     techniques: tuple[str, ...] = ()
     dtype: str = "bf16"
     kv_dtype: str = "bf16"
+    assumed: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; names and hashes, not the tree."""
@@ -49,6 +51,8 @@ class Plan:
         parts = [f"trimtab {verb} {self.model.name}"]
         if verb == "predict":
             parts.append(f"--on {self.machine.id}")
-        parts.append(f"--batch {w.batch} --prompt {w.prompt} --gen {w.gen} --dtype {self.dtype} --kv-dtype {self.kv_dtype}")
+        parts.append(
+            f"--batch {w.batch} --prompt {w.prompt} --gen {w.gen} --dtype {self.dtype} --kv-dtype {self.kv_dtype}"
+        )
         parts.extend(f"-t {text}" for text in self.techniques)
         return " ".join(parts)

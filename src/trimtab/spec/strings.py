@@ -74,7 +74,9 @@ def parse(text: str) -> PartString:
     """
     name, colon, rest = text.strip().partition(":")
     if not _NAME.match(name):
-        raise SpecError(f"'{text}' is not a spec string. Write name:key=value,key=value, for example rtn:bits=4,group=32.")
+        raise SpecError(
+            f"'{text}' is not a spec string. Write name:key=value,key=value, for example rtn:bits=4,group=32."
+        )
     values: dict[str, str] = {}
     for item in _split(rest, ",") if colon else []:
         key, equals, value = item.strip().partition("=")

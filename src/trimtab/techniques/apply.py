@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from trimtab.errors import SpecError
 from trimtab.spec.formats import GGUF_BLOCKS
-from trimtab.spec.nodes import MoESpec, ModelSpec
+from trimtab.spec.nodes import LinearSpec, ModelSpec, MoESpec
 from trimtab.techniques.base import Technique, compose
 from trimtab.techniques.materials import Materials
 from trimtab.techniques.registry import parse_all
@@ -56,7 +56,7 @@ def reencode(weights: Weights, spec: ModelSpec) -> Weights:
     return weights | replaced
 
 
-def linear_weights(spec: ModelSpec) -> Iterator[tuple[str, object]]:
+def linear_weights(spec: ModelSpec) -> Iterator[tuple[str, LinearSpec]]:
     """Yield (weight path, node) of every linear that owns a matrix; experts one by one."""
     counts = {
         f"layers.{index}.mlp.experts": layer.mlp.num_experts
@@ -91,7 +91,7 @@ def applied(model: Model, *techniques: str | Technique, materials: Materials | N
     Raises:
         SpecError, Conflict, CalibrationError: before the model is touched.
     """
-    materials = (materials or default_materials(model)).with_model(model.tokenizer)
+    materials = (materials or default_materials(model)).for_model(model)
     chosen = resolve_all(model, parse_all(techniques), materials)
     model.push(derive(model.variant, chosen, materials))
     try:

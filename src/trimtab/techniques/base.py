@@ -15,9 +15,9 @@ from trimtab.spec.nodes import ModelSpec
 from trimtab.spec.tree import Edit
 
 if TYPE_CHECKING:
-    from trimtab.techniques.materials import Materials
     from trimtab.model.variant import Model
-    from trimtab.runtime.weights.store import Weights
+    from trimtab.runtime.weights.packed import Weights
+    from trimtab.techniques.materials import Materials
 
 
 class Stage(enum.IntEnum):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trimtab.errors import CalibrationError
+from trimtab.runtime.files import write_atomically
 from trimtab.spec.machine import home
 
 if TYPE_CHECKING:
+    from trimtab.model.variant import Model
     from trimtab.runtime.text.tokenizer import Tokenizer
 
 
@@ -51,9 +51,11 @@ class Materials:
     progress: Progress = _no_progress
     cache: Path | None = field(default_factory=lambda: home() / "artefacts")
 
-    def with_model(self, tokenizer: Tokenizer, progress: Progress | None = None) -> Materials:
-        """Return the same materials for a model's tokenizer, with progress shown."""
-        return dataclasses.replace(self, tokenizer=tokenizer, progress=progress or self.progress)
+    def for_model(self, model: Model, progress: Progress | None = None) -> Materials:
+        """Return the same materials with the model's tokenizer where none is set, and with progress shown."""
+        return dataclasses.replace(
+            self, tokenizer=self.tokenizer or model.tokenizer, progress=progress or self.progress
+        )
 
     def token_windows(self) -> list[np.ndarray]:
         """Calibration windows [windows][window] of token ids, evenly spread over all texts.
@@ -62,14 +64,18 @@ class Materials:
             CalibrationError: there is no text, or not enough for one window.
         """
         if not self.texts or self.tokenizer is None:
-            raise CalibrationError("This technique calibrates on text and none was given. Name one with --calibration FILE.")
+            raise CalibrationError(
+                "This technique calibrates on text and none was given. Name one with --calibration FILE."
+            )
         pieces: list[np.ndarray] = []
         for text in self.texts.values():
             ids = np.asarray(self.tokenizer.encode(text), dtype=np.int64)
             count = len(ids) // self.window
             pieces.extend(ids[: count * self.window].reshape(count, self.window))
         if not pieces:
-            raise CalibrationError(f"The calibration text is shorter than one window of {self.window} tokens. Give a longer one.")
+            raise CalibrationError(
+                f"The calibration text is shorter than one window of {self.window} tokens. Give a longer one."
+            )
         chosen = np.linspace(0, len(pieces) - 1, min(self.windows, len(pieces))).round().astype(int)
         return [pieces[index] for index in dict.fromkeys(chosen.tolist())]
 
@@ -100,16 +106,3 @@ def text_materials(path: Path) -> Materials:
         return Materials(texts={path.name: path.read_text("utf-8")})
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"Calibration text {path} cannot be read: {error}. Give a UTF-8 text file.") from None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

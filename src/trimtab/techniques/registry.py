@@ -33,7 +33,9 @@ def _targets() -> dict[str, str]:
                     found[module.name.replace("_", "-")] = f"{seam}.{module.name}"
     for entry in metadata.entry_points(group="trimtab.techniques"):
         if entry.name in found:
-            raise SpecError(f"technique '{entry.name}' of {entry.value} has the name of another one. Names are unique; rename it.")
+            raise SpecError(
+                f"technique '{entry.name}' of {entry.value} has the name of another one. Names are unique; rename it."
+            )
         found[entry.name] = entry.value
     return found
 
@@ -120,7 +122,11 @@ def _write(value: object) -> str:
 
 def _read(name: str, key: str, text: str, hint: object, allowed: str) -> object:
     """Convert text to the annotated type: int, float, bool, str, tuple[T, ...] or a union of these."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    kinds = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
     for kind in kinds:
         value = _convert(text, kind)
         if value is not None:

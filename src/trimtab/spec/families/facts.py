@@ -15,6 +15,13 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh",
 }  # fmt: skip
 
+#: Keys that are spelt in either way: (as found, as the families here ask for it).
+_ALIKE = (
+    ("num_local_experts", "num_experts"),
+    ("num_experts", "num_local_experts"),
+    ("num_local_experts", "n_routed_experts"),
+)
+
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
@@ -24,13 +31,24 @@ class Facts(Mapping[str, Any]):
     def __init__(self, name: str, config: Mapping[str, Any]) -> None:
         text = config.get("text_config")
         # A multimodal config nests the language model; dtype and ties may stand outside.
-        self._items = {**{k: v for k, v in config.items() if k != "text_config"}, **text} if isinstance(text, Mapping) else dict(config)
+        self._items = (
+            {**{k: v for k, v in config.items() if k != "text_config"}, **text}
+            if isinstance(text, Mapping)
+            else dict(config)
+        )
+        # Newer transformers write one spelling of the number of experts for all families.
+        for one, other in _ALIKE:
+            if one in self._items:
+                self._items.setdefault(other, self._items[one])
         self.name = name
 
     def __getitem__(self, key: str) -> Any:
         if self._items.get(key) is None:
             raise SpecError(f"{self.name}: the config lacks the key '{key}'. Add it to config.json.")
         return self._items[key]
+
+    def __contains__(self, key: object) -> bool:
+        return self._items.get(key) is not None  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._items)
@@ -42,6 +60,14 @@ class Facts(Mapping[str, Any]):
         """The value of `key`; `default` if it is absent or null."""
         value = self._items.get(key)
         return default if value is None else value
+
+    def first(self, *keys: str) -> Any:
+        """The value of the first of `keys` that is there.
+
+        Raises:
+            SpecError: none is; the first is named.
+        """
+        return self[next((key for key in keys if key in self), keys[0])]
 
     def given(self, key: str, default: Any) -> Any:
         """The value of `key`, null included; `default` only if it is absent."""
@@ -85,7 +111,9 @@ class Facts(Mapping[str, Any]):
         """
         found = self.of("layer_types", default)
         if len(found) != layers:
-            raise SpecError(f"{self.name}: layer_types has {len(found)} entries for {layers} layers. Give one per layer.")
+            raise SpecError(
+                f"{self.name}: layer_types has {len(found)} entries for {layers} layers. Give one per layer."
+            )
         for kind in found:
             if kind not in ("sliding_attention", "full_attention"):
                 raise unknown("layer type", str(kind), ("sliding_attention", "full_attention"))
@@ -95,7 +123,9 @@ class Facts(Mapping[str, Any]):
         """A sliding window, or None where it is as long as the context and so never binds."""
         return size if size is not None and size < self["max_position_embeddings"] else None
 
-    def rope(self, head_dim: int, kind: str | None = None, *, theta: float | None = None, scaled: bool = True) -> RopeSpec:
+    def rope(
+        self, head_dim: int, kind: str | None = None, *, theta: float | None = None, scaled: bool = True
+    ) -> RopeSpec:
         """The rotary embedding, from ``rope_parameters`` (also one per layer type) or ``rope_theta`` + ``rope_scaling``.
 
         Args:
@@ -126,7 +156,11 @@ class Facts(Mapping[str, Any]):
         skip = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
         scaling = {key: value for key, value in parameters.items() if key not in skip and value is not None}
         self._complete(kind_of_rope, scaling)
-        return RopeSpec(dim=dim, theta=base, scaling=(("rope_type", kind_of_rope), *sorted((k, _frozen(v)) for k, v in scaling.items())))
+        return RopeSpec(
+            dim=dim,
+            theta=base,
+            scaling=(("rope_type", kind_of_rope), *sorted((k, _frozen(v)) for k, v in scaling.items())),
+        )
 
     def _complete(self, kind: str, scaling: dict[str, Any]) -> None:
         """Put into `scaling` what Hugging Face takes from elsewhere in the config, so that a RopeSpec stands alone."""
@@ -134,11 +168,13 @@ class Facts(Mapping[str, Any]):
         if kind == "dynamic":
             scaling.setdefault("original_max_position_embeddings", context)
         if kind in ("longrope", "yarn"):
-            original = self.of("original_max_position_embeddings", scaling.get("original_max_position_embeddings", context))
+            original = scaling.get(
+                "original_max_position_embeddings", self.of("original_max_position_embeddings", context)
+            )
             scaling["original_max_position_embeddings"] = original
             scaling.setdefault("factor", context / original)
 
 
 def _frozen(value: Any) -> Any:
-    """JSON lists as tuples, so that a spec stays hashable; whole numbers of `factor` kind as they are."""
+    """JSON lists as tuples, so that a spec stays hashable."""
     return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value

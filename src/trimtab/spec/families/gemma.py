@@ -16,7 +16,12 @@ def gemma2(facts: Facts) -> ModelSpec:
     """
     layers = facts["num_hidden_layers"]
     kinds = facts.layer_types(layers, ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)])
-    return _gemma(facts, kinds, score_cap=facts.given("attn_logit_softcapping", 50.0), logit_cap=facts.given("final_logit_softcapping", 30.0))
+    return _gemma(
+        facts,
+        kinds,
+        score_cap=facts.given("attn_logit_softcapping", 50.0),
+        logit_cap=facts.given("final_logit_softcapping", 30.0),
+    )
 
 
 def gemma3(facts: Facts) -> ModelSpec:
@@ -26,22 +31,36 @@ def gemma3(facts: Facts) -> ModelSpec:
         SpecError: a key is missing.
     """
     layers, every = facts["num_hidden_layers"], facts.of("sliding_window_pattern", 6)
-    kinds = facts.layer_types(layers, ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)])
+    kinds = facts.layer_types(
+        layers, ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
+    )
     return _gemma(
-        facts, kinds, score_cap=facts.of("attn_logit_softcapping", None), logit_cap=facts.of("final_logit_softcapping", None), qk_norm="head"
+        facts,
+        kinds,
+        score_cap=facts.of("attn_logit_softcapping", None),
+        logit_cap=facts.of("final_logit_softcapping", None),
+        qk_norm="head",
     )
 
 
-def _gemma(facts: Facts, kinds: list[str], *, score_cap: float | None, logit_cap: float | None, qk_norm: str = "") -> ModelSpec:
+def _gemma(
+    facts: Facts, kinds: list[str], *, score_cap: float | None, logit_cap: float | None, qk_norm: str = ""
+) -> ModelSpec:
     facts.need(*REQUIRED, "intermediate_size", "num_key_value_heads", "head_dim", "sliding_window")
-    parts, hidden, bias = Parts.rms(facts, unit_offset=True), facts["hidden_size"], bool(facts.of("attention_bias", False))
+    parts, hidden, bias = (
+        Parts.rms(facts, unit_offset=True),
+        facts["hidden_size"],
+        bool(facts.of("attention_bias", False)),
+    )
     head_dim = facts["head_dim"]
     by_kind = {}
     for kind in dict.fromkeys(kinds):
         local = kind == "sliding_attention"
         # Gemma 3 alone has a base of its own, unscaled, for local layers; its older spelling is rope_local_base_freq.
         old_local = local and "rope_local_base_freq" in facts
-        rope = facts.rope(head_dim, kind, theta=facts["rope_local_base_freq"] if old_local else None, scaled=not old_local)
+        rope = facts.rope(
+            head_dim, kind, theta=facts["rope_local_base_freq"] if old_local else None, scaled=not old_local
+        )
         attention = parts.attention(
             hidden,
             facts["num_attention_heads"],

@@ -37,7 +37,9 @@ def opt(facts: Facts) -> ModelSpec:
         SpecError: a key is missing.
         UnsupportedModelError: norms after the blocks or a narrower embedding (OPT-350M).
     """
-    facts.need("hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "vocab_size")
+    facts.need(
+        "hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "vocab_size"
+    )
     hidden, heads = facts["hidden_size"], facts["num_attention_heads"]
     _refuse(facts, "word_embed_proj_dim", hidden)
     _refuse(facts, "do_layer_norm_before", True)
@@ -48,7 +50,9 @@ def opt(facts: Facts) -> ModelSpec:
     mlp = parts.plain(hidden, facts["ffn_dim"], facts.act("activation_function"), bias)
     # The first two rows are unused: a left-over of fairseq's padding index.
     positions = parts.embedding(facts["max_position_embeddings"] + 2, hidden, offset=2)
-    return parts.model(facts, (parts.layer(hidden, attention, mlp),) * facts["num_hidden_layers"], tie=True, embed_positions=positions)
+    return parts.model(
+        facts, (parts.layer(hidden, attention, mlp),) * facts["num_hidden_layers"], tie=True, embed_positions=positions
+    )
 
 
 def bloom(facts: Facts) -> ModelSpec:
@@ -58,11 +62,10 @@ def bloom(facts: Facts) -> ModelSpec:
         SpecError: a key is missing.
         UnsupportedModelError: residuals taken after the norm.
     """
-    names = {"hidden_size": ("hidden_size", "n_embed"), "layers": ("n_layer", "num_hidden_layers"), "heads": ("n_head", "num_attention_heads")}
-    found = {name: next((facts[key] for key in keys if facts.of(key, None) is not None), None) for name, keys in names.items()}
-    facts.need("vocab_size", *(names[name][0] for name, value in found.items() if value is None))
+    facts.need("vocab_size")
     _refuse(facts, "apply_residual_connection_post_layernorm", False)
-    hidden, layers, heads = found["hidden_size"], found["layers"], found["heads"]
+    hidden = facts.first("hidden_size", "n_embed")
+    layers, heads = facts.first("n_layer", "num_hidden_layers"), facts.first("n_head", "num_attention_heads")
     parts = Parts.layer_norm(facts, "layer_norm_epsilon")
     attention = parts.attention(hidden, heads, heads, hidden // heads, qkv_bias=True, o_bias=True, alibi=True)
     mlp = parts.plain(hidden, 4 * hidden, "gelu_tanh")
@@ -82,13 +85,22 @@ def phi(facts: Facts) -> ModelSpec:
         SpecError: a key is missing.
         UnsupportedModelError: norms on q and k.
     """
-    facts.need("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "vocab_size")
+    facts.need(
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "vocab_size",
+    )
     _refuse(facts, "qk_layernorm", False)
     hidden, heads = facts["hidden_size"], facts["num_attention_heads"]
     head_dim, parts = hidden // heads, Parts.layer_norm(facts, "layer_norm_eps")
     # Phi's own default is half a head.
     rope = facts.rope(head_dim) if _says_share(facts) else facts.rope(head_dim // 2)
-    attention = parts.attention(hidden, heads, facts.of("num_key_value_heads", heads), head_dim, qkv_bias=True, o_bias=True, rope=rope)
+    attention = parts.attention(
+        hidden, heads, facts.of("num_key_value_heads", heads), head_dim, qkv_bias=True, o_bias=True, rope=rope
+    )
     layer = LayerSpec(
         input_layernorm=parts.norm(hidden),
         self_attn=attention,
@@ -107,10 +119,21 @@ def gpt_neox(facts: Facts) -> ModelSpec:
         SpecError: a key is missing.
         UnsupportedModelError: without the parallel residual.
     """
-    facts.need("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "vocab_size")
+    facts.need(
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "vocab_size",
+    )
     _refuse(facts, "use_parallel_residual", True)
     hidden, heads = facts["hidden_size"], facts["num_attention_heads"]
-    head_dim, parts, bias = hidden // heads, Parts.layer_norm(facts, "layer_norm_eps"), bool(facts.of("attention_bias", True))
+    head_dim, parts, bias = (
+        hidden // heads,
+        Parts.layer_norm(facts, "layer_norm_eps"),
+        bool(facts.of("attention_bias", True)),
+    )
     share = 1.0 if _says_share(facts) else float(facts.of("rotary_pct", 0.25))
     theta = facts.of("rotary_emb_base", None) if "rope_parameters" not in facts else None
     attention = parts.attention(

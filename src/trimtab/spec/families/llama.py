@@ -22,7 +22,15 @@ def llama(facts: Facts) -> ModelSpec:
     head_dim = facts.of("head_dim", hidden // heads)
     parts = Parts.rms(facts)
     bias = bool(facts.of("attention_bias", facts.of("qkv_bias", kind in ("qwen2", "qwen2_moe"))))
-    rotated = facts.of("rotary_dim", head_dim) if kind == "minimax_m2" else head_dim
+    # MiniMax names the rotated elements of a head in its older spelling only.
+    rotated = facts.of("rotary_dim", head_dim) if kind == "minimax_m2" and "rope_parameters" not in facts else head_dim
+    norms = (
+        "all"
+        if kind == "minimax_m2" and facts.of("use_qk_norm", True)
+        else "head"
+        if kind in ("qwen3", "qwen3_moe")
+        else ""
+    )
     built = []
     for index, window in enumerate(_windows(facts, kind, layers)):
         attention = parts.attention(
@@ -32,7 +40,7 @@ def llama(facts: Facts) -> ModelSpec:
             head_dim,
             qkv_bias=bias,
             o_bias=bias and kind not in ("qwen2", "qwen2_moe", "mimo"),
-            qk_norm="head" if kind in ("qwen3", "qwen3_moe") else "all" if facts.of("use_qk_norm", False) else "",
+            qk_norm=norms,
             rope=facts.rope(rotated),
             window=window,
         )
@@ -54,7 +62,7 @@ def _windows(facts: Facts, kind: str, layers: int) -> list[int | None]:
     if kind in ("mistral", "phi3", "mixtral"):
         return [size] * layers
     if kind in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "mimo") and facts.of("use_sliding_window", False):
-        if "layer_types" not in facts or facts.of("layer_types", None) is None:
+        if "layer_types" not in facts:
             first = facts.of("max_window_layers", layers) if kind in ("qwen2", "qwen3", "mimo") else 0
             return [size if index >= first else None for index in range(layers)]
         return [size if t == "sliding_attention" else None for t in facts.layer_types(layers, [])]
@@ -64,14 +72,14 @@ def _windows(facts: Facts, kind: str, layers: int) -> list[int | None]:
 def _mlp(facts: Facts, parts: Parts, kind: str, index: int) -> FFNSpec | MoESpec:
     hidden, act = facts["hidden_size"], facts.act("hidden_act")
     if kind in ("mixtral", "minimax_m2"):
-        sigmoid = facts.of("scoring_func", "softmax") == "sigmoid"
+        minimax = kind == "minimax_m2"
         return MoESpec(
             router=parts.linear(facts["num_local_experts"], hidden),
             experts=parts.gated(hidden, facts["intermediate_size"], act),
             num_experts=facts["num_local_experts"],
             num_experts_per_tok=facts["num_experts_per_tok"],
-            scoring="sigmoid" if sigmoid else "softmax",
-            correction_bias=bool(facts.of("use_routing_bias", False)),
+            scoring=facts.of("scoring_func", "sigmoid") if minimax else "softmax",
+            correction_bias=minimax and bool(facts.of("use_routing_bias", True)),
         )
     sparse = kind in ("qwen2_moe", "qwen3_moe") and index not in facts.of("mlp_only_layers", ())
     if sparse and (index + 1) % facts.of("decoder_sparse_step", 1) == 0:
@@ -105,7 +113,11 @@ def deepseek(facts: Facts) -> ModelSpec:
         raise UnsupportedModelError(f"{facts.name}: moe_layer_freq={facts['moe_layer_freq']} is not known. Allowed: 1.")
     parts, hidden, heads = Parts.rms(facts), facts["hidden_size"], facts["num_attention_heads"]
     nope, rotary, value = facts["qk_nope_head_dim"], facts["qk_rope_head_dim"], facts["v_head_dim"]
-    q_rank, kv_rank, bias = facts.of("q_lora_rank", None), facts["kv_lora_rank"], bool(facts.of("attention_bias", False))
+    q_rank, kv_rank, bias = (
+        facts.of("q_lora_rank", None),
+        facts["kv_lora_rank"],
+        bool(facts.of("attention_bias", False)),
+    )
     act, experts, width = facts.act("hidden_act"), facts["n_routed_experts"], facts["moe_intermediate_size"]
     rope = facts.rope(rotary)
     attention = LatentAttentionSpec(
@@ -143,7 +155,12 @@ def deepseek(facts: Facts) -> ModelSpec:
     dense = parts.gated(hidden, facts["intermediate_size"], act)
 
     def layer(mlp: FFNSpec | MoESpec) -> LayerSpec:
-        return LayerSpec(input_layernorm=parts.norm(hidden), self_attn=attention, post_attention_layernorm=parts.norm(hidden), mlp=mlp)
+        return LayerSpec(
+            input_layernorm=parts.norm(hidden),
+            self_attn=attention,
+            post_attention_layernorm=parts.norm(hidden),
+            mlp=mlp,
+        )
 
     first, count = facts["first_k_dense_replace"], facts["num_hidden_layers"]
     return parts.model(facts, (layer(dense),) * min(first, count) + (layer(moe),) * max(count - first, 0), tie=False)
@@ -165,10 +182,23 @@ def gpt_oss(facts: Facts) -> ModelSpec:
     Raises:
         SpecError: a key is missing.
     """
-    facts.need(*REQUIRED, "intermediate_size", "num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok", "sliding_window")
+    facts.need(
+        *REQUIRED,
+        "intermediate_size",
+        "num_key_value_heads",
+        "head_dim",
+        "num_local_experts",
+        "num_experts_per_tok",
+        "sliding_window",
+    )
     if facts.of("swiglu_limit", 7.0) != 7.0:
         raise SpecError(f"{facts.name}: swiglu_limit={facts['swiglu_limit']} is not known. Allowed: 7.0.")
-    parts, hidden, count, experts = Parts.rms(facts), facts["hidden_size"], facts["num_hidden_layers"], facts["num_local_experts"]
+    parts, hidden, count, experts = (
+        Parts.rms(facts),
+        facts["hidden_size"],
+        facts["num_hidden_layers"],
+        facts["num_local_experts"],
+    )
     bias = bool(facts.of("attention_bias", True))
     built = []
     for kind in facts.layer_types(count, ["full_attention" if i % 2 else "sliding_attention" for i in range(count)]):

@@ -53,7 +53,12 @@ class Parts:
     def norm(self, size: int) -> NormSpec:
         """One norm."""
         return NormSpec(
-            size=size, kind=self.norm_kind, eps=self.eps, bias=self.norm_kind == "layer", unit_offset=self.unit_offset, format=self.format
+            size=size,
+            kind=self.norm_kind,
+            eps=self.eps,
+            bias=self.norm_kind == "layer",
+            unit_offset=self.unit_offset,
+            format=self.format,
         )
 
     def embedding(self, n: int, k: int, *, scale: float = 1.0, offset: int = 0) -> EmbeddingSpec:
@@ -63,7 +68,9 @@ class Parts:
     def cache(self, heads: int, head_dim: int, v_head_dim: int | None = None) -> CacheSpec:
         """The cache of one layer; all heads alike."""
         page = PageFormat(self.format.kind)
-        head = HeadSpec(head_dim=head_dim, v_head_dim=head_dim if v_head_dim is None else v_head_dim, k_format=page, v_format=page)
+        head = HeadSpec(
+            head_dim=head_dim, v_head_dim=head_dim if v_head_dim is None else v_head_dim, k_format=page, v_format=page
+        )
         return CacheSpec(heads=(head,) * heads)
 
     def attention(
@@ -115,11 +122,18 @@ class Parts:
 
     def plain(self, hidden: int, width: int, act: str, bias: bool = True) -> FFNSpec:
         """``down(act(up(x)))``."""
-        return FFNSpec(gate_proj=None, up_proj=self.linear(width, hidden, bias), down_proj=self.linear(hidden, width, bias), act=act)
+        return FFNSpec(
+            gate_proj=None,
+            up_proj=self.linear(width, hidden, bias),
+            down_proj=self.linear(hidden, width, bias),
+            act=act,
+        )
 
     def layer(self, hidden: int, attention: AttentionSpec, mlp: FFNSpec | MoESpec) -> LayerSpec:
         """Norm, attention, norm, MLP: the layer of Llama, GPT-2, OPT, BLOOM and most others."""
-        return LayerSpec(input_layernorm=self.norm(hidden), self_attn=attention, post_attention_layernorm=self.norm(hidden), mlp=mlp)
+        return LayerSpec(
+            input_layernorm=self.norm(hidden), self_attn=attention, post_attention_layernorm=self.norm(hidden), mlp=mlp
+        )
 
     def model(self, facts: Facts, layers: tuple[LayerSpec, ...], *, tie: bool, **more: object) -> ModelSpec:
         """The whole model around `layers`; `tie` is the family's default where the config is silent."""

@@ -33,7 +33,9 @@ class StreamingLLM(Technique):
 
     def __post_init__(self) -> None:
         if self.sink < 0 or self.recent < 1:
-            raise SpecError(f"streaming-llm: sink={self.sink}, recent={self.recent} is not possible. Allowed: sink >= 0, recent >= 1.")
+            raise SpecError(
+                f"streaming-llm: sink={self.sink}, recent={self.recent} is not possible. Allowed: sink >= 0, recent >= 1."
+            )
 
     def check(self, spec: ModelSpec) -> None:
         """Refuse latent attention, whose one cached vector serves every head at every position."""

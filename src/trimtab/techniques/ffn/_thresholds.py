@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trimtab.errors import CalibrationError
+from trimtab.runtime.files import write_atomically
 from trimtab.runtime.weights.packed import Packed, fingerprint, packed_float
 from trimtab.spec.nodes import ModelSpec
 
@@ -39,8 +40,10 @@ def calibrate(
     return materials.cached("cats-thresholds", key, compute)
 
 
-def gate_sketches(spec: ModelSpec, weights: Weights, materials: Materials) -> dict[str, QuantileSketch]:
-    """Run the calibration windows through the model and sketch |act(gate)| of every FFN, by path."""
+def gate_sketches(
+    spec: ModelSpec, weights: Weights, materials: Materials, point: str = "mlp.gate"
+) -> dict[str, QuantileSketch]:
+    """Run the calibration windows through the model and sketch |gate| at a tap point of every FFN, by path."""
     import torch
 
     from trimtab.model.decoder import Decoder
@@ -56,16 +59,16 @@ def gate_sketches(spec: ModelSpec, weights: Weights, materials: Materials) -> di
     with torch.inference_mode():
         for window in materials.progress("cats: gate statistics", materials.token_windows()):
             step = Step.of([len(window)], [0])
-            step.taps = {"mlp.gate": tap}
+            step.taps = {point: tap}
             decoder.forward(torch.from_numpy(window), step, None, np.zeros(0, dtype=np.int64))
     return sketches
 
 
 def save(path: Path, spec: ModelSpec, thresholds: Mapping[str, float]) -> None:
     """Write thresholds for `cats:thresholds=PATH`."""
-    from trimtab.techniques.materials import write_atomically
-
-    write_atomically(path, json.dumps({"model": spec.name, "layers": spec.num_hidden_layers, "thresholds": dict(thresholds)}))
+    write_atomically(
+        path, json.dumps({"model": spec.name, "layers": spec.num_hidden_layers, "thresholds": dict(thresholds)})
+    )
 
 
 def load(path: Path, spec: ModelSpec, paths: Mapping[int, str]) -> dict[str, float]:
@@ -78,11 +81,15 @@ def load(path: Path, spec: ModelSpec, paths: Mapping[int, str]) -> dict[str, flo
         stored = json.loads(path.read_text("utf-8"))
         model, layers, thresholds = stored["model"], stored["layers"], stored["thresholds"]
     except OSError as error:
-        raise CalibrationError(f"cats: thresholds={path} cannot be read ({error.strerror}). Leave it out to calibrate.") from None
+        raise CalibrationError(
+            f"cats: thresholds={path} cannot be read ({error.strerror}). Leave it out to calibrate."
+        ) from None
     except (ValueError, KeyError, TypeError):
         raise CalibrationError(f"cats: {path} is no thresholds file. Leave it out to calibrate.") from None
     if layers != spec.num_hidden_layers or set(thresholds) != set(paths.values()):
-        raise CalibrationError(f"cats: {path} holds thresholds for {layers} layers, {spec.name} has {spec.num_hidden_layers}.")
+        raise CalibrationError(
+            f"cats: {path} holds thresholds for {layers} layers, {spec.name} has {spec.num_hidden_layers}."
+        )
     if model != spec.name:
         raise CalibrationError(f"cats: {path} was made for {model}, not for {spec.name}. Leave it out to calibrate.")
     return {key: float(value) for key, value in thresholds.items()}

@@ -34,22 +34,30 @@ class Cats(Technique):
     needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
     paper: ClassVar[int | None] = 60
 
-    sparsity: float | tuple[float, ...] = param(0.5, "share of gate activations cut: one number or one per layer (a|b|c)", "0 <= sparsity < 1")
-    thresholds: str = param("", "JSON file of thresholds to load instead of calibrating", "a path written by `trimtab prepare`")
+    sparsity: float | tuple[float, ...] = param(
+        0.5, "share of gate activations cut: one number or one per layer (a|b|c)", "0 <= sparsity < 1"
+    )
+    thresholds: str = param(
+        "", "JSON file of thresholds to load instead of calibrating", "a path written by `trimtab prepare`"
+    )
     prefill_sparse: bool = param(True, "threshold every token (true) or only decoded ones (false)", "true, false")
 
     def __post_init__(self) -> None:
         for value in self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,):
             if not 0 <= value < 1:
                 nearest = 0 if value < 0 else 0.9
-                raise SpecError(f"cats: sparsity={value} is not possible. Allowed: 0 <= sparsity < 1. Try sparsity={nearest}.")
+                raise SpecError(
+                    f"cats: sparsity={value} is not possible. Allowed: 0 <= sparsity < 1. Try sparsity={nearest}."
+                )
 
     def check(self, spec: ModelSpec) -> None:
         """Refuse a model without gated FFNs, and a sparsity list of the wrong length."""
         if not self._paths(spec):
             raise SpecError(f"cats: {spec.name} has no gated FFN outside experts, so there is no gate to threshold.")
         if isinstance(self.sparsity, tuple) and len(self.sparsity) != spec.num_hidden_layers:
-            raise SpecError(f"cats: {len(self.sparsity)} sparsities for {spec.num_hidden_layers} layers of {spec.name}. Give one number or one per layer.")
+            raise SpecError(
+                f"cats: {len(self.sparsity)} sparsities for the {spec.num_hidden_layers} layers of {spec.name}. Give one, or one per layer."
+            )
 
     def edits(self, spec: ModelSpec) -> Iterable[Edit]:
         """The FFN runs gate first, and down is stored transposed so that a neuron is one contiguous row."""
@@ -65,7 +73,9 @@ class Cats(Technique):
         if self.thresholds:
             found = load(Path(self.thresholds), new, paths)
         else:
-            found = calibrate(old, weights, paths, {path: self.sparsity_of(index) for index, path in paths.items()}, materials)
+            found = calibrate(
+                old, weights, paths, {path: self.sparsity_of(index) for index, path in paths.items()}, materials
+            )
         return weights | {f"{path}.threshold": packed(value) for path, value in found.items()}
 
     def sparsity_of(self, layer: int) -> float:

@@ -26,12 +26,16 @@ class Rtn(Technique):
     stage: ClassVar[Stage] = Stage.WEIGHTS
 
     bits: int = param(4, "bits of one code", "2..8")
-    group: int = param(32, "weights along the input that share a scale; must divide every row", "a divisor of the row length")
+    group: int = param(
+        32, "weights along the input that share a scale; must divide every row", "a divisor of the row length"
+    )
     sym: bool = param(True, "true: scale only; false: scale and minimum", "true, false")
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
-            raise SpecError(f"rtn: bits={self.bits} is not possible. Allowed: 2..8. Try bits={min(max(self.bits, 2), 8)}.")
+            raise SpecError(
+                f"rtn: bits={self.bits} is not possible. Allowed: 2..8. Try bits={min(max(self.bits, 2), 8)}."
+            )
         if self.group < 1:
             raise SpecError(f"rtn: group={self.group} is not possible. Allowed: 1 or more. Try group=32.")
 
@@ -55,4 +59,6 @@ class Rtn(Technique):
 
     @staticmethod
     def _linears(spec: ModelSpec) -> Iterable[tuple[str, LinearSpec]]:
-        return ((path, node) for path, node in spec.linears() if path.startswith("layers.") and not path.endswith("router"))
+        return (
+            (path, node) for path, node in spec.linears() if path.startswith("layers.") and not path.endswith("router")
+        )

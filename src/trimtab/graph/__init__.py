@@ -1,0 +1,1 @@
+"""The skeleton: operators of a model, counted and fused."""

@@ -1,0 +1,184 @@
+"""From a ModelSpec to the ops of one forward pass, in the order in which they run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from trimtab.graph.ops import Graph, Op, Value
+from trimtab.spec.nodes import AttentionSpec, FFNSpec, GateFirst, LatentAttentionSpec, LayerSpec, ModelSpec, MoESpec
+from trimtab.spec.tree import Node
+
+Phase = Literal["prefill", "decode"]
+
+
+def build(
+    spec: ModelSpec, phase: Phase = "decode", *, head: bool = True, layers: int | None = None, cache: bool = True
+) -> Graph:
+    """Return the graph of one pass.
+
+    Args:
+        spec: the model.
+        phase: matters for latent attention alone: ``prefill`` expands keys and values, ``decode`` absorbs the expansion
+            into queries and outputs.
+        head: with the final norm and the head; False for a pass that wants no logits.
+        layers: how many layers run; None = all.
+        cache: False for a pass that keeps nothing, such as the filter pass over a whole prompt.
+    """
+    build = _Builder(spec.act_dtype, phase, cache)
+    x = build.emit("embed_tokens", "embed", spec.embed_tokens, (), spec.hidden_size)
+    if spec.embed_positions is not None:
+        x = build.emit("embed_positions", "embed", spec.embed_positions, (x,), spec.hidden_size)
+    if spec.embed_norm is not None:
+        x = build.emit("embed_norm", "norm", spec.embed_norm, (x,), spec.hidden_size)
+    # Equal layers become one object, so that ops equal but for their name are found by identity.
+    same: dict[LayerSpec, LayerSpec] = {}
+    for index, layer in enumerate(spec.layers[:layers]):
+        x = build.layer(f"layers.{index}", same.setdefault(layer, layer), x)
+    if head:
+        if spec.norm is not None:
+            x = build.emit("norm", "norm", spec.norm, (x,), spec.hidden_size, rows="logits")
+        x = build.emit("lm_head", "linear", spec.lm_head, (x,), spec.lm_head.n, rows="logits")
+        if spec.logit_softcap is not None:
+            build.emit("logit_softcap", "softcap", spec, (x,), spec.lm_head.n, rows="logits")
+    return Graph(tuple(build.ops))
+
+
+def filter_graph(spec: ModelSpec) -> Graph:
+    """The pass of a token filter: layers 0..layer over the whole prompt without a cache, then the scores.
+
+    Args:
+        spec: a model whose flow has a filter.
+    """
+    chosen = spec.flow.filter
+    assert chosen is not None, "the model has no token filter"
+    graph = build(spec, "prefill", head=False, layers=chosen.layer + 1, cache=False)
+    attention = spec.layers[chosen.layer].self_attn
+    scored = next(op for op in reversed(graph.ops) if op.kind == "attend")
+    q, k = scored.reads[:2]
+    dtype = spec.act_dtype
+    score = Op("flow.score", "score", attention, (q, k), (Value("flow.score", 1, dtype),), spec.flow)
+    return Graph((*graph.ops, score))
+
+
+class _Builder:
+    """Appends ops and hands out the values they write."""
+
+    def __init__(self, dtype: str, phase: Phase, cache: bool) -> None:
+        self.ops: list[Op] = []
+        self.dtype, self.phase, self.cache = dtype, phase, cache
+
+    def emit(
+        self,
+        name: str,
+        kind: str,
+        node: Node,
+        reads: tuple[Value, ...],
+        width: int,
+        owner: Node | None = None,
+        rows: str = "tokens",
+    ) -> Value:
+        """Append an op that writes one value of `width`; the value has the op's name."""
+        value = Value(name, width, self.dtype, rows)
+        self.ops.append(Op(name, kind, node, reads, (value,), owner))
+        return value
+
+    def linear(self, path: str, node: Node | None, x: Value, owner: Node | None = None, kind: str = "linear") -> Value:
+        return self.emit(path, kind, node, (x,), node.n, owner)  # type: ignore[union-attr,arg-type]
+
+    def norm(self, path: str, node: Node | None, x: Value) -> Value:
+        """A norm, or nothing where the model has none."""
+        return x if node is None else self.emit(path, "norm", node, (x,), x.width)
+
+    def layer(self, path: str, layer: LayerSpec, x: Value) -> Value:
+        """One decoder layer."""
+        normed = self.norm(f"{path}.input_layernorm", layer.input_layernorm, x)
+        attend = self.attention if isinstance(layer.self_attn, AttentionSpec) else self.latent_attention
+        attended = attend(f"{path}.self_attn", layer.self_attn, normed)  # type: ignore[arg-type]
+        attended = self.norm(f"{path}.attn_output_norm", layer.attn_output_norm, attended)
+        if not layer.parallel:
+            x = self.emit(f"{path}.add_attn", "add", layer, (x, attended), x.width)
+            normed = x
+        elif layer.post_attention_layernorm is not None:
+            normed = x
+        normed = self.norm(f"{path}.post_attention_layernorm", layer.post_attention_layernorm, normed)
+        mlp = self.ffn if isinstance(layer.mlp, FFNSpec) else self.moe
+        out = mlp(f"{path}.mlp", layer.mlp, normed)  # type: ignore[arg-type]
+        out = self.norm(f"{path}.mlp_output_norm", layer.mlp_output_norm, out)
+        if layer.parallel:
+            x = self.emit(f"{path}.add_attn", "add", layer, (x, attended), x.width)
+        return self.emit(f"{path}.add_mlp", "add", layer, (x, out), x.width)
+
+    def attention(self, path: str, node: AttentionSpec, x: Value) -> Value:
+        """Projections, norms of q and k, rope, cache, attention, output projection."""
+        q = self.linear(f"{path}.q_proj", node.q_proj, x)
+        k = self.linear(f"{path}.k_proj", node.k_proj, x)
+        v = self.linear(f"{path}.v_proj", node.v_proj, x)
+        q = self.norm(f"{path}.q_norm", node.q_norm, q)
+        k = self.norm(f"{path}.k_norm", node.k_norm, k)
+        if node.rope is not None:
+            q, k = self.rope(path, node, q, k)
+        if self.cache:
+            self.ops.append(Op(f"{path}.append", "append", node, (k, v), ()))
+        read = (q,) if self.cache else (q, k, v)
+        out = self.emit(f"{path}.attend", "attend", node, read, node.o_proj.k)
+        return self.linear(f"{path}.o_proj", node.o_proj, out)
+
+    def rope(self, path: str, node: Node, q: Value, k: Value) -> tuple[Value, Value]:
+        """Rotate q and k."""
+        name = f"{path}.rope"
+        rotated = Value(f"{name}.q", q.width, self.dtype), Value(f"{name}.k", k.width, self.dtype)
+        self.ops.append(Op(name, "rope", node, (q, k), rotated))
+        return rotated
+
+    def latent_attention(self, path: str, node: LatentAttentionSpec, x: Value) -> Value:
+        """Multi-head latent attention: the cache holds one latent per token for all heads."""
+        q = x
+        if node.q_a_proj is not None:
+            q = self.linear(f"{path}.q_a_proj", node.q_a_proj, q)
+            q = self.norm(f"{path}.q_a_layernorm", node.q_a_layernorm, q)
+        q = self.linear(f"{path}.q_b_proj", node.q_b_proj, q)
+        latent = self.linear(f"{path}.kv_a_proj_with_mqa", node.kv_a_proj_with_mqa, x)
+        latent = self.norm(f"{path}.kv_a_layernorm", node.kv_a_layernorm, latent)
+        q, latent = self.rope(path, node, q, latent)
+        self.ops.append(Op(f"{path}.append", "append", node, (latent,), ()))
+        heads, rank = node.num_attention_heads, node.kv_lora_rank
+        width = heads * node.v_head_dim
+        if self.phase == "prefill":
+            expanded = self.emit(f"{path}.kv_b_proj", "expand", node, (), node.kv_b_proj.n, rows="keys")
+            out = self.emit(f"{path}.attend", "attend_expanded", node, (q, expanded), width)
+        else:
+            q = self.emit(f"{path}.q_absorb", "absorb_q", node, (q,), heads * (rank + node.qk_rope_head_dim))
+            out = self.emit(f"{path}.attend", "attend_latent", node, (q,), heads * rank)
+            out = self.emit(f"{path}.v_absorb", "absorb_v", node, (out,), width)
+        return self.linear(f"{path}.o_proj", node.o_proj, out)
+
+    def ffn(self, path: str, node: FFNSpec, x: Value, experts: MoESpec | None = None) -> Value:
+        """Gated, plain or gate-first FFN; with `experts`, the chosen experts of every token side by side."""
+        kind, owner = ("expert", experts) if experts else ("linear", None)
+        times = experts.num_experts_per_tok if experts else 1
+
+        def linear(name: str, value: Value, kind: str = kind, owner: Node | None = owner) -> Value:
+            matrix = getattr(node, name)
+            return self.emit(f"{path}.{name}", kind, matrix, (value,), times * matrix.n, owner)
+
+        def act(*reads: Value) -> Value:
+            return self.emit(f"{path}.act", "act", node, reads, reads[0].width)
+
+        if node.gate_proj is None:
+            return linear("down_proj", act(linear("up_proj", x)))
+        gate = linear("gate_proj", x)
+        if isinstance(node.executor, GateFirst):
+            gate = act(gate)
+            up = self.emit(f"{path}.up_proj", "gated_linear", node.up_proj, (x, gate), node.up_proj.n, node)
+            return self.emit(f"{path}.down_proj", "gated_linear", node.down_proj, (up,), node.down_proj.n, node)
+        return linear("down_proj", act(gate, linear("up_proj", x)))
+
+    def moe(self, path: str, node: MoESpec, x: Value) -> Value:
+        """Router, chosen experts, shared expert, weighted sum."""
+        router = self.linear(f"{path}.router", node.router, x, node, "router")
+        parts = [router, self.ffn(f"{path}.experts", node.experts, x, node)]
+        if node.shared_gate is not None:
+            parts.append(self.linear(f"{path}.shared_gate", node.shared_gate, x))
+        if node.shared is not None:
+            parts.append(self.ffn(f"{path}.shared", node.shared, x))
+        return self.emit(f"{path}.combine", "combine", node, tuple(parts), x.width)

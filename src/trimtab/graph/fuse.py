@@ -1,0 +1,56 @@
+"""Which ops a stack runs as one kernel."""
+
+from __future__ import annotations
+
+from trimtab.graph.ops import Graph, Kernel, Op
+from trimtab.spec.machine import Stack
+
+#: Fusion name -> neighbours (last segments of their names) that become one kernel.
+FUSIONS: dict[str, frozenset[tuple[str, str]]] = {
+    "qkv": frozenset({("q_proj", "k_proj"), ("k_proj", "v_proj"), ("gate_proj", "up_proj")}),
+    "norm_residual": frozenset(
+        {
+            ("attn_output_norm", "add_attn"), ("add_attn", "post_attention_layernorm"), ("add_attn", "add_mlp"),
+            ("mlp_output_norm", "add_mlp"), ("add_mlp", "input_layernorm"), ("add_mlp", "norm"),
+        }
+    ),
+    "rope": frozenset({("q_norm", "k_norm"), ("k_norm", "rope"), ("rope", "append"), ("append", "attend"), ("rope", "attend")}),
+    "act": frozenset({("up_proj", "act"), ("gate_proj", "act")}),
+}  # fmt: skip
+
+
+def fuse(graph: Graph, stack: Stack) -> tuple[Kernel, ...]:
+    """Return the kernels a stack launches: one op each where it fuses nothing (eager).
+
+    Values that only ops inside a kernel read vanish from its reads and writes, and with them their traffic.
+    A stack that fuses anything runs the experts of a layer as one grouped launch.
+    """
+    pairs = frozenset().union(*(FUSIONS[name] for name in stack.fused if name in FUSIONS))
+    runs: list[list[Op]] = []
+    for op in graph.ops:
+        joins = bool(runs) and (_last(runs[-1][-1]), _last(op)) in pairs
+        runs[-1].append(op) if joins else runs.append([op])
+    readers: dict[str, int] = {}
+    for op in graph.ops:
+        for value in op.reads:
+            readers[value.name] = readers.get(value.name, 0) + 1
+    return tuple(_kernel(run, readers, bool(stack.fused)) for run in runs)
+
+
+def _kernel(run: list[Op], readers: dict[str, int], grouped: bool) -> Kernel:
+    if len(run) == 1:
+        return Kernel((run[0],), run[0].reads, run[0].writes, grouped)
+    inside = {value.name for op in run for value in op.writes}
+    read_here: dict[str, int] = {}
+    for op in run:
+        for value in op.reads:
+            read_here[value.name] = read_here.get(value.name, 0) + 1
+    reads = dict.fromkeys(value for op in run for value in op.reads if value.name not in inside)
+    writes = (
+        v for op in run for v in op.writes if read_here.get(v.name, 0) < readers.get(v.name, 0) or v.name not in readers
+    )
+    return Kernel(tuple(run), tuple(reads), tuple(writes), grouped)
+
+
+def _last(op: Op) -> str:
+    return op.name.rpartition(".")[2]

@@ -1,0 +1,197 @@
+"""The records of the graph: values that flow, ops that read and write them, passes as numbers, and what is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from trimtab.spec.formats import ITEM_BYTES
+from trimtab.spec.tree import Node
+
+IntArray = npt.NDArray[np.int64]
+
+#: Above these, products of counts may pass 2^63, and a step is held in Python integers instead of int64.
+_MOST_TOKENS, _MOST_PAIRS = 1 << 30, 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """Forward passes as numbers; leading axes hold many passes at once.
+
+    Args:
+        new: [..., B] new tokens of each row.
+        past: [..., B] tokens seen before; what a head still holds of them follows from its `keep`.
+        logits: [...] rows of logits wanted, over all rows and copies.
+        copies: every row stands for this many equal ones.
+        observed: counts that data decides (``layers.3.mlp.active_rows``); absent ones are taken at their expectation.
+    """
+
+    new: IntArray
+    past: IntArray
+    logits: IntArray
+    copies: int = 1
+    observed: Mapping[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        new: npt.ArrayLike | Sequence[int],
+        past: npt.ArrayLike | Sequence[int],
+        logits: npt.ArrayLike = 0,
+        copies: int = 1,
+        observed: Mapping[str, int] | None = None,
+    ) -> StepShape:
+        """Build a step from array-likes: int64, or Python integers where int64 could overflow.
+
+        >>> int(StepShape.of(new=[2, 3], past=[0, 0], logits=2).tokens)
+        5
+        """
+        a, b = np.broadcast_arrays(np.asarray(new, np.int64), np.asarray(past, np.int64))
+        tokens = float(a.sum(-1).max(initial=0)) * copies
+        longest = float((a + b).max(initial=0))
+        kind = object if tokens > _MOST_TOKENS or tokens * longest > _MOST_PAIRS else np.int64
+        rows = np.broadcast_to(np.asarray(logits, np.int64), a.shape[:-1])
+        return StepShape(a.astype(kind), b.astype(kind), rows.astype(kind), copies, dict(observed or {}))
+
+    @property
+    def tokens(self) -> IntArray:
+        """[...] new tokens of a pass, all rows."""
+        return self.copies * self.new.sum(-1)
+
+    @property
+    def keys(self) -> IntArray:
+        """[...] tokens a pass could attend to, summed over rows."""
+        return self.copies * (self.new + self.past).sum(-1)
+
+    def rows(self, kind: str) -> IntArray:
+        """[...] rows of a value: one per new token, per row of logits, or per key."""
+        return {"tokens": self.tokens, "logits": self.logits, "keys": self.keys}[kind]
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """An activation between two ops: `width` elements per row; rows are ``tokens``, ``logits`` or ``keys``."""
+
+    name: str
+    width: int
+    dtype: str
+    rows: str = "tokens"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.width * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One operator: structure only, without batch, context or repeat count.
+
+    Args:
+        name: path of the node, or of weightless work below it.
+        kind: key of the count table.
+        node: what is described (a linear, a norm, an attention, an FFN).
+        owner: the block the node belongs to where its count depends on it (experts, gate-first FFNs).
+        reads, writes: activations.
+        device: where it runs.
+    """
+
+    name: str
+    kind: str
+    node: Node
+    reads: tuple[Value, ...]
+    writes: tuple[Value, ...]
+    owner: Node | None = None
+    device: str = "0"
+
+    @property
+    def dtype(self) -> str:
+        """Dtype the op computes in."""
+        return (self.writes or self.reads)[0].dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """Ops that run as one launch; values between them never reach memory."""
+
+    ops: tuple[Op, ...]
+    reads: tuple[Value, ...]
+    writes: tuple[Value, ...]
+    grouped: bool = True  # experts run in one launch; False: one launch each
+
+    @property
+    def name(self) -> str:
+        """Name of its first op, with the last segments of the others: ``layers.0.self_attn.q_proj+k_proj+v_proj``."""
+        return "+".join([self.ops[0].name, *(op.name.rpartition(".")[2] for op in self.ops[1:])])
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """The ops of one pass in order."""
+
+    ops: tuple[Op, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in order."""
+        return tuple(op.name for op in self.ops)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What an op does in each pass of a step: integers or arrays of the step's leading axes.
+
+    Args:
+        flops: of matrix multiplications, 2 per multiply-add.
+        vector_flops: everything else (norms, softmax, activations, dequantisation), an estimate.
+        weight_read: bytes of weights.
+        kv_read, kv_written: bytes of cache.
+        act_read, act_written: bytes of activations.
+    """
+
+    flops: IntArray | int = 0
+    vector_flops: IntArray | int = 0
+    weight_read: IntArray | int = 0
+    kv_read: IntArray | int = 0
+    kv_written: IntArray | int = 0
+    act_read: IntArray | int = 0
+    act_written: IntArray | int = 0
+
+    @property
+    def nbytes(self) -> IntArray | int:
+        """Bytes moved in all."""
+        return self.weight_read + self.kv_read + self.kv_written + self.act_read + self.act_written
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+
+    def total(self, name: str, times: int = 1) -> int:
+        """One count summed over passes and multiplied by `times`, without overflow."""
+        return times * sum(int(value) for value in np.atleast_1d(np.asarray(getattr(self, name))).ravel())
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Kernels equal but for their names: counted once."""
+
+    kernel: Kernel
+    names: tuple[str, ...]
+
+
+def group(kernels: Iterable[Kernel]) -> tuple[Group, ...]:
+    """Gather kernels that count alike, in order of first appearance. Nodes are compared by identity (see `build`)."""
+    found: dict[tuple, list[Kernel]] = {}
+    for kernel in kernels:
+        found.setdefault(_key(kernel), []).append(kernel)
+    return tuple(Group(same[0], tuple(kernel.name for kernel in same)) for same in found.values())
+
+
+def _key(kernel: Kernel) -> tuple:
+    return (
+        tuple((op.name.rpartition(".")[2], op.kind, id(op.node), id(op.owner), op.device) for op in kernel.ops),
+        tuple((value.width, value.rows, value.dtype) for value in kernel.reads),
+        tuple((value.width, value.rows, value.dtype) for value in kernel.writes),
+        kernel.grouped,
+    )

@@ -1,0 +1,1 @@
+"""The proof: meters, quality, calibration, ledger."""

@@ -1,0 +1,1 @@
+"""The reference decoder in torch, and the variants of a loaded model."""

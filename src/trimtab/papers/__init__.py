@@ -1,0 +1,1 @@
+"""The ninety papers: what each claims and what was confirmed."""

@@ -1,0 +1,316 @@
+"""Checks of CATS (arXiv 2404.08763): sparsity, quality, skipping, predictions, bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from trimtab.errors import TrimtabError
+from trimtab.papers.claims import Bench, Line, Needs, Outcome
+
+SPARSITIES = (0.3, 0.5, 0.7, 0.9)
+TEXTS = ("cfi_public", "handbook_public")
+WINDOWS, WINDOW = 8, 1024
+
+
+def _materials(bench: Bench) -> Any:
+    from trimtab.techniques.materials import Materials
+
+    texts = {name: bench.text(name) for name in ("cfi_calib", "handbook_calib")}
+    return Materials(texts=texts, tokenizer=bench.model.tokenizer)
+
+
+def _windows(bench: Bench, text: str) -> list[np.ndarray]:
+    ids = np.asarray(bench.model.tokenizer.encode(bench.text(text)), dtype=np.int64)
+    count = min(WINDOWS, len(ids) // WINDOW)
+    return list(ids[: count * WINDOW].reshape(count, WINDOW))
+
+
+def _sketches(bench: Bench) -> dict[str, Any]:
+    from trimtab.techniques.ffn._thresholds import gate_sketches
+
+    return bench.once("cats.sketches", lambda: gate_sketches(bench.model.spec, bench.model.weights, _materials(bench)))
+
+
+def _held_out(bench: Bench, text: str) -> dict[str, Any]:
+    """Sketch of |act(gate)| per layer on a held-out text."""
+    from trimtab.techniques.ffn._thresholds import gate_sketches
+    from trimtab.techniques.materials import Materials
+
+    def compute() -> dict[str, Any]:
+        materials = Materials(
+            texts={text: bench.text(text)}, tokenizer=bench.model.tokenizer, window=WINDOW, windows=WINDOWS
+        )
+        return gate_sketches(bench.model.spec, bench.model.weights, materials)
+
+    return bench.once(f"cats.held.{text}", compute)
+
+
+def sparsity_holds(bench: Bench) -> Outcome:
+    """Share of gate activations below the calibrated threshold on held-out text, worst layer."""
+    calibrated = _sketches(bench)
+    worst = {}
+    for share in SPARSITIES:
+        errors = []
+        for text in TEXTS:
+            for path, sketch in _held_out(bench, text).items():
+                errors.append(abs(sketch.share_below(calibrated[path].quantile(share)) - share))
+        worst[share] = max(errors)
+    shown = ", ".join(f"k={share}: {error:.3f}" for share, error in worst.items())
+    return Outcome(measured=f"worst layer off by {shown}", met=max(worst.values()) <= 0.03)
+
+
+#: What a gate may become: (pre-activation, activation) -> activation.
+Gate = Callable[[str, Any, Any], Any]
+
+
+def _kl(bench: Bench, text: str, name: str, gate: Gate) -> float:
+    """Mean KL in nats to the unmodified model when every gate passes through `gate`."""
+    import torch
+
+    from trimtab.measure.quality import kl_nats
+    from trimtab.runtime.step import Step
+
+    before: dict[str, Any] = {}
+
+    def logits(ids: np.ndarray, taps: dict[str, Any]) -> Any:
+        step = Step.of([len(ids)], [0])
+        step.taps = taps
+        return bench.model.decoder.forward(torch.from_numpy(ids), step, None, np.arange(len(ids), dtype=np.int64))
+
+    taps = {"mlp.gate_pre": before.__setitem__, "mlp.gate": lambda path, act: gate(path, before.pop(path), act)}
+
+    def compute() -> float:
+        with torch.inference_mode():
+            found = [kl_nats(logits(window, {}), logits(window, taps)) for window in _windows(bench, text)]
+        return float(np.mean(found))
+
+    return bench.once(f"cats.kl.{text}.{name}", compute)
+
+
+def _thresholded(thresholds: dict[str, float]) -> Gate:
+    return lambda path, pre, act: act * (act.abs() >= thresholds[path])
+
+
+def _cats_kl(bench: Bench, text: str, share: float) -> float:
+    thresholds = {path: sketch.quantile(share) for path, sketch in _sketches(bench).items()}
+    return _kl(bench, text, f"cats{share}", _thresholded(thresholds))
+
+
+def quality_holds(share: float, bar: float | None) -> Callable[[Bench], Outcome]:
+    """KL of one sparsity on both held-out texts, 8 windows of 1024 tokens each."""
+
+    def check(bench: Bench) -> Outcome:
+        found = {text: _cats_kl(bench, text, share) for text in TEXTS}
+        shown = ", ".join(f"{text} {value:.3f}" for text, value in found.items())
+        return Outcome(measured=f"KL {shown} nats", met=bar is None or max(found.values()) <= bar)
+
+    return check
+
+
+def beats_baselines(bench: Bench) -> Outcome:
+    """CATS at one half against ReLU, thresholding before the activation, and one threshold for all layers."""
+    import torch
+
+    share = 0.5
+    sketches = _sketches(bench)
+    whole = None
+    for sketch in sketches.values():
+        whole = sketch.copy() if whole is None else whole.merge(sketch)
+    assert whole is not None
+    one = dict.fromkeys(sketches, whole.quantile(share))
+    pre_thresholds = {path: sketch.quantile(share) for path, sketch in _pre_sketches(bench).items()}
+    rivals: dict[str, Gate] = {
+        "ReLU": lambda path, pre, act: torch.relu(pre),
+        "pre-activation": lambda path, pre, act: act * (pre.abs() >= pre_thresholds[path]),
+        "one threshold": _thresholded(one),
+    }
+    met, shown = True, []
+    for text in TEXTS:
+        ours = _cats_kl(bench, text, share)
+        theirs = {name: _kl(bench, text, name, gate) for name, gate in rivals.items()}
+        met &= all(ours < value for value in theirs.values())
+        shown.append(
+            f"{text}: {ours:.3f} against " + ", ".join(f"{name} {value:.3f}" for name, value in theirs.items())
+        )
+    return Outcome(measured="; ".join(shown), met=met)
+
+
+def _pre_sketches(bench: Bench) -> dict[str, Any]:
+    from trimtab.techniques.ffn._thresholds import gate_sketches
+
+    model = bench.model
+    return bench.once(
+        "cats.pre", lambda: gate_sketches(model.spec, model.weights, _materials(bench), point="mlp.gate_pre")
+    )
+
+
+def _ffn(rows: int, width: int, neurons: int, seed: int = 0) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, width), dtype=np.float32)
+    gate, up, down_t = (rng.standard_normal((neurons, width), dtype=np.float32) / np.sqrt(width) for _ in range(3))
+    return x, *(np.ascontiguousarray(w, dtype=np.float32) for w in (gate, up, down_t))
+
+
+def _dense(
+    x: np.ndarray, gate: np.ndarray, up: np.ndarray, down_t: np.ndarray, threshold: float
+) -> tuple[np.ndarray, np.ndarray]:
+    pre = x.astype(np.float64) @ gate.T
+    act = pre / (1 + np.exp(-pre))
+    kept = np.abs(act) >= threshold
+    return (act * kept * (x.astype(np.float64) @ up.T)) @ down_t, kept
+
+
+def skipping_is_real(bench: Bench) -> Outcome:
+    """Bytes of up and down touched by the kernel, and poison in the rows that are inactive."""
+    from trimtab.runtime.kernels import gate_first
+
+    met, shown = True, []
+    for share in SPARSITIES:
+        x, gate, up, down_t = _ffn(1, 576, 1536)
+        pre = x @ gate.T
+        threshold = float(np.quantile(np.abs(pre / (1 + np.exp(-pre))), share))
+        _, kept = _dense(x, gate, up, down_t, threshold)
+        clean = gate_first(x, gate, up, down_t, threshold=threshold, act="silu")
+        up[~kept[0]], down_t[~kept[0]] = np.nan, np.nan
+        poisoned = gate_first(x, gate, up, down_t, threshold=threshold, act="silu")
+        touched = sum(clean.bytes_read[1:]) / (up.nbytes + down_t.nbytes)
+        met &= bool(np.array_equal(clean.y, poisoned.y)) and abs(touched - kept.mean()) < 1e-9
+        shown.append(f"k={share}: {touched:.3f} of the bytes")
+    return Outcome(
+        predicted="share 1 - k", measured=", ".join(shown) + "; NaN in skipped rows changes nothing", met=met
+    )
+
+
+def speed(bench: Bench) -> Outcome:
+    """Belongs to the native program."""
+    raise Needs("native")
+
+
+def equals_reference(bench: Bench) -> Outcome:
+    """Kernel output against threshold-then-dense in float64, one to four tokens, from none to all active."""
+    from trimtab.runtime.kernels import gate_first
+
+    worst = 0.0
+    for rows in (1, 2, 3, 4):
+        for threshold in (0.0, 0.2, 1e9):
+            x, gate, up, down_t = _ffn(rows, 576, 1536, seed=rows)
+            wanted, _ = _dense(x, gate, up, down_t, threshold)
+            worst = max(
+                worst, float(np.abs(gate_first(x, gate, up, down_t, threshold=threshold, act="silu").y - wanted).max())
+            )
+    return Outcome(measured=f"largest difference {worst:.1e}", met=worst <= 1e-5)
+
+
+def _l40s(model: str, techniques: tuple[str, ...], batch: int) -> Any:
+    from trimtab.api import predict
+    from trimtab.spec.workload import Workload
+
+    workload = Workload(batch=batch, prompt=32, gen=256)
+    return predict(
+        model=model, machine="l40s", workload=workload, techniques=techniques, dtype="float32", kv_dtype="float32"
+    )
+
+
+def predicted_throughput(bench: Bench) -> Outcome:
+    """Decode throughput ratio at 50 % on L40S in fp32, batch 1 and 16."""
+    met, shown = True, []
+    for model in ("mistral-7b-v0.1", "llama-2-7b"):
+        ratios = {}
+        for batch in (1, 16):
+            dense, sparse = (_l40s(model, techniques, batch) for techniques in ((), ("cats:sparsity=0.5",)))
+            ratios[batch] = dense.figures["tpot_s"].value / sparse.figures["tpot_s"].value
+        met &= 1.15 <= ratios[1] <= 1.30 and ratios[16] < 1.05
+        shown.append(f"{model} {ratios[1]:.3f}x at batch 1, {ratios[16]:.3f}x at 16")
+    return Outcome(predicted="; ".join(shown), met=met)
+
+
+def predicted_bytes(bench: Bench) -> Outcome:
+    """Share of the weight bytes a decode step still reads."""
+    met, shown = True, []
+    for model, wanted in (("mistral-7b-v0.1", 0.74), ("llama-2-7b", 0.786)):
+        dense, sparse = (_l40s(model, techniques, 1) for techniques in ((), ("cats:sparsity=0.5",)))
+        ratio = sparse.counts["weight_read"] / dense.counts["weight_read"]
+        met &= abs(ratio - wanted) <= 0.01
+        shown.append(f"{model} {ratio:.3f}")
+    return Outcome(predicted=", ".join(shown), met=met)
+
+
+def refuses_bad_input(bench: Bench) -> Outcome:
+    """Every documented bad input gets one sentence."""
+    import json
+    import tempfile
+    from pathlib import Path
+
+    from trimtab.api import applied, make_plan
+    from trimtab.techniques.materials import Materials
+
+    model = bench.model
+    folder = Path(tempfile.mkdtemp())
+    short, foreign = folder / "short.json", folder / "foreign.json"
+    layers = model.spec.num_hidden_layers
+    short.write_text(json.dumps({"model": model.spec.name, "layers": 3, "thresholds": {}}))
+    foreign.write_text(
+        json.dumps({"model": "other", "layers": layers, "thresholds": {f"layers.{i}.mlp": 0.1 for i in range(layers)}})
+    )
+    cases: dict[str, Callable[[], Any]] = {
+        "sparsity=1": lambda: make_plan(model, "a100", techniques=["cats:sparsity=1.0"]),
+        "sparsity=-0.1": lambda: make_plan(model, "a100", techniques=["cats:sparsity=-0.1"]),
+        "no gated FFN": lambda: make_plan("gpt2", "a100", techniques=["cats"]),
+        "no text": lambda: applied(model, "cats", materials=Materials(cache=None)).__enter__(),
+        "wrong number of layers": lambda: applied(model, f'cats:thresholds="{short}"').__enter__(),
+        "another model's file": lambda: applied(model, f'cats:thresholds="{foreign}"').__enter__(),
+    }
+    missed = []
+    for name, case in cases.items():
+        try:
+            case()
+            missed.append(name)
+        except TrimtabError:
+            continue
+    return Outcome(
+        measured=f"{len(cases) - len(missed)} of {len(cases)} refused" + (f"; accepted: {missed}" if missed else ""),
+        met=not missed,
+    )
+
+
+LINES = (
+    Line(
+        id="a1",
+        text="share cut on held-out text, every layer, k = .3 .5 .7 .9",
+        needed="within 0.03 of k",
+        check=sparsity_holds,
+    ),
+    Line(id="a2.5", text="quality at k = 0.5, two texts", needed="KL <= 0.33", check=quality_holds(0.5, 0.33)),
+    Line(id="a2.3", text="quality at k = 0.3, two texts", needed="reported", check=quality_holds(0.3, None)),
+    Line(id="a2.7", text="quality at k = 0.7, two texts", needed="KL <= 1.2", check=quality_holds(0.7, 1.2)),
+    Line(
+        id="a2.b",
+        text="better than ReLU, pre-activation and global thresholds at k = 0.5",
+        needed="lower KL",
+        check=beats_baselines,
+    ),
+    Line(
+        id="a3",
+        text="skipped rows of up and down are not read",
+        needed="bytes = 1 - k, poison harmless",
+        check=skipping_is_real,
+    ),
+    Line(id="a4", text="decode FFN 4096 x 14336, 2 threads", needed=">= 1.3x at k=.5, >= 2.0x at .9", check=speed),
+    Line(
+        id="a5",
+        text="equals threshold then dense, B = 1..4, none to all active",
+        needed="<= 1e-5",
+        check=equals_reference,
+    ),
+    Line(
+        id="b1",
+        text="Mistral-7B, Llama-2-7B decode on L40S, fp32, 50 %",
+        needed="1.15-1.30x; < 1.05x at batch 16",
+        check=predicted_throughput,
+    ),
+    Line(id="b2", text="weight bytes read per step, 50 %", needed="0.74 / 0.786", check=predicted_bytes),
+    Line(id="c", text="bad input", needed="refused with a sentence", check=refuses_bad_input),
+)

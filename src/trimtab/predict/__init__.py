@@ -1,0 +1,1 @@
+"""On paper: time, memory, energy and money of a plan."""

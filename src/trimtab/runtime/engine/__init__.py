@@ -1,0 +1,1 @@
+"""Generation over any executor: sampling, prompt and decode loops."""

@@ -1,0 +1,201 @@
+"""One battery over every registered technique: a new technique gets all of it by two lines in `CASES`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trimtab.errors import Conflict, SpecError
+from trimtab.measure.savings import metered, require_saving
+from trimtab.spec.tree import Edit
+from trimtab.techniques import registry
+from trimtab.techniques.apply import applied, derive
+from trimtab.techniques.base import Stage, Technique, compose
+from trimtab.techniques.registry import parse_all, parse_technique, spec_string, technique_names
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the battery needs to know about a technique: two settings, a neutral one, and bad ones."""
+
+    settings: tuple[str, str]
+    neutral: str | None
+    bad: tuple[str, ...]
+
+
+CASES = {
+    "rtn": Case(("rtn:bits=4,group=16", "rtn:bits=3,group=32,sym=false"), None, ("rtn:bits=1", "rtn:bits=9", "rtn:group=0", "rtn:group=37")),
+    "cats": Case(("cats:sparsity=0.5", "cats:sparsity=0.8,prefill_sparse=false"), "cats:sparsity=0", ("cats:sparsity=1", "cats:sparsity=-1", "cats:sparsity=0.1|0.2")),
+    "gemfilter": Case(
+        ("gemfilter:layer=1,topk=7", "gemfilter:layer=0,topk=5,pool=3"),
+        "gemfilter:layer=1,topk=100000",
+        ("gemfilter:topk=0", "gemfilter:pool=2", "gemfilter:layer=99", "gemfilter:layer=-1", "gemfilter:layer=x"),
+    ),
+    "streaming-llm": Case(
+        ("streaming-llm:sink=2,recent=6", "streaming-llm:sink=0,recent=9"),
+        "streaming-llm:sink=4,recent=100000",
+        ("streaming-llm:sink=-1", "streaming-llm:recent=0"),
+    ),
+}
+SETTINGS = [setting for case in CASES.values() for setting in case.settings]
+PAIRS = [
+    "rtn:bits=4,group=16+cats:sparsity=0.5",
+    "rtn:bits=4,group=16+gemfilter:layer=1,topk=7",
+    "rtn:bits=4,group=16+streaming-llm:sink=2,recent=6",
+    "cats:sparsity=0.5+gemfilter:layer=1,topk=7",
+    "cats:sparsity=0.5+streaming-llm:sink=2,recent=6",
+    "gemfilter:layer=1,topk=7+streaming-llm:sink=2,recent=4",
+]
+PROMPTS = {1: [[5]], 3: [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9], [2, 7, 1], list(range(40, 71))]}
+
+
+def test_every_technique_has_a_case() -> None:
+    assert set(technique_names()) == set(CASES)
+
+
+def _logits(model: Any, prompts: list[list[int]]) -> np.ndarray:
+    """Logits after the prompt and after two decode steps, through the technique's own cache."""
+    session = model.session()
+    found = [session.prefill(prompts)]
+    for step in range(2):
+        found.append(session.decode([7 + step + row for row in range(len(prompts))]))
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("setting", SETTINGS + PAIRS)
+@pytest.mark.parametrize("batch", PROMPTS)
+def test_runs_and_restores(tiny_model: Any, tiny_materials: Any, setting: str, batch: int) -> None:
+    prompts = PROMPTS[batch]
+    before = _logits(tiny_model, prompts)
+    with applied(tiny_model, setting, materials=tiny_materials) as model:
+        inside = _logits(model, prompts)
+        assert inside.shape == before.shape and np.isfinite(inside).all()
+    np.testing.assert_array_equal(_logits(tiny_model, prompts), before)
+
+
+@pytest.mark.parametrize("setting", [case.neutral for case in CASES.values() if case.neutral])
+def test_neutral_parameter_is_exact(tiny_model: Any, tiny_materials: Any, setting: str) -> None:
+    before = _logits(tiny_model, PROMPTS[3])
+    with applied(tiny_model, setting, materials=tiny_materials) as model:
+        np.testing.assert_allclose(_logits(model, PROMPTS[3]), before, atol=2e-5)  # another order of the same sums
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_restores_after_exception_and_nesting(tiny_model: Any, tiny_materials: Any, setting: str) -> None:
+    before = _logits(tiny_model, PROMPTS[3])
+    with pytest.raises(KeyError), applied(tiny_model, setting, materials=tiny_materials):
+        raise KeyError("inside")
+    np.testing.assert_array_equal(_logits(tiny_model, PROMPTS[3]), before)
+    outer = "streaming-llm:sink=1,recent=5" if not setting.startswith("streaming") else "rtn:bits=8,group=16"
+    with applied(tiny_model, outer, materials=tiny_materials) as model:
+        middle = _logits(model, PROMPTS[3])
+        try:
+            with applied(model, setting, materials=tiny_materials):
+                pass
+        except SpecError as refused:  # cats on weights that are packed already
+            assert "rounding twice" in str(refused)
+        np.testing.assert_array_equal(_logits(model, PROMPTS[3]), middle)
+    np.testing.assert_array_equal(_logits(tiny_model, PROMPTS[3]), before)
+
+
+@pytest.mark.parametrize("setting", SETTINGS + PAIRS)
+def test_saves_something_metered(tiny_model: Any, tiny_materials: Any, setting: str) -> None:
+    prompts = PROMPTS[3][2:]
+    before = metered(tiny_model, prompts)
+    with applied(tiny_model, setting, materials=tiny_materials) as model:
+        assert require_saving(setting, before, metered(model, prompts))
+
+
+@pytest.mark.parametrize(("name", "bad"), [(name, bad) for name, case in CASES.items() for bad in case.bad])
+def test_bad_parameters_are_refused_with_a_sentence(tiny_model: Any, name: str, bad: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        compose(tiny_model.spec, parse_all([bad]))
+    message = str(refused.value)
+    assert message.startswith(name) and "llowed" in message or "Give one" in message
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_spec_string_round_trip(setting: str) -> None:
+    technique = parse_technique(setting)
+    assert parse_technique(spec_string(technique)) == technique
+
+
+@settings(deadline=None, max_examples=50)
+@given(bits=st.integers(2, 8), group=st.integers(1, 512), sym=st.booleans())
+def test_rtn_spec_string_round_trip(bits: int, group: int, sym: bool) -> None:
+    technique = registry.technique_class("rtn")(bits=bits, group=group, sym=sym)
+    assert parse_technique(str(technique)) == technique
+
+
+def test_two_writers_of_one_field_conflict(tiny_model: Any) -> None:
+    with pytest.raises(Conflict, match=r"rtn:bits=8,group=16.*rtn:group=16.*format"):
+        compose(tiny_model.spec, parse_all(["rtn:bits=4,group=16", "rtn:bits=8,group=16"]))
+
+
+def test_weights_are_shared_not_copied(tiny_model: Any, tiny_materials: Any) -> None:
+    variant = derive(tiny_model.variant, parse_all(["streaming-llm"]), tiny_materials)
+    assert all(variant.weights[path] is tiny_model.weights[path] for path in variant.weights)
+
+
+# ------------------------------------------------------------------------------------------- planted impostors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoOp(Technique):
+    """Changes nothing."""
+
+    name: ClassVar[str] = "no-op"
+    summary: ClassVar[str] = ""
+    stage: ClassVar[Stage] = Stage.RUN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Renames(Technique):
+    """Writes another name and leaves every byte where it is."""
+
+    name: ClassVar[str] = "renames"
+    summary: ClassVar[str] = ""
+    stage: ClassVar[Stage] = Stage.WEIGHTS
+
+    def edits(self, spec: Any) -> Iterator[Edit]:
+        for path, _ in spec.linears():
+            if path.startswith("layers."):
+                yield Edit(path, "layout", "transposed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Masks(Technique):
+    """Sets half of every matrix to zero and keeps it dense: a mask that poses as pruning."""
+
+    name: ClassVar[str] = "masks"
+    summary: ClassVar[str] = ""
+    stage: ClassVar[Stage] = Stage.WEIGHTS
+
+    def convert(self, weights: Any, old: Any, new: Any, materials: Any) -> Any:
+        from trimtab.runtime.weights.packed import packed_float
+
+        masked = {}
+        for path, node in new.linears():
+            if path.startswith("layers."):
+                data = weights[path].buffers["data"].copy()
+                data[np.abs(data) < np.median(np.abs(data))] = 0
+                masked[path] = packed_float(data, node.format.kind)
+        return weights | masked
+
+
+@pytest.mark.parametrize("impostor", [NoOp(), Renames(), Masks()], ids=lambda technique: technique.name)
+def test_impostors_are_rejected(tiny_model: Any, tiny_materials: Any, impostor: Technique) -> None:
+    before = metered(tiny_model, PROMPTS[3])
+    tiny_model.push(derive(tiny_model.variant, [impostor], tiny_materials))
+    try:
+        after = metered(tiny_model, PROMPTS[3])
+    finally:
+        tiny_model.pop()
+    with pytest.raises(SpecError, match="saves nothing"):
+        require_saving(impostor.name, before, after)
