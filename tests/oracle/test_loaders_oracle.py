@@ -17,7 +17,7 @@ from trimtab.runtime.weights.gguf import GgufFile
 from trimtab.runtime.weights.load import open_model
 from trimtab.runtime.weights.packed import Packed
 from trimtab.spec.configs import load_spec
-from trimtab.spec.families.names import wanted
+from trimtab.spec.families.sources import wanted
 from trimtab.spec.formats import GGUF_BLOCKS, WeightFormat
 
 gguf = pytest.importorskip("gguf")

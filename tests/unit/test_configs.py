@@ -190,6 +190,20 @@ def test_llama_biases() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "tied"), [("llama", False), ("qwen3", False), ("phi3", False), ("gemma2", True), ("gemma3_text", True)]
+)
+def test_ties_where_the_config_is_silent(kind: str, tied: bool) -> None:
+    more = {"head_dim": 16, "sliding_window": 32, "query_pre_attn_scalar": 16}
+    assert spec_from_config({**LLAMA, **more, "model_type": kind}, "m").tie_word_embeddings is tied
+
+
+def test_old_families_tie_where_the_config_is_silent() -> None:
+    bloom = {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100}
+    gpt2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 100}
+    assert spec_from_config(bloom, "m").tie_word_embeddings and spec_from_config(gpt2, "m").tie_word_embeddings
+
+
 def test_windows() -> None:
     assert attention(load_spec("mistral-7b-v0.1")).window == 4096
     assert attention(load_spec("mistral-7b-v0.2")).window is None

@@ -99,6 +99,12 @@ def test_packing_round_trips_and_is_little_endian(bits: int, rows: int, cols: in
     np.testing.assert_array_equal(reference.unpack_codes(packed, bits, cols), codes)
 
 
+def test_bits_above_the_code_are_dropped() -> None:
+    wide = np.arange(256, dtype=np.uint8).reshape(8, 32)
+    for bits in range(2, 8):
+        np.testing.assert_array_equal(kernels.pack_codes(wide, bits), kernels.pack_codes(wide % 2**bits, bits))
+
+
 def test_packing_refuses_bad_arguments() -> None:
     codes = np.zeros((2, 8), np.uint8)
     with pytest.raises(SpecError, match=r"bits=9.*2\.\.8"):

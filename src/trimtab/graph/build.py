@@ -44,7 +44,9 @@ def build(
 
 
 def filter_graph(spec: ModelSpec) -> Graph:
-    """The pass of a token filter: layers 0..layer over the whole prompt without a cache, then the scores.
+    """The pass of a token filter: layers before it whole, of the filter layer what queries and keys need, then the scores.
+
+    The pass goes over the whole prompt at once and keeps no cache.
 
     Args:
         spec: a model whose flow has a filter.
@@ -53,11 +55,11 @@ def filter_graph(spec: ModelSpec) -> Graph:
     assert chosen is not None, "the model has no token filter"
     graph = build(spec, "prefill", head=False, layers=chosen.layer + 1, cache=False)
     attention = spec.layers[chosen.layer].self_attn
-    scored = next(op for op in reversed(graph.ops) if op.kind == "attend")
-    q, k = scored.reads[:2]
-    dtype = spec.act_dtype
-    score = Op("flow.score", "score", attention, (q, k), (Value("flow.score", 1, dtype),), spec.flow)
-    return Graph((*graph.ops, score))
+    last = next(index for index, op in enumerate(graph.ops) if op.name == f"layers.{chosen.layer}.self_attn.attend")
+    q, k = graph.ops[last].reads[:2]
+    needed = [op for op in graph.ops[:last] if op.name != f"layers.{chosen.layer}.self_attn.v_proj"]
+    score = Op("flow.score", "score", attention, (q, k), (Value("flow.score", 1, spec.act_dtype),), spec.flow)
+    return Graph((*needed, score))
 
 
 class _Builder:

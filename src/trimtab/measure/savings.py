@@ -60,5 +60,7 @@ def require_saving(name: str, before: Mapping[str, int], after: Mapping[str, int
     found = savings(before, after)
     if not found:
         listed = ", ".join(SAVABLE)
-        raise SpecError(f"{name} saves nothing that is metered ({listed}). A technique frees bytes, reads fewer or computes less.")
+        raise SpecError(
+            f"{name} saves nothing that is metered ({listed}). A technique frees bytes, reads fewer or computes less."
+        )
     return found

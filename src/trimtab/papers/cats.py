@@ -91,7 +91,7 @@ def _kl(bench: Bench, text: str, name: str, gate: Gate) -> float:
 
 
 def _thresholded(thresholds: dict[str, float]) -> Gate:
-    return lambda path, pre, act: act * (act.abs() >= thresholds[path])
+    return lambda path, pre, act: act * (act.abs() > thresholds[path])
 
 
 def _cats_kl(bench: Bench, text: str, share: float) -> float:
@@ -124,7 +124,7 @@ def beats_baselines(bench: Bench) -> Outcome:
     pre_thresholds = {path: sketch.quantile(share) for path, sketch in _pre_sketches(bench).items()}
     rivals: dict[str, Gate] = {
         "ReLU": lambda path, pre, act: torch.relu(pre),
-        "pre-activation": lambda path, pre, act: act * (pre.abs() >= pre_thresholds[path]),
+        "pre-activation": lambda path, pre, act: act * (pre.abs() > pre_thresholds[path]),
         "one threshold": _thresholded(one),
     }
     met, shown = True, []
@@ -159,7 +159,7 @@ def _dense(
 ) -> tuple[np.ndarray, np.ndarray]:
     pre = x.astype(np.float64) @ gate.T
     act = pre / (1 + np.exp(-pre))
-    kept = np.abs(act) >= threshold
+    kept = np.abs(act) > threshold
     return (act * kept * (x.astype(np.float64) @ up.T)) @ down_t, kept
 
 
@@ -205,13 +205,12 @@ def equals_reference(bench: Bench) -> Outcome:
 
 
 def _l40s(model: str, techniques: tuple[str, ...], batch: int) -> Any:
-    from trimtab.api import predict
+    from trimtab.predict.predict import predict
     from trimtab.spec.workload import Workload
+    from trimtab.techniques.plan import make_plan
 
     workload = Workload(batch=batch, prompt=32, gen=256)
-    return predict(
-        model=model, machine="l40s", workload=workload, techniques=techniques, dtype="float32", kv_dtype="float32"
-    )
+    return predict(make_plan(model, "l40s", workload, techniques, dtype="float32", kv_dtype="float32"))
 
 
 def predicted_throughput(bench: Bench) -> Outcome:
@@ -244,8 +243,9 @@ def refuses_bad_input(bench: Bench) -> Outcome:
     import tempfile
     from pathlib import Path
 
-    from trimtab.api import applied, make_plan
+    from trimtab.techniques.apply import applied
     from trimtab.techniques.materials import Materials
+    from trimtab.techniques.plan import make_plan
 
     model = bench.model
     folder = Path(tempfile.mkdtemp())

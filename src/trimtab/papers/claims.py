@@ -98,7 +98,7 @@ class Bench:
     @property
     def model(self) -> Model:
         """The built-in model in fp32."""
-        from trimtab.api import load
+        from trimtab.techniques.apply import load
 
         return self.once("model", lambda: load("smollm2-135m"))
 

@@ -67,7 +67,7 @@ def _share_right(bench: Bench, name: str, answer: Callable[[int, Any], str]) -> 
 
 
 def _filtered(bench: Bench, layer: int) -> Callable[[int, Any], str]:
-    from trimtab.api import applied
+    from trimtab.techniques.apply import applied
 
     def answer(index: int, prompt: Any) -> str:
         with applied(bench.model, f"gemfilter:layer={layer},topk={TOPK}") as model:
@@ -103,7 +103,7 @@ def controls_fail(bench: Bench) -> Outcome:
 
 def prefill_is_faster(bench: Bench) -> Outcome:
     """Wall time of the prompt, filtered over plain, interleaved; median of five."""
-    from trimtab.api import applied
+    from trimtab.techniques.apply import applied
 
     prompt = list(_needle(bench).ids)
     layer = _layer(bench)
@@ -136,7 +136,7 @@ def _needle(bench: Bench) -> Any:
 
 def store_holds_kept(bench: Bench) -> Outcome:
     """Bytes in the cache after the prompt against those of the kept tokens."""
-    from trimtab.api import applied
+    from trimtab.techniques.apply import applied
 
     with applied(bench.model, f"gemfilter:layer={_layer(bench)},topk={TOPK}") as model:
         session = model.session()
@@ -148,7 +148,7 @@ def store_holds_kept(bench: Bench) -> Outcome:
 
 def shows_answer(bench: Bench) -> Outcome:
     """The kept text and the greedy answer."""
-    from trimtab.api import applied
+    from trimtab.techniques.apply import applied
 
     prompt = _needle(bench)
     with applied(bench.model, f"gemfilter:layer={_layer(bench)},topk={TOPK}") as model:
@@ -164,12 +164,11 @@ def shows_answer(bench: Bench) -> Outcome:
 
 
 def _llama(techniques: tuple[str, ...], prompt: int) -> Any:
-    from trimtab.api import predict
+    from trimtab.predict.predict import predict
     from trimtab.spec.workload import Workload
+    from trimtab.techniques.plan import make_plan
 
-    return predict(
-        model="llama-3.1-8b", machine="a100", workload=Workload(prompt=prompt, gen=50), techniques=techniques
-    )
+    return predict(make_plan("llama-3.1-8b", "a100", Workload(prompt=prompt, gen=50), techniques))
 
 
 def predicts_speed(bench: Bench) -> Outcome:
@@ -189,7 +188,7 @@ def predicts_memory(bench: Bench) -> Outcome:
 
 def refuses_bad_input(bench: Bench) -> Outcome:
     """Every documented bad parameter gets one sentence."""
-    from trimtab.api import make_plan
+    from trimtab.techniques.plan import make_plan
 
     cases = ("gemfilter:layer=30", "gemfilter:topk=0", "gemfilter:pool=4", "gemfilter:layer=-1")
     accepted = []

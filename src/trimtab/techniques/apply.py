@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trimtab.errors import SpecError
+from trimtab.runtime.numerics import transcode
+from trimtab.runtime.text.builtin import builtin_text, split
+from trimtab.runtime.weights.load import open_model
 from trimtab.spec.formats import GGUF_BLOCKS
 from trimtab.spec.nodes import LinearSpec, ModelSpec, MoESpec
 from trimtab.techniques.base import Technique, compose
@@ -16,6 +20,37 @@ from trimtab.techniques.registry import parse_all
 if TYPE_CHECKING:
     from trimtab.model.variant import Model, Variant
     from trimtab.runtime.weights.packed import Packed, Weights
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: str = "float32",
+    techniques: Sequence[str | Technique] = (),
+    materials: Materials | None = None,
+) -> Model:
+    """Load a model: ``smollm2-135m``, a folder, a .gguf file or a hub id.
+
+    Args:
+        source: where it is.
+        dtype: ``float32 | bfloat16 | float16``, or ``file`` to keep quantized blocks as they are in the file.
+        techniques: applied for good while loading; the matrices they replace are freed.
+        materials: calibration texts; by default the built-in text.
+
+    Raises:
+        SpecError: no such model, a broken file, a technique that does not fit.
+        MissingDependency: the built-in model's package or torch is not installed; the message holds the command.
+    """
+    chosen = parse_all(techniques)  # a typo is found before the weights are read
+    loaded = open_model(source, dtype=dtype)
+    compose(loaded.spec, chosen)
+    from trimtab.model.variant import Model, Variant
+
+    found = Model(Variant(loaded.spec, loaded.weights), loaded.tokenizer)
+    if not chosen:
+        return found
+    materials = (materials or default_materials(found)).for_model(found)
+    return Model(derive(found.variant, resolve_all(found, chosen, materials), materials), loaded.tokenizer)
 
 
 def derive(variant: Variant, techniques: Sequence[Technique], materials: Materials) -> Variant:
@@ -40,8 +75,6 @@ def reencode(weights: Weights, spec: ModelSpec) -> Weights:
     Raises:
         SpecError: a matrix would have to move from one integer grid to another.
     """
-    from trimtab.runtime.numerics import transcode
-
     replaced: dict[str, Packed] = {}
     for path, node in linear_weights(spec):
         packed = weights[path]
@@ -102,6 +135,4 @@ def applied(model: Model, *techniques: str | Technique, materials: Materials | N
 
 def default_materials(model: Model) -> Materials:
     """Calibrate on the first half of the built-in text; what is measured by default comes from the second half."""
-    from trimtab.runtime.text.builtin import builtin_text, split
-
     return Materials(texts={"topics": split(builtin_text())[0]}, tokenizer=model.tokenizer)

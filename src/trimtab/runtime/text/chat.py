@@ -34,12 +34,18 @@ def render_chat(
             the sandbox.
     """
     import jinja2
-    from jinja2.sandbox import SecurityError
+    from jinja2.exceptions import SecurityError
 
-    if isinstance(messages, str | Mapping) or not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
-        raise SpecError('Chat messages must be a list such as [{"role": "user", "content": "Hello"}], each with a role.')
+    if isinstance(messages, str | Mapping) or not all(
+        isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages
+    ):
+        raise SpecError(
+            'Chat messages must be a list such as [{"role": "user", "content": "Hello"}], each with a role.'
+        )
     chat = [_message(_plain(message)) for message in messages]
-    known: dict[str, Any] = {"tools": None, "documents": None} | {name: _plain(value) for name, value in variables.items()}
+    known: dict[str, Any] = {"tools": None, "documents": None} | {
+        name: _plain(value) for name, value in variables.items()
+    }
     try:
         return _compile(template).render(messages=chat, add_generation_prompt=add_generation_prompt, **known)
     except SecurityError as error:
@@ -73,9 +79,13 @@ def _plain(value: Any) -> Any:
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    for base in (str, int, float):  # subclasses, enums among them, are stripped to their base
-        if isinstance(value, base):
-            return base(value) if base is not str else str.__str__(value)
+    # Subclasses, enums among them, are stripped to their base.
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
     return f"<{type(value).__name__}>"
 
 
@@ -83,8 +93,9 @@ def _plain(value: Any) -> Any:
 def _compile(template: str) -> Template:
     import jinja2
     from jinja2 import nodes
+    from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
         """``{% generation %} ... {% endgeneration %}`` marks the assistant's text for training; here its body passes."""
@@ -121,11 +132,15 @@ def _compile(template: str) -> Template:
     def strftime_now(form: str) -> str:
         return datetime.now().strftime(form)
 
-    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
         # Jinja2's own filter escapes HTML characters, which models were not trained on.
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
     environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now, namespace=Namespace)
     return environment.from_string(template)

@@ -2,7 +2,8 @@
 
 A stage is a regular expression in Oniguruma syntax; its matches and the text between them become words, which the next
 stage cuts further. The expressions are those of the models' own ``tokenizer.json`` files. Where llama.cpp only
-approximates one (Tekken, GPT-4o: letter case outside ASCII), the model's expression is the one used.
+approximates one (Tekken, GPT-4o: letter case and marks outside ASCII; DeepSeek-V3: "~"; DeepSeek-LLM: spaces outside
+ASCII), the model's expression is the one used.
 
 Source: names and groups from llama.cpp `src/llama-vocab.cpp` (August 2025).
 """
@@ -24,9 +25,7 @@ _CASED_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_CONTRACTION}|{_NOT_WORD}\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}"
 _QWEN2 = rf"{_CONTRACTION}|{_NOT_WORD}\p{{L}}+|\p{{N}}|{_TAIL}"
 _TEKKEN = rf"{_NOT_WORD}{_UPPER}*{_LOWER}+|{_NOT_WORD}{_UPPER}+{_LOWER}*|\p{{N}}|{_CASED_TAIL}"
-_GPT4O = (
-    rf"{_NOT_WORD}{_UPPER}*{_LOWER}+{_CONTRACTION}?|{_NOT_WORD}{_UPPER}+{_LOWER}*{_CONTRACTION}?|\p{{N}}{{1,3}}|{_CASED_TAIL}"
-)
+_GPT4O = rf"{_NOT_WORD}{_UPPER}*{_LOWER}+{_CONTRACTION}?|{_NOT_WORD}{_UPPER}+{_LOWER}*{_CONTRACTION}?|\p{{N}}{{1,3}}|{_CASED_TAIL}"
 _DEEPSEEK3 = (
     r"\p{N}{1,3}",
     "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
@@ -73,7 +72,10 @@ class PreTokenizer:
 
 
 _GROUPS: tuple[tuple[str, PreTokenizer], ...] = (
-    ("llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2", PreTokenizer(stages=(_LLAMA3,), ignore_merges=True, add_bos=True)),
+    (
+        "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
+        PreTokenizer(stages=(_LLAMA3,), ignore_merges=True, add_bos=True),
+    ),
     ("dbrx smaug-bpe glm4 chatglm-bpe", PreTokenizer(stages=(_LLAMA3,))),
     ("qwen2 deepseek-r1-qwen megrez stablelm2 hunyuan", PreTokenizer(stages=(_QWEN2,))),
     ("smollm starcoder refact command-r codeshell exaone minerva-7b", PreTokenizer(stages=(_DIGIT, _GPT2))),

@@ -92,8 +92,9 @@ class Tokenizer:
                 self.backend.encode_special_tokens = not parse_special
                 ids = self.backend.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):
-            text.encode(errors="surrogatepass")
-            raise SpecError("The text holds half of a surrogate pair, which is no character. Decode its bytes with errors='replace'.") from None
+            raise SpecError(
+                "The text holds half of a surrogate pair, which is no character. Decode with errors='replace'."
+            ) from None
         return [*self.prefix, *ids, *self.suffix] if add_special_tokens else ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
@@ -106,14 +107,21 @@ class Tokenizer:
         try:
             return self.backend.decode(listed, skip_special_tokens=skip_special_tokens)
         except OverflowError:
-            raise SpecError(f"{min(listed)}..{max(listed)} holds ids that no vocabulary has. Allowed: 0..{self.vocab_size - 1}.") from None
+            raise SpecError(
+                f"{min(listed)}..{max(listed)} holds ids that no vocabulary has. Allowed: 0..{self.vocab_size - 1}."
+            ) from None
 
     def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
         """Return a decoder that takes one id at a time."""
         return TextStream(self, skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, chat_template: str | None = None, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        **variables: Any,
     ) -> str:
         """Return the model's prompt for `messages`; encode it with ``parse_special=True``.
 
@@ -129,9 +137,13 @@ class Tokenizer:
         template = chat_template or self.chat_template
         if not template:
             raise SpecError("This model has no chat template. Pass plain text, or a template with chat_template=...")
-        return render_chat(template, messages, add_generation_prompt=add_generation_prompt, **(self.template_variables | variables))
+        return render_chat(
+            template, messages, add_generation_prompt=add_generation_prompt, **(self.template_variables | variables)
+        )
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
         """Return the ids of the rendered chat template; it names its own BOS, so none is added."""
         text = self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **variables)
         return self.encode(text, parse_special=True)
@@ -194,7 +206,7 @@ def tokenizer_from_folder(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     path = folder / "tokenizer.json"
     if not path.is_file():
-        others = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model") if (folder / name).is_file()]
+        others = [name for name in _OTHER_VOCABULARIES if (folder / name).is_file()]
         if others:
             raise UnsupportedModelError(
                 f"{folder} has {', '.join(others)} but no tokenizer.json. Convert it once: "
@@ -227,6 +239,7 @@ def tokenizer_from_folder(folder: str | Path) -> Tokenizer:
     )
 
 
+_OTHER_VOCABULARIES = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -251,7 +264,9 @@ def _add_missing(backend: Backend, listed: Mapping[str, Mapping[str, Any]]) -> N
     """Add tokens that only the config knows, in the order of their ids."""
     for _, token in sorted(listed.items(), key=lambda item: int(item[0])):
         if backend.token_to_id(token["content"]) is None:
-            flags = {name: bool(token[name]) for name in ("lstrip", "rstrip", "single_word", "normalized") if name in token}
+            flags = {
+                name: bool(token[name]) for name in ("lstrip", "rstrip", "single_word", "normalized") if name in token
+            }
             added = AddedToken(token["content"], special=bool(token.get("special", True)), **flags)
             (backend.add_special_tokens if added.special else backend.add_tokens)([added])
 

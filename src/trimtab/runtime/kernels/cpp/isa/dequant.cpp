@@ -11,17 +11,19 @@ inline float half_at(const uint8_t* p) { return half(load<uint16_t>(p)); }
 // 16 bytes -> 32 codes: low nibbles are elements 0..15, high nibbles 16..31; `high` holds the fifth bits.
 template <bool FIFTH, bool MINIMUM>
 inline void nibbles32(const uint8_t* qs, uint32_t high, float d, float m, float* out) {
-    for (int i = 0; i < 16; ++i) {
-        int lo = qs[i] & 15, hi = qs[i] >> 4;
-        if constexpr (FIFTH) {
-            lo |= static_cast<int>(high >> i << 4 & 16);
-            hi |= static_cast<int>(high >> (i + 16) << 4 & 16);
+    constexpr int zero = MINIMUM ? 0 : FIFTH ? 16 : 8;
+    for (int side = 0; side < 2; ++side)
+        for (int i = 0; i < 16; i += 8) {
+            const uint32_t a = load<uint32_t>(qs + i) >> (4 * side), b = load<uint32_t>(qs + i + 4) >> (4 * side);
+            U8 codes = U8{a, a, a, a, b, b, b, b} >> U8{0, 8, 16, 24, 0, 8, 16, 24} & 15;
+            if constexpr (FIFTH) {
+                const uint32_t h = high >> (16 * side + i);
+                codes |= (U8{h, h, h, h, h, h, h, h} >> U8{0, 1, 2, 3, 4, 5, 6, 7} & 1) << 4;
+            }
+            F8 v = __builtin_convertvector(reinterpret_cast<I8>(codes) - zero, F8) * splat(d);
+            if constexpr (MINIMUM) v += splat(m);
+            store(out + 16 * side + i, v);
         }
-        if constexpr (!MINIMUM) lo -= FIFTH ? 16 : 8, hi -= FIFTH ? 16 : 8;
-        out[i] = static_cast<float>(lo) * d;
-        out[i + 16] = static_cast<float>(hi) * d;
-        if constexpr (MINIMUM) out[i] += m, out[i + 16] += m;
-    }
 }
 
 void q4_0(const uint8_t* b, int64_t count, float* out) {

@@ -129,8 +129,9 @@ void add_float(const void* row, const float* h, int64_t first, int64_t last, flo
 template <int BITS, int T>
 void add_int(const Matrix& w, const uint8_t* codes, Groups groups, const float* h, int64_t first, int64_t last,
              float* y, int64_t y_stride) {
-    for (int64_t c = first; c < last;) {
-        const int64_t g = c / w.group, end = (g + 1) * w.group < last ? (g + 1) * w.group : last;
+    int64_t g = first / w.group;
+    for (int64_t c = first; c < last; ++g) {
+        const int64_t end = (g + 1) * w.group < last ? (g + 1) * w.group : last;
         float scale, offset;
         groups.affine(g, &scale, &offset);
         F8 a[T], b[T];

@@ -1,0 +1,216 @@
+"""Grouped-query attention: project, append to the store, attend over what it hands out, project back.
+
+Legend: T new tokens of all rows, s of one row, S keys in view, N query heads, G KV heads, H head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from trimtab.model.linear import Linear, Norm
+from trimtab.model.rope import frequencies, rotate
+from trimtab.model.taps import tapped
+from trimtab.model.tensors import as_array, as_tensor, float_tensor
+from trimtab.runtime.step import Step
+from trimtab.runtime.weights.packed import Weights
+from trimtab.spec.cache import Keep, Ring
+from trimtab.spec.nodes import AttentionSpec
+
+if TYPE_CHECKING:
+    from trimtab.runtime.cache.store import KVStore
+
+#: Keys and values of some heads of one row: (head indices, k [G', S, H], v [G', S, H], positions [S]).
+Group = tuple[tuple[int, ...], torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Attention(nn.Module):
+    """One attention block."""
+
+    def __init__(self, path: str, spec: AttentionSpec, weights: Weights, max_positions: int) -> None:
+        super().__init__()
+        self.path, self.spec = path, spec
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            self.add_module(name, Linear(f"{path}.{name}", getattr(spec, name), weights))
+        for name in ("q_norm", "k_norm"):
+            node = getattr(spec, name)
+            self.add_module(name, None if node is None else Norm(f"{path}.{name}", node, weights))
+        self.sinks = weights[f"{path}.sinks"] if spec.sinks else None
+        if spec.rope is not None:
+            self.inverse, self.rope_scale = frequencies(spec.rope, max_positions)
+        self.backend: Callable[..., torch.Tensor] = sdpa
+
+    def forward(self, x_TD: torch.Tensor, step: Step, store: KVStore | None, layer: int) -> torch.Tensor:
+        """Return [T, D]."""
+        q_TNH, k_TGH, v_TGH = self.project(x_TD, step)
+        out_TNH = torch.empty(*q_TNH.shape[:2], v_TGH.shape[-1], dtype=q_TNH.dtype)
+        positions = torch.from_numpy(step.positions)
+        rows = list(zip(step.cu[:-1].tolist(), step.cu[1:].tolist(), strict=True))
+        if store is None:
+            views = (self._own(k_TGH[a:b], v_TGH[a:b], positions[a:b]) for a, b in rows)
+        else:
+            views = self._stored(k_TGH, v_TGH, step, store, layer)
+        per_head = q_TNH.shape[1] // k_TGH.shape[1]
+        flops = read = 0
+        for (a, b), groups in zip(rows, views, strict=True):
+            for heads, k_GSH, v_GSH, at_S in groups:
+                queries = [head * per_head + i for head in heads for i in range(per_head)]
+                chosen = (
+                    slice(queries[0], queries[-1] + 1)
+                    if queries == list(range(queries[0], queries[-1] + 1))
+                    else queries
+                )
+                keep = self.spec.cache.heads[heads[0]].keep
+                q_sNH = q_TNH[a:b, chosen]
+                read += k_GSH.nbytes + v_GSH.nbytes
+                flops += 2 * q_sNH.shape[0] * q_sNH.shape[1] * k_GSH.shape[1] * (k_GSH.shape[2] + v_GSH.shape[2])
+                mask = visible(positions[a:b], at_S, self.spec.window, keep)
+                bias = self._bias(positions[a:b], at_S, mask, chosen)
+                out_TNH[a:b, chosen] = self.backend(
+                    self, q_sNH, k_GSH.to(q_sNH.dtype), v_GSH.to(q_sNH.dtype), bias, chosen
+                )
+        if step.record is not None:
+            sinks = 0 if self.sinks is None else self.sinks.nbytes
+            kv_read = 0 if store is None else read
+            step.record.op(f"{self.path}.attend", flops=flops, weight_read=sinks, kv_read=kv_read)
+        return self.o_proj(out_TNH.flatten(1), step)
+
+    def project(self, x_TD: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return q [T, N, H], k [T, G, H] (normed and rotated) and v [T, G, H]."""
+        q_TN, k_TG = self.q_proj(x_TD, step), self.k_proj(x_TD, step)
+        v_TGH = self.v_proj(x_TD, step).unflatten(-1, (self.spec.num_key_value_heads, -1))
+        return *self._positioned(q_TN, k_TG, step), v_TGH
+
+    def queries_and_keys(self, x_TD: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return q [T, N, H] and k [T, G, H] alone (token filters)."""
+        return self._positioned(self.q_proj(x_TD, step), self.k_proj(x_TD, step), step)
+
+    def _positioned(self, q_TN: torch.Tensor, k_TG: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """Split heads, norm and rotate."""
+        q_TNH, k_TGH = (x.unflatten(-1, (-1, self.spec.head_dim)) for x in (q_TN, k_TG))
+        if self.q_norm is not None:
+            q_TNH = self.q_norm(q_TNH, step)
+        if self.k_norm is not None:
+            k_TGH = self.k_norm(k_TGH, step)
+        if self.spec.rope is not None:
+            angles = torch.from_numpy(step.positions).float()[:, None] * self.inverse
+            angles = torch.cat((angles, angles), dim=-1)
+            cos, sin = ((part * self.rope_scale).to(q_TNH.dtype) for part in (angles.cos(), angles.sin()))
+            q_TNH, k_TGH = rotate(q_TNH, cos, sin), rotate(k_TGH, cos, sin)
+            if step.record is not None:
+                step.record.op(f"{self.path}.rope")
+        return tapped(step, "self_attn.qk", self.path, (q_TNH, k_TGH))
+
+    def _own(self, k_sGH: torch.Tensor, v_sGH: torch.Tensor, at_s: torch.Tensor) -> Iterator[Group]:
+        """A row's own keys, without a store; heads that keep alike go together."""
+        heads = self.spec.cache.heads
+        for keep in dict.fromkeys(head.keep for head in heads):
+            chosen = tuple(index for index, head in enumerate(heads) if head.keep == keep)
+            index = list(chosen)
+            yield chosen, k_sGH[:, index].transpose(0, 1), v_sGH[:, index].transpose(0, 1), at_s
+
+    def _stored(
+        self, k_TGH: torch.Tensor, v_TGH: torch.Tensor, step: Step, store: KVStore, layer: int
+    ) -> Iterator[list[Group]]:
+        """Append to the store and yield what each row may read."""
+        written = store.written
+        views = store.append(layer, as_array(k_TGH), as_array(v_TGH), step)
+        if step.record is not None:
+            step.record.op(f"{self.path}.append", kv_written=store.written - written)
+        heads = self.spec.cache.heads
+        for row in views:
+            groups: list[Group] = []
+            for view in row:
+                head = heads[view.heads[0]]
+                k, v = as_tensor(view.k, head.k_format.kind), as_tensor(view.v, head.v_format.kind)
+                groups.append((view.heads, k, v, torch.from_numpy(view.positions)))
+            yield groups
+
+    def _bias(
+        self, at_s: torch.Tensor, at_S: torch.Tensor, mask_sS: torch.Tensor | None, heads: slice | list[int]
+    ) -> torch.Tensor | None:
+        """Additive mask [s, S], or with ALiBi [N', s, S]; None if every query sees every key."""
+        bias = None
+        if mask_sS is not None:
+            bias = torch.zeros(mask_sS.shape).masked_fill_(~mask_sS, float("-inf"))
+        if self.spec.alibi:
+            slopes = alibi_slopes(self.spec.num_attention_heads)[heads]
+            distance = (at_S[None, :] - at_s[:, None]).float()
+            alibi = slopes[:, None, None] * distance
+            bias = alibi if bias is None else alibi + bias
+        return bias
+
+
+def visible(at_s: torch.Tensor, at_S: torch.Tensor, window: int | None, keep: Keep) -> torch.Tensor | None:
+    """Which keys each query sees [s, S], or None if all of them: causal, inside the window, inside the ring."""
+    if len(at_s) == 1 and window is None and not isinstance(keep, Ring):
+        return None
+    query, key = at_s[:, None], at_S[None, :]
+    seen = key <= query
+    if window is not None:
+        seen &= key > query - window
+    if isinstance(keep, Ring):
+        seen &= (key < keep.sink) | (key > query - keep.recent)
+    return None if bool(seen.all()) else seen
+
+
+def alibi_slopes(heads: int) -> torch.Tensor:
+    """Slope of every head. Source: Press et al., Train Short, Test Long, arXiv 2108.12409."""
+    nearest = 2 ** math.floor(math.log2(heads))
+    powers = [2 ** (-8 * (i + 1) / nearest) for i in range(nearest)]
+    powers += [2 ** (-4 * (2 * i + 1) / nearest) for i in range(heads - nearest)]
+    return torch.tensor(powers)
+
+
+def eager(
+    block: Attention,
+    q_sNH: torch.Tensor,
+    k_GSH: torch.Tensor,
+    v_GSH: torch.Tensor,
+    bias: torch.Tensor | None,
+    heads: slice | list[int],
+) -> torch.Tensor:
+    """Scores, softmax in float32, weighted sum; the queries that share a KV head are one matrix. Returns [s, N, H]."""
+    s, n, h = q_sNH.shape
+    g = k_GSH.shape[0]
+    q_GPsH = q_sNH.transpose(0, 1).reshape(g, n // g * s, h)
+    scores = (torch.matmul(q_GPsH, k_GSH.transpose(1, 2)) * block.spec.scale).view(n, s, -1).float()
+    if block.spec.softcap is not None:
+        scores = block.spec.softcap * torch.tanh(scores / block.spec.softcap)
+    if bias is not None:
+        scores = scores + bias
+    if block.sinks is not None:
+        sink = float_tensor(block.sinks)[0].float()[heads]
+        scores = torch.cat((scores, sink[:, None, None].expand(n, s, 1)), dim=-1)
+        weights = scores.softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    out = torch.matmul(weights.to(v_GSH.dtype).reshape(g, n // g * s, -1), v_GSH)
+    return out.view(n, s, -1).transpose(0, 1)
+
+
+def sdpa(
+    block: Attention,
+    q_sNH: torch.Tensor,
+    k_GSH: torch.Tensor,
+    v_GSH: torch.Tensor,
+    bias: torch.Tensor | None,
+    heads: slice | list[int],
+) -> torch.Tensor:
+    """Torch's fused attention for long passes; what it cannot do, and single tokens, go to `eager`. Returns [s, N, H]."""
+    s, n, _ = q_sNH.shape
+    if s <= 8 or block.spec.softcap is not None or block.sinks is not None:
+        return eager(block, q_sNH, k_GSH, v_GSH, bias, heads)
+    shared = n // k_GSH.shape[0]
+    if shared > 1:
+        k_GSH, v_GSH = k_GSH.repeat_interleave(shared, 0), v_GSH.repeat_interleave(shared, 0)
+    mask = None if bias is None else bias.to(q_sNH.dtype)
+    out = F.scaled_dot_product_attention(
+        q_sNH.transpose(0, 1)[None], k_GSH[None], v_GSH[None], attn_mask=mask, scale=block.spec.scale
+    )
+    return out[0].transpose(0, 1)

@@ -1,0 +1,109 @@
+"""Linear layers over packed weights, embeddings and norms.
+
+Legend: T tokens, K inputs, N outputs, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from trimtab.model.tensors import float_tensor
+from trimtab.runtime.kernels import IntRows, int_gemv, int_gemv_t
+from trimtab.runtime.numerics import decode
+from trimtab.runtime.step import Step
+from trimtab.runtime.weights.packed import Packed, Weights
+from trimtab.spec.nodes import EmbeddingSpec, LinearSpec, NormSpec
+
+#: Tokens up to which an integer matrix is multiplied in its packed form; above, decoding it once is cheaper.
+PACKED_TOKENS = 8
+
+
+def int_rows(packed: Packed) -> IntRows:
+    """The stored rows of an integer matrix as the kernels take them."""
+    buffers, form = packed.buffers, packed.format
+    return IntRows(buffers["codes"], buffers["scale"], buffers.get("minimum"), form.bits, form.group)
+
+
+class Linear(nn.Module):
+    """``y[T, N] = x[T, K] @ W.T (+ bias)``, or one of several such matrices (experts) chosen by index."""
+
+    def __init__(self, path: str, spec: LinearSpec, weights: Weights, stored: Sequence[str] | None = None) -> None:
+        super().__init__()
+        self.path, self.spec = path, spec
+        names = list(stored) if stored is not None else [path]
+        self.packed = [weights[name] for name in names]
+        self.biases = [weights[f"{name}.bias"] if spec.bias else None for name in names]
+
+    def forward(self, x_TK: torch.Tensor, step: Step, index: int = 0) -> torch.Tensor:
+        """Multiply by matrix `index`."""
+        packed, bias = self.packed[index], self.biases[index]
+        added = None if bias is None else float_tensor(bias)[0].to(x_TK.dtype)
+        y_TN = self._product(x_TK, packed, added)
+        if step.record is not None:
+            read = packed.nbytes + (0 if bias is None else bias.nbytes)
+            step.record.op(self.path, flops=2 * x_TK.numel() * y_TN.shape[-1], weight_read=read)
+        return y_TN
+
+    def _product(self, x_TK: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+        form, transposed = packed.format, packed.layout == "transposed"
+        if form.kind == "int" and x_TK.shape[0] <= PACKED_TOKENS:
+            kernel = int_gemv_t if transposed else int_gemv
+            x = np.ascontiguousarray(x_TK.float().numpy())
+            y_TN = torch.from_numpy(kernel(x, int_rows(packed), torch.get_num_threads())[0]).to(x_TK.dtype)
+            return y_TN if bias is None else y_TN + bias
+        stored = float_tensor(packed) if form.is_float else torch.from_numpy(decode(packed))
+        stored = stored.to(x_TK.dtype)
+        return F.linear(x_TK, stored.T if transposed else stored, bias)
+
+
+class Embedding(nn.Module):
+    """Rows of a table, looked up by id; packed tables decode the rows asked for alone."""
+
+    def __init__(self, path: str, spec: EmbeddingSpec, weights: Weights, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.path, self.spec, self.dtype = path, spec, dtype
+        self.packed = weights[path]
+
+    def forward(self, ids_T: torch.Tensor, step: Step) -> torch.Tensor:
+        """Return [T, D]."""
+        rows = ids_T + self.spec.offset
+        if self.packed.format.is_float:
+            h_TD = F.embedding(rows, float_tensor(self.packed)).to(self.dtype)
+        else:
+            h_TD = torch.from_numpy(decode(self.packed, rows.numpy())).to(self.dtype)
+        if step.record is not None:
+            step.record.op(self.path, weight_read=len(rows) * (self.packed.nbytes // self.packed.shape[0]))
+        if self.spec.scale != 1.0:
+            h_TD = h_TD * torch.tensor(self.spec.scale, dtype=self.dtype)
+        return h_TD
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last axis, in float32 inside."""
+
+    def __init__(self, path: str, spec: NormSpec, weights: Weights) -> None:
+        super().__init__()
+        self.path, self.spec = path, spec
+        self.packed = weights[path]
+        self.bias = weights[f"{path}.bias"] if spec.bias else None
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """Normalise [..., size]."""
+        spec = self.spec
+        weight = float_tensor(self.packed)[0]
+        if step.record is not None:
+            read = self.packed.nbytes + (0 if self.bias is None else self.bias.nbytes)
+            step.record.op(self.path, weight_read=read)
+        if spec.kind == "layer":
+            bias = None if self.bias is None else float_tensor(self.bias)[0].to(x.dtype)
+            return F.layer_norm(x, (spec.size,), weight.to(x.dtype), bias, spec.eps)
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + spec.eps)
+        if spec.unit_offset:  # Gemma multiplies before it rounds, the others after
+            return (x32 * (1.0 + weight.float())).to(x.dtype)
+        return weight.to(x.dtype) * x32.to(x.dtype)

@@ -1,0 +1,81 @@
+"""Build a Plan from names: the model, the machine, the stack and the techniques, looked up and composed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trimtab.spec.configs import load_spec
+from trimtab.spec.formats import dtype_name
+from trimtab.spec.machine import THIS, Machine, Stack, load_machine, load_stack, this_machine_path
+from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.plan import Plan
+from trimtab.spec.workload import Workload
+from trimtab.techniques.base import Technique, compose
+from trimtab.techniques.registry import parse_all
+
+if TYPE_CHECKING:
+    from trimtab.model.variant import Model
+
+
+def make_plan(
+    model: str | Path | ModelSpec | Model,
+    machine: str | Machine | None = None,
+    workload: Workload | None = None,
+    techniques: Sequence[str | Technique] = (),
+    *,
+    dtype: str = "bfloat16",
+    kv_dtype: str = "bfloat16",
+    stack: str | Stack | None = None,
+) -> Plan:
+    """Build a Plan.
+
+    Args:
+        model: a name `load` takes (no weights are read), a ModelSpec or a loaded model.
+        machine: id, alias or Machine; default: this machine once calibrated, else an A100.
+        workload: batch, prompt and generated tokens.
+        techniques: spec strings in order.
+        dtype: of weights and activations; ``file`` keeps the blocks of a quantized file.
+        kv_dtype: of the cache.
+        stack: name or Stack; default `this` on this machine, else `datasheet`.
+
+    Raises:
+        SpecError, Conflict: unknown names, values out of range, techniques that do not fit.
+    """
+    keep_packed = dtype == "file"
+    spec = _spec(model, keep_packed)
+    weights_dtype = spec.act_dtype if keep_packed else dtype
+    base = spec.with_dtype(weights_dtype, kv_dtype, keep_packed=keep_packed)
+    chosen = parse_all(techniques)
+    if machine is None:
+        machine = THIS if this_machine_path().exists() else "a100"
+    found = machine if isinstance(machine, Machine) else load_machine(machine)
+    if stack is None:
+        stack = THIS if found.id == THIS else "datasheet"
+    return Plan(
+        base=base,
+        model=compose(base, chosen),
+        machine=found,
+        stack=stack if isinstance(stack, Stack) else load_stack(stack),
+        workload=workload or Workload(),
+        techniques=tuple(str(technique) for technique in chosen),
+        dtype=dtype_name(weights_dtype),
+        kv_dtype=dtype_name(kv_dtype),
+        assumed=tuple(
+            f"{t.name}:{f.name}" for t in chosen for f in dataclasses.fields(t) if getattr(t, f.name) == "auto"
+        ),
+    )
+
+
+def _spec(model: str | Path | ModelSpec | Model, as_stored: bool) -> ModelSpec:
+    if isinstance(model, ModelSpec):
+        return model
+    if not isinstance(model, str | Path):
+        return model.spec
+    if as_stored:  # the catalogue knows shapes; only the file knows in which blocks it is stored
+        from trimtab.runtime.weights.load import stored_spec
+
+        return stored_spec(model)
+    return load_spec(str(model))
