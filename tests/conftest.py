@@ -95,3 +95,57 @@ def tiny_materials() -> Any:
     ids = np.random.default_rng(1).integers(0, 131, 1024)
     text = " ".join(str(token) for token in ids)
     return Materials(texts={"random": text}, tokenizer=Digits(), window=128, windows=4, cache=None)  # type: ignore[arg-type]
+
+
+_SMALL = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 256, "rms_norm_eps": 1e-6}
+_GQA = {**_SMALL, "intermediate_size": 80, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+
+#: A tiny config of every family the decoder runs, with what is peculiar to it.
+FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {**_GQA, "model_type": "llama", "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    "mistral": {**_GQA, "model_type": "mistral", "sliding_window": 7, "tie_word_embeddings": False},
+    "qwen2": {**_GQA, "model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {**_GQA, "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": False},
+    "gemma2": {
+        **_GQA, "model_type": "gemma2", "sliding_window": 7, "query_pre_attn_scalar": 12, "head_dim": 8,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "gemma3": {
+        **_GQA, "model_type": "gemma3_text", "sliding_window": 7, "query_pre_attn_scalar": 12, "head_dim": 8,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "rope_local_base_freq": 10000.0, "rope_theta": 1e6, "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "phi3": {**_GQA, "model_type": "phi3", "tie_word_embeddings": False, "original_max_position_embeddings": 256},
+    "phi": {
+        **_SMALL, "model_type": "phi", "intermediate_size": 80, "num_attention_heads": 6, "num_key_value_heads": 6,
+        "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5, "tie_word_embeddings": False, "hidden_act": "gelu_new",
+    },
+    "gpt2": {
+        "model_type": "gpt2", "vocab_size": 97, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 256,
+        "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new",
+    },
+    "opt": {
+        "model_type": "opt", "vocab_size": 97, "hidden_size": 48, "word_embed_proj_dim": 48, "num_hidden_layers": 3,
+        "ffn_dim": 80, "num_attention_heads": 6, "max_position_embeddings": 256, "do_layer_norm_before": True,
+    },
+    "bloom": {"model_type": "bloom", "vocab_size": 97, "hidden_size": 48, "n_layer": 3, "n_head": 6, "layer_norm_epsilon": 1e-5},
+    "mixtral": {
+        **_GQA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False,
+    },
+    "qwen2_moe": {
+        **_GQA, "model_type": "qwen2_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40, "norm_topk_prob": False, "tie_word_embeddings": False,
+    },
+    "qwen3_moe": {
+        **_GQA, "model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "norm_topk_prob": True, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(params=sorted(FAMILY_CONFIGS))
+def family(request: pytest.FixtureRequest) -> Any:
+    """The fp32 spec of a tiny model of each family."""
+    from trimtab.spec.configs import spec_from_config
+
+    return spec_from_config(FAMILY_CONFIGS[request.param], f"tiny-{request.param}").with_dtype("float32")
