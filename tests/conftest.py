@@ -97,7 +97,13 @@ def tiny_materials() -> Any:
     return Materials(texts={"random": text}, tokenizer=Digits(), window=128, windows=4, cache=None)  # type: ignore[arg-type]
 
 
-_SMALL = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 256, "rms_norm_eps": 1e-6}
+_SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+}
 _GQA = {**_SMALL, "intermediate_size": 80, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
 
 #: A tiny config of every family the decoder runs, with what is peculiar to it.
@@ -139,6 +145,17 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         **_GQA, "model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
         "norm_topk_prob": True, "tie_word_embeddings": False,
+    },
+    "minimax_m2": {
+        **_GQA, "model_type": "minimax_m2", "num_local_experts": 5, "num_experts_per_tok": 2, "tie_word_embeddings": False,
+    },
+    "gpt_oss": {
+        **_GQA, "model_type": "gpt_oss", "sliding_window": 7, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    },
+    "gpt_neox": {
+        **_SMALL, "model_type": "gpt_neox", "intermediate_size": 80, "num_attention_heads": 6, "rotary_pct": 0.25,
+        "layer_norm_eps": 1e-5, "tie_word_embeddings": False,
     },
 }  # fmt: skip
 

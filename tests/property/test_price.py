@@ -20,20 +20,29 @@ from trimtab.spec.machine import load_machine, load_stack
 from trimtab.spec.plan import Plan
 from trimtab.spec.workload import Workload
 
-MODELS = {name: load_spec(name) for name in ("smollm2-135m", "gpt2", "gemma-2-2b", "mixtral-8x7b", "deepseek-v3", "phi-2")}
+MODELS = {
+    name: load_spec(name) for name in ("smollm2-135m", "gpt2", "gemma-2-2b", "mixtral-8x7b", "deepseek-v3", "phi-2")
+}
 GRAPHS = {name: build(spec) for name, spec in MODELS.items()}
 MACHINE, DATASHEET, IDEAL = load_machine("a100"), load_stack("datasheet"), load_stack("ideal")
 
 models = st.sampled_from(sorted(MODELS))
 sizes = st.integers(1, 3000)
-steps = st.builds(lambda new, past, copies: StepShape.of([[new]], [[past]], logits=copies, copies=copies), sizes, st.integers(0, 9000), st.integers(1, 64))
+steps = st.builds(
+    lambda new, past, copies: StepShape.of([[new]], [[past]], logits=copies, copies=copies),
+    sizes,
+    st.integers(0, 9000),
+    st.integers(1, 64),
+)
 fusions = st.frozensets(st.sampled_from(sorted(FUSIONS)))
 attentions = st.sampled_from(["eager", "tiled"])
 
 
 @settings(max_examples=40, deadline=None)
 @given(models, steps, st.floats(1.0, 50.0), fusions, attentions)
-def test_better_hardware_is_never_slower(name: str, step: StepShape, factor: float, fused: frozenset[str], attention: str) -> None:
+def test_better_hardware_is_never_slower(
+    name: str, step: StepShape, factor: float, fused: frozenset[str], attention: str
+) -> None:
     stack = dataclasses.replace(DATASHEET, fused=fused, attention=attention)
     kernels = fuse(GRAPHS[name], stack)
     before = price(kernels, step, MACHINE, stack).total_s
@@ -68,7 +77,9 @@ def test_a_causal_prompt_costs_the_same_flops_in_any_chunks(name: str, prompt: i
 
 @settings(max_examples=40, deadline=None)
 @given(models, steps, fusions, attentions)
-def test_fusion_moves_no_weight_cache_or_flop(name: str, step: StepShape, fused: frozenset[str], attention: str) -> None:
+def test_fusion_moves_no_weight_cache_or_flop(
+    name: str, step: StepShape, fused: frozenset[str], attention: str
+) -> None:
     kernels = fuse(GRAPHS[name], dataclasses.replace(DATASHEET, fused=fused))
     assert [op for kernel in kernels for op in kernel.ops] == list(GRAPHS[name].ops)
     alone = sum((count(op, step, attention) for op in GRAPHS[name].ops), Counts())

@@ -25,7 +25,12 @@ LLAMA = {
     "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": True,
 }  # fmt: skip
-MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+MIXTRAL = LLAMA | {
+    "model_type": "mixtral",
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "tie_word_embeddings": False,
+}
 
 
 def tiny(config: dict[str, Any] = LLAMA, dtype: str = "float32") -> ModelSpec:
@@ -68,19 +73,20 @@ def test_names_of_a_gate_first_layer() -> None:
 def test_filter_pass_runs_the_first_layers_without_cache_and_scores() -> None:
     spec = tiny().edit([Edit("flow", "filter", TokenFilter(layer=1, topk=4, pool=3))], by="test")
     names = filter_graph(spec).names
-    assert names[-1] == "flow.score"
-    assert "layers.1.add_mlp" in names
-    assert not any(name.startswith("layers.2") or name.endswith("append") for name in names)
+    last = [name.removeprefix("layers.1.") for name in names if not name.startswith(("embed", "layers.0."))]
+    assert last == ["input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.rope", "flow.score"]
+    assert "layers.0.add_mlp" in names
+    assert not any(name.endswith("append") for name in names)
     read = sum(int(count(op, StepShape.of([7], [0])).kv_read) for op in filter_graph(spec).ops)
     assert read == 0
     score = count(filter_graph(spec).ops[-1], StepShape.of([7, 5], [0, 0]))
-    assert score.flops == 2 * 6 * 16 * (7 + 5)
+    assert score.flops == 2 * 2 * 16 * (7 + 5)
 
 
 def test_every_model_of_the_catalogue_that_has_a_spec_builds_and_counts() -> None:
     from trimtab.errors import UnsupportedModelError
 
-    built = 0
+    built, eager = 0, dataclasses.replace(load_stack("datasheet"), fused=frozenset())
     for name in model_ids():
         try:
             spec = load_spec(name)
@@ -93,8 +99,13 @@ def test_every_model_of_the_catalogue_that_has_a_spec_builds_and_counts() -> Non
             assert {op.kind for op in graph.ops} <= set(KINDS)
             # Every weight of the model is read by some op: a step of many tokens reads all matrices and norms.
             step = StepShape.of([1 << 16], [0], logits=1)
-            read = sum(int(count(op, step).weight_read) for op in graph.ops if op.kind != "embed")
-            resident = sum(_bytes(node) * times for path, node, times in owned(spec) if not path.startswith("embed_t") and not path.startswith("embed_p"))
+            kernels = [kernel for kernel in fuse(graph, eager) if kernel.ops[0].kind != "embed"]
+            read = sum(int(counts.weight_read) * len(same.names) for same, counts in count_all(kernels, step))
+            resident = sum(
+                _bytes(node) * times
+                for path, node, times in owned(spec)
+                if not path.startswith("embed_t") and not path.startswith("embed_p")
+            )
             head = spec.lm_head.nbytes() if spec.tie_word_embeddings else 0
             assert read == resident + head, (name, phase)
     assert built >= 40
@@ -175,7 +186,9 @@ def test_experts_read_the_distinct_ones_and_observed_counts_are_exact() -> None:
     assert (one.flops, one.weight_read) == (2 * 2 * 48 * 80, 2 * matrix)
     many = count(op, StepShape.of([8], [0]))
     assert many.weight_read == round(8 * (1 - (1 - 2 / 8) ** 8) * matrix)
-    seen = count(op, StepShape.of([8], [0], observed={"layers.2.mlp.experts_touched": 5, "layers.1.mlp.experts_touched": 3}))
+    seen = count(
+        op, StepShape.of([8], [0], observed={"layers.2.mlp.experts_touched": 5, "layers.1.mlp.experts_touched": 3})
+    )
     assert seen.weight_read == 5 * matrix
     assert seen.flops == many.flops == 8 * one.flops
 
@@ -205,7 +218,9 @@ def test_a_down_projection_stored_by_output_cannot_skip() -> None:
 def test_latent_attention_reads_its_cache_once_for_all_heads() -> None:
     spec = load_spec("deepseek-v3")
     decode = build(spec, "decode")
-    names = [op.name.removeprefix("layers.0.self_attn.") for op in decode.ops if op.name.startswith("layers.0.self_attn")]
+    names = [
+        op.name.removeprefix("layers.0.self_attn.") for op in decode.ops if op.name.startswith("layers.0.self_attn")
+    ]
     assert names == [
         "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "rope", "append", "q_absorb",
         "attend", "v_absorb", "o_proj",
@@ -215,13 +230,17 @@ def test_latent_attention_reads_its_cache_once_for_all_heads() -> None:
     # Per head: scores over rank 512 + rope 64, values over rank 512.
     assert count(attend, step).flops == 2 * 128 * 100 * (576 + 512)
     assert count(attend, step).kv_read == 100 * 576 * 2
-    absorbed = sum(int(count(op, step).weight_read) for op in decode.ops if op.name.startswith("layers.0.") and "absorb" in op.name)
+    absorbed = sum(
+        int(count(op, step).weight_read) for op in decode.ops if op.name.startswith("layers.0.") and "absorb" in op.name
+    )
     assert absorbed == spec.layers[0].self_attn.kv_b_proj.nbytes()  # type: ignore[union-attr]
     prefill = {op.name: op for op in build(spec, "prefill").ops}
     whole = StepShape.of([10], [20])
     # A chunk behind 20 cached tokens expands the latents of all 30.
     assert count(prefill["layers.0.self_attn.kv_b_proj"], whole).flops == 2 * 30 * 512 * 128 * (128 + 128)
-    assert count(prefill["layers.0.self_attn.attend"], whole, "tiled").flops == 2 * 128 * (10 * 20 + 55) * (128 + 64 + 128)
+    assert count(prefill["layers.0.self_attn.attend"], whole, "tiled").flops == 2 * 128 * (10 * 20 + 55) * (
+        128 + 64 + 128
+    )
 
 
 def test_counts_over_arrays_of_steps_equal_those_of_each_step() -> None:
@@ -233,12 +252,15 @@ def test_counts_over_arrays_of_steps_equal_those_of_each_step() -> None:
                 alone = count(op, StepShape.of([s, s], [c, c], logits=rows))
                 for name in Counts.__slots__:
                     value = getattr(together, name)
-                    assert int(value[i] if getattr(value, "ndim", 0) else value) == int(getattr(alone, name)), (op.name, name)
+                    assert int(value[i] if getattr(value, "ndim", 0) else value) == int(getattr(alone, name)), (
+                        op.name,
+                        name,
+                    )
 
 
 def test_huge_passes_do_not_overflow() -> None:
     op = op_at(load_spec("llama-3.1-405b"), "layers.0.self_attn.attend")
-    tokens, batch = 1 << 20, 1 << 12
+    tokens, batch = 1 << 20, 1 << 9
     assert int(count(op, StepShape.of([tokens], [0], copies=batch)).flops) == 2 * batch * tokens * tokens * 128 * 256
 
 
@@ -282,7 +304,10 @@ def test_equal_layers_are_counted_once() -> None:
 # ------------------------------------------------------------------------------------------------------------- passes
 
 
-@pytest.mark.parametrize(("prompt", "chunk", "expected"), [(1, 512, (0, 1)), (512, 512, (0, 512)), (513, 512, (1, 1)), (1100, None, (0, 1100))])
+@pytest.mark.parametrize(
+    ("prompt", "chunk", "expected"),
+    [(1, 512, (0, 1)), (512, 512, (0, 512)), (513, 512, (1, 1)), (1024, 512, (1, 512)), (1100, None, (0, 1100))],
+)
 def test_chunks(prompt: int, chunk: int | None, expected: tuple[int, int]) -> None:
     assert chunks(prompt, chunk) == expected
 
@@ -300,9 +325,9 @@ def test_passes_cover_the_prompt_and_every_step() -> None:
 
 def test_a_filter_runs_only_on_prompts_longer_than_it_keeps() -> None:
     spec = tiny().edit([Edit("flow", "filter", TokenFilter(layer=1, topk=20, pool=3))], by="test")
-    found = passes(plan_of(spec, Workload(prompt=70, gen=3), prefill_chunk=16))
+    found = passes(plan_of(spec, Workload(batch=2, prompt=70, gen=3), prefill_chunk=16))
     assert [(p.phase, p.step.new.ravel().tolist()) for p in found] == [
-        ("filter", [70]), ("prefill", [16]), ("prefill", [4]), ("decode", [1, 1]),
+        ("filter", [70, 70]), ("prefill", [16]), ("prefill", [4]), ("decode", [1, 1]),
     ]  # fmt: skip
     assert found[-1].step.past.ravel().tolist() == [20, 21]
     assert [p.phase for p in passes(plan_of(spec, Workload(prompt=20, gen=1)))] == ["prefill"]

@@ -28,7 +28,16 @@ from trimtab.spec.plan import Plan
 from trimtab.spec.report import Report
 from trimtab.spec.workload import Workload
 
-COUNTS = ("weight_bytes", "kv_bytes", "activation_bytes", "peak_bytes", "prefill_flops", "decode_flops", "weight_read", "kv_read")
+COUNTS = (
+    "weight_bytes",
+    "kv_bytes",
+    "activation_bytes",
+    "peak_bytes",
+    "prefill_flops",
+    "decode_flops",
+    "weight_read",
+    "kv_read",
+)
 FIGURES = ("ttft_s", "tpot_s", "tokens_per_s", "energy_j", "usd_per_million_tokens")
 
 
@@ -46,8 +55,12 @@ def stack(**fields: Any) -> Stack:
     return Stack(**(dict(name="toy", op_classes=classes, band=(0.5, 2.0)) | fields))
 
 
-def small(name: str = "smollm2-135m", work: Workload | None = None, techniques: tuple[str, ...] = (), **options: Any) -> Plan:
-    return make_plan(name, options.pop("machine", "a100"), work or Workload(batch=2, prompt=100, gen=11), techniques, **options)
+def small(
+    name: str = "smollm2-135m", work: Workload | None = None, techniques: tuple[str, ...] = (), **options: Any
+) -> Plan:
+    return make_plan(
+        name, options.pop("machine", "a100"), work or Workload(batch=2, prompt=100, gen=11), techniques, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +79,9 @@ def test_counts_follow_their_definitions(report: Report) -> None:
     assert counts["weight_bytes"] == 2 * 134_515_008
     assert counts["kv_bytes"] == 2 * (100 + 11) * 23_040
     assert counts["kv_reserved_bytes"] == 2 * 128 * 23_040  # two pages of 64
-    assert counts["peak_bytes"] == sum(counts[n] for n in ("weight_bytes", "kv_reserved_bytes", "activation_bytes", "reserve_bytes"))
+    assert counts["peak_bytes"] == sum(
+        counts[n] for n in ("weight_bytes", "kv_reserved_bytes", "activation_bytes", "reserve_bytes")
+    )
     prompt = StepShape.of([100, 100], [0, 0], logits=2)
     assert counts["prefill_flops"] == sum(int(count(op, prompt, "tiled").flops) for op in build(spec).ops)
     # Steps at 100 ... 109 earlier tokens: mean 104.5, rounded down.
@@ -98,7 +113,10 @@ def test_figures_follow_their_definitions(report: Report) -> None:
     for name in FIGURES[:3]:
         assert figures[name].p10 < figures[name].value < figures[name].p90  # type: ignore[operator]
         assert figures[name].kind == "datasheet"
-    assert figures["tpot_s"].check == "trimtab measure smollm2-135m --batch 2 --prompt 100 --gen 11 --dtype bf16 --kv-dtype bf16"
+    assert (
+        figures["tpot_s"].check
+        == "trimtab measure smollm2-135m --batch 2 --prompt 100 --gen 11 --dtype bf16 --kv-dtype bf16"
+    )
 
 
 def test_a_figure_without_a_source_is_none_and_says_why() -> None:
@@ -122,7 +140,9 @@ def test_techniques_change_the_counts_they_claim(report: Report) -> None:
     quantized = predict(small(techniques=("rtn:bits=4,group=32",))).counts
     # A matrix element takes 4 bits and a 2-byte scale in 32; embedding (its own head) and norms stay.
     matrices = sum(node.n * node.k for path, node in small().model.linears() if path != "lm_head")
-    assert report.counts["weight_bytes"] - quantized["weight_bytes"] == matrices * 2 - (matrices // 2 + matrices // 32 * 2)
+    assert report.counts["weight_bytes"] - quantized["weight_bytes"] == matrices * 2 - (
+        matrices // 2 + matrices // 32 * 2
+    )
     assert quantized["kv_bytes"] == report.counts["kv_bytes"]
     ring = predict(small(techniques=("streaming-llm:sink=4,recent=28",))).counts
     assert ring["kv_bytes"] == 2 * 32 * 23_040
@@ -150,7 +170,9 @@ def test_a_kernel_takes_the_larger_of_compute_and_memory_plus_its_launch() -> No
     memory = [(matrix + rows * (576 + 1536)) * 2 / (1e9 * 0.25) for rows in (1, 4000)]
     compute = [2 * rows * matrix / (1e12 * 0.5) for rows in (1, 4000)]
     assert priced.time_s == pytest.approx([max(m, c) + 1e-3 for m, c in zip(memory, compute, strict=True)])
-    assert price([op], step, machine(memory_bandwidth_bytes_per_s=1e15), stack()).time_s == pytest.approx([c + 1e-3 for c in compute], rel=1e-3)
+    assert price([op], step, machine(memory_bandwidth_bytes_per_s=1e15), stack()).time_s == pytest.approx(
+        [c + 1e-3 for c in compute], rel=1e-3
+    )
 
 
 def test_stage_time_is_the_sum_over_kernels_not_one_maximum() -> None:
@@ -200,7 +222,9 @@ def test_peak_of_live_activations_by_hand() -> None:
     states = live(fuse(build(spec), stack()))
     step = StepShape.of([rows], [0])
     # The residual, the normed input, gate, up and their product; the normed input dies when up is written.
-    assert max(s.nbytes(step, "tiled") for s in states) == rows * item * max(hidden + hidden + 2 * width, hidden + 3 * width)
+    assert max(s.nbytes(step, "tiled") for s in states) == rows * item * max(
+        hidden + hidden + 2 * width, hidden + 3 * width
+    )
     logits = StepShape.of([1], [0], logits=1)
     assert max(s.nbytes(logits, "tiled") for s in states) == item * (hidden + vocab)  # normed row and logits
     # Eager: scores of 9 heads, before and after softmax; q lives on, k and v are in the cache, so is nothing else.
@@ -214,10 +238,16 @@ def test_what_does_not_fit_is_said_with_the_sum_and_what_would_fit() -> None:
     note = next(note for note in predict(plan).notes if note.startswith("Does not fit"))
     batch = Footprint(plan.model, plan.stack).largest_batch(4000, 100, plan.machine.memory_bytes)
     assert f"Batch {batch} fits." in note and "GiB" in note
-    fits, over = (predict(make_plan("llama-3.1-8b", "4090", Workload(batch=b, prompt=4000, gen=100))) for b in (batch, batch + 1))
+    fits, over = (
+        predict(make_plan("llama-3.1-8b", "4090", Workload(batch=b, prompt=4000, gen=100))) for b in (batch, batch + 1)
+    )
     assert not any("Does not fit" in note for note in fits.notes)
     assert any("Does not fit" in note for note in over.notes)
-    assert "bits" in next(n for n in predict(make_plan("llama-2-13b", "4090", Workload())).notes)
+    for name, on, bits in (("llama-2-13b", "4090", 8), ("llama-3.1-70b", "l40s", 4), ("mixtral-8x7b", "4090", 3)):
+        tight = make_plan(name, on, Workload())
+        assert f"Weights of {bits} bits would" in predict(tight).notes[0]
+        held = [make_plan(name, on, Workload(), (f"rtn:bits={b},group=32",)) for b in range(bits, 9)]
+        assert [any("Does not fit" in n for n in predict(p).notes) for p in held] == [False] + [True] * (8 - bits)
 
 
 def test_fit_finds_the_last_context_and_batch_that_fit() -> None:
@@ -251,7 +281,13 @@ def test_notes_tell_what_was_assumed() -> None:
 
 def test_explain_shows_formula_inputs_and_sources(report: Report) -> None:
     text = explain(report, "tpot_s")
-    for part in ("max(flops / (peak ec), bytes / (bw eb))", "312 TFLOP/s", "a100-sxm4-80gb", "datasheet", "trimtab measure"):
+    for part in (
+        "max(flops / (peak ec), bytes / (bw eb))",
+        "312 TFLOP/s",
+        "a100-sxm4-80gb",
+        "datasheet",
+        "trimtab measure",
+    ):
         assert part in text
     assert f"{report.counts['kv_bytes']}" in explain(report, "kv_bytes")
     for name in report.counts:
@@ -264,7 +300,9 @@ def test_explain_shows_formula_inputs_and_sources(report: Report) -> None:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "trimtab.cli.main", *arguments], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-m", "trimtab.cli.main", *arguments], capture_output=True, text=True, timeout=60
+    )
 
 
 def test_predict_answers_in_a_second_without_torch() -> None:

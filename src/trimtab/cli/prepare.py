@@ -23,6 +23,8 @@ def register(app: typer.Typer) -> None:
         json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ) -> None:
         """Calibrate techniques on a model; later runs find the result in the cache."""
+        import dataclasses
+
         import trimtab
         from trimtab.errors import SpecError
         from trimtab.techniques.apply import default_materials, derive, resolve_all
@@ -36,7 +38,7 @@ def register(app: typer.Typer) -> None:
         loaded = trimtab.load(model, dtype=dtype)
         materials = text_materials(calibration) if calibration else default_materials(loaded)
         with bars() as progress:
-            materials = materials.for_model(loaded, progress)
+            materials = dataclasses.replace(materials.for_model(loaded, progress), use_shipped=False)
             resolved = resolve_all(loaded, chosen, materials)
             variant = derive(loaded.variant, resolved, materials)
         thresholds = {

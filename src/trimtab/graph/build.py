@@ -44,22 +44,24 @@ def build(
 
 
 def filter_graph(spec: ModelSpec) -> Graph:
-    """The pass of a token filter: layers before it whole, of the filter layer what queries and keys need, then the scores.
+    """The pass of a token filter over one whole prompt, without a cache.
 
-    The pass goes over the whole prompt at once and keeps no cache.
+    Layers before the filter layer run whole; of the filter layer only what queries and keys need; then come the scores.
 
     Args:
         spec: a model whose flow has a filter.
     """
     chosen = spec.flow.filter
     assert chosen is not None, "the model has no token filter"
-    graph = build(spec, "prefill", head=False, layers=chosen.layer + 1, cache=False)
+    path = f"layers.{chosen.layer}"
+    ops = [*build(spec, "prefill", head=False, layers=chosen.layer + 1, cache=False).ops]
+    attend = next(index for index, op in enumerate(ops) if op.name == f"{path}.self_attn.attend")
+    q, k = ops[attend].reads[:2]
+    ops = [op for op in ops[:attend] if op.name != f"{path}.self_attn.v_proj"]
     attention = spec.layers[chosen.layer].self_attn
-    last = next(index for index, op in enumerate(graph.ops) if op.name == f"layers.{chosen.layer}.self_attn.attend")
-    q, k = graph.ops[last].reads[:2]
-    needed = [op for op in graph.ops[:last] if op.name != f"layers.{chosen.layer}.self_attn.v_proj"]
-    score = Op("flow.score", "score", attention, (q, k), (Value("flow.score", 1, spec.act_dtype),), spec.flow)
-    return Graph((*needed, score))
+    return Graph(
+        (*ops, Op("flow.score", "score", attention, (q, k), (Value("flow.score", 1, spec.act_dtype),), spec.flow))
+    )
 
 
 class _Builder:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -78,10 +78,13 @@ def count_all(
 
 
 def scratch_bytes(op: Op, step: StepShape, attention: str) -> IntArray | int:
-    """Bytes an op holds besides what it reads and writes: the scores of eager attention, before and after softmax."""
+    """Bytes an op holds besides what it reads and writes: the scores of eager attention, before and after softmax.
+
+    Eager attention runs the rows of a batch one after the other, so copies of a row add nothing.
+    """
     if attention == "tiled" or not op.kind.startswith("attend"):
         return 0
-    return 2 * ITEM_BYTES[op.dtype] * _score_elements(op, step, _How("eager", None))
+    return 2 * ITEM_BYTES[op.dtype] * _score_elements(op, replace(step, copies=1), _How("eager", None))
 
 
 # ---------------------------------------------------------------------------------------------------- linear and norm
@@ -191,12 +194,10 @@ def _absorb(head_dim: str) -> Callable[[Op, StepShape, _How], Counts]:
 
 
 def _score(op: Op, step: StepShape, how: _How) -> Counts:
-    """Inner products of each row's last query with every key of the prompt, summed over heads (token filter)."""
+    """Inner products of the last query, summed over the heads of each group, with every key of the prompt (token filter)."""
     node: Any = op.node
-    return Counts(
-        flops=2 * node.num_attention_heads * node.head_dim * step.tokens,
-        vector_flops=node.num_attention_heads * step.tokens,
-    )
+    heads, size = node.num_key_value_heads, node.head_dim
+    return Counts(flops=2 * heads * size * step.tokens, vector_flops=node.num_attention_heads * size * step.copies)
 
 
 def _scores(op: Op, step: StepShape, how: _How) -> Counts:

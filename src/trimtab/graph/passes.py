@@ -43,15 +43,15 @@ def prompt_held(spec: ModelSpec, prompt: int) -> int:
 def passes(plan: Plan) -> tuple[Pass, ...]:
     """Return the passes of a plan in order.
 
-    A token filter that drops something runs first, over the whole prompt at once and without a cache. The prompt (what is
-    left of it) is prefilled in chunks of `stack.prefill_chunk`, all sequences side by side, of which the last wants one
+    A token filter that drops something runs first: one pass per prompt, over all of it and without a cache. The prompt (what
+    is left of it) is prefilled in chunks of `stack.prefill_chunk`, all sequences side by side, of which the last wants one
     row of logits per sequence. Then come gen - 1 decode steps.
     """
     spec, work, chunk = plan.model, plan.workload, plan.stack.prefill_chunk
     held = prompt_held(spec, work.prompt)
     found = []
     if held < work.prompt:
-        found.append(Pass("filter", filter_graph(spec), StepShape.of([[work.prompt]], [[0]], copies=work.batch)))
+        found.append(Pass("filter", filter_graph(spec), StepShape.of([[work.prompt]] * work.batch, [[0]])))
     first, last = chunks(held, chunk)
     graph = build(spec, "prefill")
     if first and chunk:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from trimtab.model.linear import Linear, Norm
-from trimtab.model.rope import frequencies, rotate
+from trimtab.model.rope import Rotary, rotate
 from trimtab.model.taps import tapped
-from trimtab.model.tensors import as_array, as_tensor, float_tensor
+from trimtab.model.tensors import as_array, as_tensor, float_tensor, widened
 from trimtab.runtime.step import Step
 from trimtab.runtime.weights.packed import Weights
 from trimtab.spec.cache import Keep, Ring
@@ -35,14 +35,14 @@ class Attention(nn.Module):
     def __init__(self, path: str, spec: AttentionSpec, weights: Weights, max_positions: int) -> None:
         super().__init__()
         self.path, self.spec = path, spec
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            self.add_module(name, Linear(f"{path}.{name}", getattr(spec, name), weights))
-        for name in ("q_norm", "k_norm"):
-            node = getattr(spec, name)
-            self.add_module(name, None if node is None else Norm(f"{path}.{name}", node, weights))
+        self.q_proj = Linear(f"{path}.q_proj", spec.q_proj, weights)
+        self.k_proj = Linear(f"{path}.k_proj", spec.k_proj, weights)
+        self.v_proj = Linear(f"{path}.v_proj", spec.v_proj, weights)
+        self.q_norm = None if spec.q_norm is None else Norm(f"{path}.q_norm", spec.q_norm, weights)
+        self.k_norm = None if spec.k_norm is None else Norm(f"{path}.k_norm", spec.k_norm, weights)
+        self.o_proj = Linear(f"{path}.o_proj", spec.o_proj, weights)
         self.sinks = weights[f"{path}.sinks"] if spec.sinks else None
-        if spec.rope is not None:
-            self.inverse, self.rope_scale = frequencies(spec.rope, max_positions)
+        self.rotary = None if spec.rope is None else Rotary(spec.rope, max_positions)
         self.backend: Callable[..., torch.Tensor] = sdpa
 
     def forward(self, x_TD: torch.Tensor, step: Step, store: KVStore | None, layer: int) -> torch.Tensor:
@@ -91,16 +91,16 @@ class Attention(nn.Module):
         return self._positioned(self.q_proj(x_TD, step), self.k_proj(x_TD, step), step)
 
     def _positioned(self, q_TN: torch.Tensor, k_TG: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        """Split heads, norm and rotate."""
-        q_TNH, k_TGH = (x.unflatten(-1, (-1, self.spec.head_dim)) for x in (q_TN, k_TG))
-        if self.q_norm is not None:
-            q_TNH = self.q_norm(q_TNH, step)
-        if self.k_norm is not None:
-            k_TGH = self.k_norm(k_TGH, step)
-        if self.spec.rope is not None:
-            angles = torch.from_numpy(step.positions).float()[:, None] * self.inverse
-            angles = torch.cat((angles, angles), dim=-1)
-            cos, sin = ((part * self.rope_scale).to(q_TNH.dtype) for part in (angles.cos(), angles.sin()))
+        """Norm, split heads and rotate; a norm is over each head or over all of them together."""
+        parts = []
+        for x, norm in ((q_TN, self.q_norm), (k_TG, self.k_norm)):
+            if norm is not None and norm.spec.size == x.shape[-1]:
+                x, norm = norm(x, step), None
+            x = x.unflatten(-1, (-1, self.spec.head_dim))
+            parts.append(x if norm is None else norm(x, step))
+        q_TNH, k_TGH = parts
+        if self.rotary is not None:
+            cos, sin = self.rotary.tables(step, q_TNH.dtype)
             q_TNH, k_TGH = rotate(q_TNH, cos, sin), rotate(k_TGH, cos, sin)
             if step.record is not None:
                 step.record.op(f"{self.path}.rope")
@@ -177,7 +177,9 @@ def eager(
 ) -> torch.Tensor:
     """Scores, softmax in float32, weighted sum; the queries that share a KV head are one matrix. Returns [s, N, H]."""
     s, n, h = q_sNH.shape
-    g = k_GSH.shape[0]
+    g, dtype = k_GSH.shape[0], q_sNH.dtype
+    if widened(s, dtype):
+        q_sNH, k_GSH, v_GSH = q_sNH.float(), k_GSH.float(), v_GSH.float()
     q_GPsH = q_sNH.transpose(0, 1).reshape(g, n // g * s, h)
     scores = (torch.matmul(q_GPsH, k_GSH.transpose(1, 2)) * block.spec.scale).view(n, s, -1).float()
     if block.spec.softcap is not None:
@@ -191,7 +193,7 @@ def eager(
     else:
         weights = scores.softmax(-1)
     out = torch.matmul(weights.to(v_GSH.dtype).reshape(g, n // g * s, -1), v_GSH)
-    return out.view(n, s, -1).transpose(0, 1)
+    return out.view(n, s, -1).transpose(0, 1).to(dtype)
 
 
 def sdpa(
@@ -206,11 +208,13 @@ def sdpa(
     s, n, _ = q_sNH.shape
     if s <= 8 or block.spec.softcap is not None or block.sinks is not None:
         return eager(block, q_sNH, k_GSH, v_GSH, bias, heads)
-    shared = n // k_GSH.shape[0]
-    if shared > 1:
-        k_GSH, v_GSH = k_GSH.repeat_interleave(shared, 0), v_GSH.repeat_interleave(shared, 0)
+    dtype = q_sNH.dtype
+    if widened(s, dtype):
+        q_sNH, k_GSH, v_GSH = q_sNH.float(), k_GSH.float(), v_GSH.float()
     mask = None if bias is None else bias.to(q_sNH.dtype)
+    grouped = n > k_GSH.shape[0]
+    q_1NsH, k_1GSH, v_1GSH = q_sNH.transpose(0, 1)[None], k_GSH[None], v_GSH[None]
     out = F.scaled_dot_product_attention(
-        q_sNH.transpose(0, 1)[None], k_GSH[None], v_GSH[None], attn_mask=mask, scale=block.spec.scale
+        q_1NsH, k_1GSH, v_1GSH, attn_mask=mask, scale=block.spec.scale, enable_gqa=grouped
     )
-    return out[0].transpose(0, 1)
+    return out[0].transpose(0, 1).to(dtype)

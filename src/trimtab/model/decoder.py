@@ -62,9 +62,10 @@ class Layer(nn.Module):
         return tapped(step, "resid", self.path, h_TD)
 
     def _add(self, name: str, h_TD: torch.Tensor, out_TD: torch.Tensor, step: Step) -> torch.Tensor:
+        h_TD = h_TD + out_TD
         if step.record is not None:
             step.record.op(f"{self.path}.{name}")
-        return h_TD + out_TD
+        return h_TD
 
 
 def _apply(norm: Norm | None, x: torch.Tensor, step: Step) -> torch.Tensor:

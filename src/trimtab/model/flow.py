@@ -48,6 +48,5 @@ def filter_prompt(decoder: Decoder, ids_T: IntArray, record: Recorder | None = N
     normed = h_TD if last.input_layernorm is None else last.input_layernorm(h_TD, step)
     q_TNH, k_TGH = last.self_attn.queries_and_keys(normed, step)
     if record is not None:
-        tokens, heads, size = k_TGH.shape[0], q_TNH.shape[1], k_TGH.shape[2]
-        record.op("flow.score", flops=2 * tokens * heads * size)
+        record.op("flow.score", flops=2 * k_TGH.numel())  # the queries of a group are summed before they meet the keys
     return select_tokens(q_TNH, k_TGH, topk=chosen.topk, pool=chosen.pool)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trimtab.model.tensors import float_tensor
+from trimtab.model.tensors import float_tensor, linear
 from trimtab.runtime.kernels import IntRows, int_gemv, int_gemv_t
 from trimtab.runtime.numerics import decode
 from trimtab.runtime.step import Step
@@ -42,12 +42,16 @@ class Linear(nn.Module):
     def forward(self, x_TK: torch.Tensor, step: Step, index: int = 0) -> torch.Tensor:
         """Multiply by matrix `index`."""
         packed, bias = self.packed[index], self.biases[index]
-        added = None if bias is None else float_tensor(bias)[0].to(x_TK.dtype)
-        y_TN = self._product(x_TK, packed, added)
+        y_TN = self._product(x_TK, packed, self.bias(index, x_TK.dtype))
         if step.record is not None:
             read = packed.nbytes + (0 if bias is None else bias.nbytes)
             step.record.op(self.path, flops=2 * x_TK.numel() * y_TN.shape[-1], weight_read=read)
         return y_TN
+
+    def bias(self, index: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """The bias [N] of matrix `index`, or None."""
+        stored = self.biases[index]
+        return None if stored is None else float_tensor(stored)[0].to(dtype)
 
     def _product(self, x_TK: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
         form, transposed = packed.format, packed.layout == "transposed"
@@ -58,7 +62,7 @@ class Linear(nn.Module):
             return y_TN if bias is None else y_TN + bias
         stored = float_tensor(packed) if form.is_float else torch.from_numpy(decode(packed))
         stored = stored.to(x_TK.dtype)
-        return F.linear(x_TK, stored.T if transposed else stored, bias)
+        return linear(x_TK, stored.T if transposed else stored, bias)
 
 
 class Embedding(nn.Module):
@@ -76,10 +80,10 @@ class Embedding(nn.Module):
             h_TD = F.embedding(rows, float_tensor(self.packed)).to(self.dtype)
         else:
             h_TD = torch.from_numpy(decode(self.packed, rows.numpy())).to(self.dtype)
-        if step.record is not None:
-            step.record.op(self.path, weight_read=len(rows) * (self.packed.nbytes // self.packed.shape[0]))
         if self.spec.scale != 1.0:
             h_TD = h_TD * torch.tensor(self.spec.scale, dtype=self.dtype)
+        if step.record is not None:
+            step.record.op(self.path, weight_read=len(rows) * (self.packed.nbytes // self.packed.shape[0]))
         return h_TD
 
 
@@ -94,16 +98,20 @@ class Norm(nn.Module):
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """Normalise [..., size]."""
-        spec = self.spec
-        weight = float_tensor(self.packed)[0]
+        y = self._layer_norm(x) if self.spec.kind == "layer" else self._rms_norm(x)
         if step.record is not None:
             read = self.packed.nbytes + (0 if self.bias is None else self.bias.nbytes)
             step.record.op(self.path, weight_read=read)
-        if spec.kind == "layer":
-            bias = None if self.bias is None else float_tensor(self.bias)[0].to(x.dtype)
-            return F.layer_norm(x, (spec.size,), weight.to(x.dtype), bias, spec.eps)
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + spec.eps)
-        if spec.unit_offset:  # Gemma multiplies before it rounds, the others after
+        return y
+
+    def _layer_norm(self, x: torch.Tensor) -> torch.Tensor:
+        weight = float_tensor(self.packed)[0].to(x.dtype)
+        bias = None if self.bias is None else float_tensor(self.bias)[0].to(x.dtype)
+        return F.layer_norm(x, (self.spec.size,), weight, bias, self.spec.eps)
+
+    def _rms_norm(self, x: torch.Tensor) -> torch.Tensor:
+        weight, x32 = float_tensor(self.packed)[0], x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.spec.eps)
+        if self.spec.unit_offset:  # Gemma multiplies before it rounds, the others after
             return (x32 * (1.0 + weight.float())).to(x.dtype)
         return weight.to(x.dtype) * x32.to(x.dtype)

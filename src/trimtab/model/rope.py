@@ -10,34 +10,70 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from trimtab.errors import UnsupportedModelError
+from trimtab.runtime.step import Step
 from trimtab.spec.nodes import RopeSpec
 
-SCALINGS = ("default", "linear", "llama3", "yarn", "longrope", "su")
+SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
-def frequencies(rope: RopeSpec, max_positions: int) -> tuple[torch.Tensor, float]:
-    """Return (inverse frequencies [dim / 2] in float32, factor on cos and sin).
+class Rotary:
+    """Angles of one RopeSpec.
+
+    LongRoPE has two sets of frequencies. A sequence that will not outgrow the original context takes the short one, any
+    other the long one, from its first token on: keys of both sets in one cache would not fit each other.
+
+    Args:
+        rope: what is rotated, and how it is scaled.
+        max_positions: context of the model.
+
+    Attributes:
+        inverse: frequencies [dim / 2] in float32.
+        long: those of longer sequences; None = the same.
+        original: tokens up to which `inverse` holds.
+        scale: factor on cosine and sine.
 
     Raises:
         UnsupportedModelError: a scaling that is not known.
     """
-    facts: Mapping[str, Any] = dict(rope.scaling)
-    kind = str(facts.get("rope_type") or facts.get("type") or "default")
-    inverse = 1.0 / (rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.int64).float() / rope.dim))
-    if kind == "default":
-        return inverse, 1.0
-    if kind == "linear":
-        return inverse / float(facts["factor"]), 1.0
-    if kind == "llama3":
-        return _llama3(inverse, facts), 1.0
-    if kind == "yarn":
-        return _yarn(rope, inverse, facts, max_positions)
-    if kind in ("longrope", "su"):
-        return _longrope(rope, facts, max_positions)
-    raise UnsupportedModelError(f"rope scaling '{kind}' is not known. Known: {', '.join(SCALINGS)}.")
+
+    def __init__(self, rope: RopeSpec, max_positions: int) -> None:
+        facts: Mapping[str, Any] = dict(rope.scaling)
+        kind = str(facts.get("rope_type", "default"))
+        self.inverse = 1.0 / _powers(rope)
+        self.long: torch.Tensor | None = None
+        self.original, self.scale = max_positions, 1.0
+        if kind == "linear":
+            self.inverse = self.inverse / float(facts["factor"])
+        elif kind == "llama3":
+            self.inverse = _llama3(self.inverse, facts)
+        elif kind == "yarn":
+            self.inverse, self.scale = _yarn(rope, self.inverse, facts, max_positions)
+        elif kind == "longrope":
+            self.original = int(facts.get("original_max_position_embeddings") or max_positions)
+            self.inverse, self.long = (_by_factors(rope, facts, which) for which in ("short_factor", "long_factor"))
+            self.scale = _longrope_scale(facts, self.original, max_positions)
+        elif kind not in ("default", "dynamic"):  # dynamic stretches beyond the context only, where nothing runs
+            raise UnsupportedModelError(f"rope scaling '{kind}' is not known. Known: {', '.join(SCALINGS)}.")
+
+    def tables(self, step: Step, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosine and sine [T, dim] of every new token."""
+        inverse = self.inverse if self.long is None else self._chosen(step, self.long)
+        angles = torch.from_numpy(step.positions).float()[:, None] * inverse
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+
+    def _chosen(self, step: Step, long: torch.Tensor) -> torch.Tensor:
+        """Frequencies of every new token [T, dim / 2], by the length its sequence will reach."""
+        beyond = torch.from_numpy(np.repeat(step.reaches > self.original, np.diff(step.cu)))
+        return torch.where(beyond[:, None], long, self.inverse)
+
+
+def _powers(rope: RopeSpec) -> torch.Tensor:
+    return rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.int64).float() / rope.dim)
 
 
 def _llama3(inverse: torch.Tensor, facts: Mapping[str, Any]) -> torch.Tensor:
@@ -75,18 +111,20 @@ def _yarn(
     return inverse / factor * ramp + inverse * (1 - ramp), float(scale)
 
 
-def _longrope(rope: RopeSpec, facts: Mapping[str, Any], max_positions: int) -> tuple[torch.Tensor, float]:
-    original = float(facts.get("original_max_position_embeddings") or max_positions)
-    long = max_positions > original
-    factors = facts.get("long_factor" if long else "short_factor")
-    if factors is None:
-        raise UnsupportedModelError("longrope needs long_factor and short_factor in rope_scaling.")
-    spread = float(facts.get("factor") or max_positions / original)
-    scale = facts.get("attention_factor")
+def _by_factors(rope: RopeSpec, facts: Mapping[str, Any], which: str) -> torch.Tensor:
+    factors = facts.get(which)
+    if factors is None or len(factors) != rope.dim // 2:
+        raise UnsupportedModelError(
+            f"longrope needs {which} in rope_scaling, one number for each of the {rope.dim // 2} rotated pairs."
+        )
+    return 1.0 / (torch.tensor(factors, dtype=torch.float32) * _powers(rope))
+
+
+def _longrope_scale(facts: Mapping[str, Any], original: int, max_positions: int) -> float:
+    scale, spread = facts.get("attention_factor"), float(facts.get("factor") or max_positions / original)
     if scale is None:
         scale = 1.0 if spread <= 1 else math.sqrt(1 + math.log(spread) / math.log(original))
-    power = rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.int64).float() / rope.dim)
-    return 1.0 / (torch.tensor(factors, dtype=torch.float32) * power), float(scale)
+    return float(scale)
 
 
 def rotate(x_TNH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:

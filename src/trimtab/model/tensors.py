@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from trimtab.runtime.weights.packed import Packed
 
@@ -31,3 +33,26 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
 def float_tensor(packed: Packed) -> torch.Tensor:
     """View a float matrix or vector [rows, cols] as stored."""
     return as_tensor(packed.buffers["data"], packed.format.kind)
+
+
+#: Rows up to which torch multiplies 16-bit matrices at the speed of memory on any processor.
+_FEW_ROWS = 4
+
+
+@functools.cache
+def _multiplies_16_bit() -> bool:
+    """True if the processor has fast 16-bit products; without AVX-512 torch's are ten times slower than in float32."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return not capability.startswith(("AVX2", "DEFAULT", "NO AVX"))
+
+
+def widened(rows: int, dtype: torch.dtype) -> bool:
+    """True if a product of `rows` rows in `dtype` is better done in float32 and rounded once."""
+    return dtype != torch.float32 and rows > _FEW_ROWS and not _multiplies_16_bit()
+
+
+def linear(x_TK: torch.Tensor, w_NK: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x @ w.T + bias``; many rows of 16-bit numbers go through float32 where the processor has no 16-bit products."""
+    if widened(len(x_TK), x_TK.dtype):
+        return F.linear(x_TK.float(), w_NK.float(), None if bias is None else bias.float()).to(x_TK.dtype)
+    return F.linear(x_TK, w_NK, bias)

@@ -135,17 +135,9 @@ class Model:
         if stream:
             if not single or tokenizer is None:
                 raise SpecError("stream=True wants one prompt and a model with a tokenizer.")
-            return self._stream(rows, params, tokenizer)
-        outputs = list(generate(self, rows, params, tokenizer))[-1]
+            return _texts(generate(_Bound(self.variant), rows, params, tokenizer))
+        outputs = list(generate(_Bound(self.variant), rows, params, tokenizer))[-1]
         return outputs[0] if single else outputs
-
-    def _stream(self, rows: list[IntArray], params: SamplingParams, tokenizer: Tokenizer) -> Iterator[str]:
-        shown = 0
-        for outputs in generate(self, rows, params, tokenizer):
-            text = outputs[0].text
-            if len(text) > shown:
-                yield text[shown:]
-                shown = len(text)
 
     def session(self, chunk: int = 512) -> Session:
         """A session on the variant of this moment: prompt, then steps, over a store of its own."""
@@ -188,24 +180,20 @@ class Model:
                 )
         return found
 
-    # ------------------------------------------------------------------------ Runner: what the engine drives
 
-    def open_store(self) -> KVStore:
-        """See `_Bound`."""
-        return _Bound(self.variant).open_store()
-
-    def forward(self, tokens: IntArray, step: Step, store: KVStore, logits_rows: IntArray) -> np.ndarray:
-        """See `_Bound`."""
-        return _Bound(self.variant).forward(tokens, step, store, logits_rows)
-
-    def keep_tokens(self, ids: IntArray, record: Recorder | None) -> IntArray:
-        """See `_Bound`."""
-        return _Bound(self.variant).keep_tokens(ids, record)
+def _texts(steps: Iterator[list[Output]]) -> Iterator[str]:
+    """The text of one prompt, piece by piece."""
+    shown = 0
+    for outputs in steps:
+        text = outputs[0].text
+        if len(text) > shown:
+            yield text[shown:]
+            shown = len(text)
 
 
 @dataclass(frozen=True)
 class _Bound:
-    """The engine's view of one variant: numpy in, numpy out."""
+    """The engine's view of one variant: numpy in, numpy out. It stays with its variant when others are pushed or popped."""
 
     variant: Variant
 

@@ -118,7 +118,7 @@ class Footprint:
         step = StepShape.of(new, past, logits=work.batch, copies=work.batch)
         peak = max(state.nbytes(step, attention) for state in self._prefill)
         if held < work.prompt:
-            whole = StepShape.of([[work.prompt]], [[0]], copies=work.batch)
+            whole = StepShape.of([[work.prompt]], [[0]])
             peak = max(peak, *(state.nbytes(whole, attention) for state in self._filter))
         return peak
 

@@ -16,7 +16,7 @@ from trimtab.predict.memory import UNBOUNDED, Footprint, Memory
 from trimtab.predict.money import usd_per_million_tokens
 from trimtab.predict.price import Times, price
 from trimtab.spec.machine import OP_CLASSES
-from trimtab.spec.nodes import FFNSpec, GateFirst, MoESpec
+from trimtab.spec.nodes import FFNSpec, GateFirst, LinearSpec, MoESpec, owned
 from trimtab.spec.plan import Plan
 from trimtab.spec.report import Figure, OpRow, Report
 from trimtab.units import format_bytes, format_si
@@ -235,10 +235,13 @@ def _too_big(plan: Plan, memory: Memory, over: int) -> str:
     context = footprint.largest_context(work.batch, machine.memory_bytes, work.gen)
     if context > work.gen:
         return f"{text} No batch fits at {work.tokens} tokens; batch {work.batch} fits up to {context} tokens."
-    elements = sum(node.n * node.k for _, node in plan.model.linears())
-    bits = int(8 * (machine.memory_bytes - memory.peak + memory.weights) / max(elements, 1))
-    if 2 <= bits <= 8:
-        return f"{text} At this batch it would fit with weights of about {bits} bits (`-t rtn:bits={bits}`)."
+    # Owned matrices, experts included, but for the head; half a bit per element goes to a 2-byte scale in 32.
+    matrices = [(n, times) for path, n, times in owned(plan.model) if isinstance(n, LinearSpec) and path != "lm_head"]
+    elements = sum(times * node.n * node.k for node, times in matrices)
+    room = machine.memory_bytes - memory.peak + sum(times * node.nbytes() for node, times in matrices)
+    bits = min(8, int(8 * room / max(elements, 1) - 0.5))
+    if bits >= 2:
+        return f"{text} Weights of {bits} bits would: `-t rtn:bits={bits},group=32`."
     return f"{text} Nothing smaller fits either; name a larger machine (`trimtab machines`)."
 
 

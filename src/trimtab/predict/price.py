@@ -159,7 +159,7 @@ def _rows(op: Op, step: StepShape) -> Any:
             owner.num_experts_per_tok * step.tokens / np.maximum(experts_touched(owner, step.tokens), 1.0), 1.0
         )
     if op.kind == "score":
-        return step.copies * step.new.shape[-1]
+        return step.copies * step.new.shape[-1]  # one query each
     return step.rows(op.writes[0].rows) if op.writes else step.tokens
 
 

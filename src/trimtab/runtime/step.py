@@ -74,6 +74,7 @@ class Step:
         positions: [T] position of each new token in its sequence.
         record: meter, or None.
         taps: by point name (``mlp.gate``, ``self_attn.qk``, ...); empty costs nothing.
+        reach: [B] tokens each sequence will have in the end, as far as that is known; None = those of this pass.
     """
 
     seqs: Sequence[Seq]
@@ -81,15 +82,29 @@ class Step:
     positions: IntArray
     record: Recorder | None = None
     taps: Mapping[str, Tap] = field(default_factory=dict)
+    reach: IntArray | None = None
 
     @property
     def rows(self) -> int:
         """B."""
         return len(self.cu) - 1
 
+    @property
+    def reaches(self) -> IntArray:
+        """Tokens each sequence will have in the end [B]; at least those of this pass and before it."""
+        now = self.positions[self.cu[1:] - 1] + 1
+        return now if self.reach is None else np.maximum(now, self.reach)
+
     @staticmethod
-    def of(new: Sequence[int], past: Sequence[int], seqs: Sequence[Seq] = (), record: Recorder | None = None) -> Step:
-        """Build a step from the new and the earlier token count of each row."""
+    def of(
+        new: Sequence[int],
+        past: Sequence[int],
+        seqs: Sequence[Seq] = (),
+        record: Recorder | None = None,
+        reach: Sequence[int] | None = None,
+    ) -> Step:
+        """Build a step from the new and the earlier token count of each row, each with at least one new token."""
         cu = np.concatenate([[0], np.cumsum(new)]).astype(np.int64)
         positions = np.concatenate([np.arange(p, p + n) for n, p in zip(new, past, strict=True)]).astype(np.int64)
-        return Step(seqs=seqs, cu=cu, positions=positions, record=record)
+        ends = None if reach is None else np.asarray(reach, dtype=np.int64)
+        return Step(seqs=seqs, cu=cu, positions=positions, record=record, reach=ends)

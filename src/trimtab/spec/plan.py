@@ -19,6 +19,7 @@ class Plan:
         model: the model with every technique composed in.
         techniques: canonical spec strings in the order given.
         dtype, kv_dtype: of float weights and activations, of the cache.
+        source: where the weights are, as it was given; empty = the model's name.
         assumed: parameters left at ``auto`` (``gemfilter:layer``), for which a shipped default stands in.
     """
 
@@ -30,6 +31,7 @@ class Plan:
     techniques: tuple[str, ...] = ()
     dtype: str = "bf16"
     kv_dtype: str = "bf16"
+    source: str = ""
     assumed: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,7 +50,7 @@ class Plan:
     def command(self, verb: str) -> str:
         """The command line that runs `verb` on this plan."""
         w = self.workload
-        parts = [f"trimtab {verb} {self.model.name}"]
+        parts = [f"trimtab {verb} {self.source or self.model.name}"]
         if verb == "predict":
             parts.append(f"--on {self.machine.id}")
         parts.append(

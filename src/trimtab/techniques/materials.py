@@ -41,6 +41,7 @@ class Materials:
         windows: most windows used, spread evenly over the texts.
         progress: wraps an iterable and shows a bar, ``progress(label, items)``.
         cache: folder of artefacts; None turns the cache off.
+        use_shipped: take what ships for well-known models; False looks afresh.
     """
 
     texts: dict[str, str] = field(default_factory=dict)
@@ -50,6 +51,7 @@ class Materials:
     windows: int = 16
     progress: Progress = _no_progress
     cache: Path | None = field(default_factory=lambda: home() / "artefacts")
+    use_shipped: bool = True
 
     def for_model(self, model: Model, progress: Progress | None = None) -> Materials:
         """Return the same materials with the model's tokenizer where none is set, and with progress shown."""

@@ -63,6 +63,7 @@ def make_plan(
         techniques=tuple(str(technique) for technique in chosen),
         dtype=dtype_name(weights_dtype),
         kv_dtype=dtype_name(kv_dtype),
+        source=str(model) if isinstance(model, str | Path) else "",
         assumed=tuple(
             f"{t.name}:{f.name}" for t in chosen for f in dataclasses.fields(t) if getattr(t, f.name) == "auto"
         ),

@@ -45,6 +45,20 @@ class Runner(Protocol):
         ...
 
 
+def check_context(spec: ModelSpec, prompt: int, new: int) -> None:
+    """Refuse what does not fit the positions of a model.
+
+    Raises:
+        SpecError: `prompt` and `new` tokens together are more than its context.
+    """
+    context = spec.max_position_embeddings
+    if prompt + new > context:
+        raise SpecError(
+            f"A prompt of {prompt} tokens and {new} new ones exceed the context of {spec.name}, {context}. "
+            f"Shorten the prompt or generate at most {max(context - prompt, 0)}."
+        )
+
+
 class Session:
     """Some sequences on their way: prefill once, then any number of steps.
 
@@ -56,14 +70,20 @@ class Session:
         store: holds keys and values; `store.nbytes()` tells what they take.
         record: set to a Recorder to meter the passes that follow.
         lengths: tokens seen of each row, after a token filter.
+
+    Raises:
+        SpecError: a chunk of no token.
     """
 
     def __init__(self, runner: Runner, *, chunk: int = CHUNK) -> None:
+        if chunk < 1:
+            raise SpecError(f"chunk={chunk} is not possible. Allowed: 1 or more. Try chunk={CHUNK}.")
         self.runner, self.chunk = runner, chunk
         self.store = runner.open_store()
         self.record: Recorder | None = None
         self.seqs: list[Seq] = []
         self.lengths: list[int] = []
+        self._reach: list[int] = []
 
     def prefill(self, prompts: Sequence[Sequence[int] | IntArray], reserve: int = 0) -> np.ndarray:
         """Run the prompts of all rows side by side, in chunks, and return the logits after each [B, V].
@@ -74,14 +94,17 @@ class Session:
 
         Raises:
             CapacityError: the cache does not fit.
-            SpecError: the session has been prefilled already.
+            SpecError: the session has been prefilled already, a prompt is empty, or prompt and reserve exceed the context.
         """
         if self.seqs:
             raise SpecError("This session holds a prompt already. Open another one.")
         rows = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
+        if not rows or min(len(row) for row in rows) == 0:
+            raise SpecError("A prompt has no token. Give at least one.")
+        check_context(self.runner.spec, max(len(row) for row in rows), reserve)
         rows = [row[self.runner.keep_tokens(row, self.record)] for row in rows]
         self.seqs = [self.store.open(reserve_tokens=len(row) + reserve) for row in rows]
-        self.lengths = [0] * len(rows)
+        self.lengths, self._reach = [0] * len(rows), [len(row) + reserve for row in rows]
         logits: list[np.ndarray | None] = [None] * len(rows)
         while any(done < len(row) for done, row in zip(self.lengths, rows, strict=True)):
             pieces = [row[done : done + self.chunk] for done, row in zip(self.lengths, rows, strict=True)]
@@ -93,7 +116,12 @@ class Session:
         return np.stack([row_V for row_V in logits if row_V is not None])
 
     def decode(self, tokens: Sequence[int] | IntArray) -> np.ndarray:
-        """Append one token to every row and return the logits after it [B, V]."""
+        """Append one token to every row and return the logits after it [B, V].
+
+        Raises:
+            SpecError: not one token for each row, or the context is full.
+            CapacityError: the cache is full.
+        """
         every = list(range(len(self.seqs)))
         return self._forward(every, [np.array([token], dtype=np.int64) for token in tokens], every)
 
@@ -110,18 +138,24 @@ class Session:
                 self.store.free(seq)
         self.seqs = [self.seqs[index] for index in rows]
         self.lengths = [self.lengths[index] for index in rows]
+        self._reach = [self._reach[index] for index in rows]
 
     def close(self) -> None:
         """Free the sequences."""
         for seq in self.seqs:
             self.store.free(seq)
-        self.seqs, self.lengths = [], []
+        self.seqs, self.lengths, self._reach = [], [], []
 
     def _forward(self, active: list[int], pieces: list[IntArray], last: list[int] | None) -> np.ndarray:
         """One pass over `pieces` of the rows `active`; logits after the last token of the rows `last` (None = all)."""
+        if len(pieces) != len(active) or min((len(piece) for piece in pieces), default=0) == 0:
+            raise SpecError(f"A step takes at least one token for each of the {len(active)} rows. Prefill first.")
         new = [len(piece) for piece in pieces]
         past = [self.lengths[index] for index in active]
-        step = Step.of(new, past, [self.seqs[index] for index in active], self.record)
+        for earlier, more in zip(past, new, strict=True):
+            check_context(self.runner.spec, earlier, more)
+        reach = [self._reach[index] for index in active]
+        step = Step.of(new, past, [self.seqs[index] for index in active], self.record, reach)
         if last is None:
             wanted = np.arange(int(step.cu[-1]), dtype=np.int64)
         else:
@@ -189,18 +223,21 @@ def generate(
 ) -> Iterator[list[Output]]:
     """Continue several prompts side by side; yield the outputs so far after every step, the last time complete.
 
-    A row that is done leaves the batch; the others go on.
+    A row that is done leaves the batch; the others go on. Sequences are freed at the end, also after an exception or when
+    the caller stops listening.
 
     Raises:
-        SpecError: prompt plus new tokens exceed the context, before anything is computed.
+        SpecError: no prompt, an empty one, or prompt plus new tokens exceed the context: now, before anything is computed.
     """
-    context = runner.spec.max_position_embeddings
-    longest = max(len(prompt) for prompt in prompts)
-    if longest + params.max_new_tokens > context:
-        raise SpecError(
-            f"A prompt of {longest} tokens and {params.max_new_tokens} new ones exceed the context of "
-            f"{runner.spec.name}, {context}. Shorten the prompt or generate at most {max(context - longest, 0)}."
-        )
+    if not prompts or min(len(prompt) for prompt in prompts) == 0:
+        raise SpecError("A prompt has no token. Give at least one.")
+    check_context(runner.spec, max(len(prompt) for prompt in prompts), params.max_new_tokens)
+    return _steps(runner, prompts, params, tokenizer)
+
+
+def _steps(
+    runner: Runner, prompts: Sequence[IntArray], params: SamplingParams, tokenizer: Tokenizer | None
+) -> Iterator[list[Output]]:
     rows = [_Row(prompt, params, tokenizer) for prompt in prompts]
     session = Session(runner)
     try:

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 #: Calibration prompts and their length.
 PROMPTS, TOKENS = 16, 1059
 #: A layer saturates if its recall is within this of the best layer's.
-SLACK = 0.15
+SLACK = 0.05
 
 
 def recall_by_layer(model: Model, materials: Materials, *, topk: int, pool: int) -> list[float]:
-    """Share of the needle's digits among the `topk` tokens each layer would keep, averaged over the prompts [layers]."""
+    """Share of the needle's sentence among the `topk` tokens each layer would keep, averaged over the prompts [layers]."""
     import torch
 
     from trimtab.model.flow import select_tokens
@@ -29,7 +29,7 @@ def recall_by_layer(model: Model, materials: Materials, *, topk: int, pool: int)
     hits = np.zeros((len(prompts), model.spec.num_hidden_layers))
     with torch.inference_mode():
         for row, prompt in enumerate(materials.progress("gemfilter: needle recall", prompts)):
-            wanted = np.arange(*prompt.number)
+            wanted = np.arange(*prompt.needle)
 
             def tap(path: str, qk: Any, row: int = row, wanted: np.ndarray = wanted) -> None:
                 q_TNH, k_TGH = qk

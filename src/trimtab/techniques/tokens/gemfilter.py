@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from trimtab.errors import SpecError
+from trimtab.spec.machine import data_root
 from trimtab.spec.nodes import LatentAttentionSpec, ModelSpec, TokenFilter
 from trimtab.spec.tree import Edit
 from trimtab.techniques.base import Stage, Technique, param
@@ -16,8 +19,8 @@ if TYPE_CHECKING:
     from trimtab.model.variant import Model
     from trimtab.techniques.materials import Materials
 
-#: Filter layer over layers of the models in the paper (13 of 32) and found here (14 of 30); used before `resolve`.
-_DEFAULT_DEPTH = 14 / 30
+#: Filter layer over layers in the paper (13 of 32, Llama-3.1-8B); assumed before `resolve` on models nothing ships for.
+_DEFAULT_DEPTH = 13 / 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +77,22 @@ class GemFilter(Technique):
         """Find the filter layer: the earliest at which the recall of known needles saturates."""
         if self.layer != "auto":
             return self
-        from trimtab.techniques.tokens._needle_recall import find_layer
+        found = _shipped(model.spec.name) if materials.use_shipped else None
+        if found is None:
+            from trimtab.techniques.tokens._needle_recall import find_layer
 
-        return dataclasses.replace(self, layer=find_layer(model, materials, topk=self.topk, pool=self.pool))
+            found = find_layer(model, materials, topk=self.topk, pool=self.pool)
+        return dataclasses.replace(self, layer=found)
 
     def _depth(self, spec: ModelSpec) -> int:
-        return self.layer if self.layer != "auto" else round(_DEFAULT_DEPTH * spec.num_hidden_layers)
+        if self.layer != "auto":
+            return self.layer
+        found = _shipped(spec.name)
+        return round(_DEFAULT_DEPTH * spec.num_hidden_layers) if found is None else found
+
+
+@functools.cache
+def _shipped(model: str) -> int | None:
+    """The layer that `trimtab prepare` found on a well-known model, or None."""
+    table = tomllib.loads((data_root() / "resolved.toml").read_text("utf-8"))
+    return table.get(model, {}).get("gemfilter", {}).get("layer")

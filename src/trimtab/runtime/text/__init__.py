@@ -1,0 +1,1 @@
+"""Text: tokenizers, chat templates, the built-in text and the needle prompts."""
