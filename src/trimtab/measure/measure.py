@@ -15,12 +15,13 @@ from trimtab.graph.ops import StepShape
 from trimtab.graph.passes import prompt_held
 from trimtab.measure.ledger import Ledger
 from trimtab.measure.meters import ActivationMeter, Stopwatch, energy, rss_bytes
-from trimtab.measure.quality import Quality, TokenScores, evaluate_continuation
+from trimtab.measure.quality import Quality, TokenScores
 from trimtab.model.variant import Model, Variant
 from trimtab.predict.predict import predict, step_counts
 from trimtab.runtime.engine.generate import Session
 from trimtab.runtime.step import IntArray, Recorder
 from trimtab.runtime.text.builtin import builtin_text, split
+from trimtab.spec.machine import THIS, load_machine, load_stack, this_machine_path
 from trimtab.spec.plan import Plan
 from trimtab.spec.report import Figure, Report
 from trimtab.techniques.apply import default_materials, derive, load, resolve_all
@@ -38,7 +39,7 @@ EXACT = (
     "weight_read",
     "kv_read",
 )
-#: Tokens of the continuation that quality is scored on.
+#: Least tokens after the prompt that quality is scored on.
 SCORED = 64
 
 Progress = Callable[[str, Iterable[Any]], Iterator[Any]]
@@ -67,13 +68,24 @@ class Measured:
     measured: Report
 
 
-def prepare(plan: Plan, model: Model | None = None, materials: Materials | None = None) -> tuple[Arm, Arm]:
+def ensure_calibrated(progress: Progress = _silent) -> None:
+    """Calibrate this machine if that was never done: a prediction to compare with needs it."""
+    if not this_machine_path().exists():
+        from trimtab.measure.calibrate import calibrate
+
+        calibrate(progress=progress)
+
+
+def prepare(
+    plan: Plan, model: Model | None = None, materials: Materials | None = None, progress: Progress = _silent
+) -> tuple[Arm, Arm]:
     """Return (base, variant) arms: weights loaded in the plan's dtypes, techniques resolved and applied.
 
     Args:
         plan: what to measure.
         model: loaded already, in the plan's dtype; None loads it.
         materials: calibration texts; by default the built-in text.
+        progress: shows calibration passes.
 
     Raises:
         SpecError: prompt plus new tokens exceed the context.
@@ -87,7 +99,7 @@ def prepare(plan: Plan, model: Model | None = None, materials: Materials | None 
     model = model or load(plan.source or plan.base.name, dtype=plan.dtype)
     base = Model(Variant(plan.base, model.weights), lambda: model.tokenizer)
     base_plan = dataclasses.replace(plan, model=plan.base, techniques=(), assumed=())
-    materials = (materials or default_materials(base)).for_model(base)
+    materials = (materials or default_materials(base)).for_model(base, progress)
     chosen = resolve_all(base, parse_all(plan.techniques), materials)
     variant = derive(base.variant, chosen, materials)
     resolved = dataclasses.replace(
@@ -119,7 +131,10 @@ def measure(
         progress: shows the rounds.
         ledger: where the run is recorded; default: the user's.
     """
-    base, variant = prepare(plan, model, materials)
+    if plan.machine.id != THIS:
+        ensure_calibrated(progress)
+        plan = dataclasses.replace(plan, machine=load_machine(THIS), stack=load_stack(THIS))
+    base, variant = prepare(plan, model, materials, progress)
     arms = [base, variant] if plan.techniques else [base]
     return compare(arms, rounds=rounds, text=text, progress=progress, ledger=ledger)[-1].measured
 
@@ -141,27 +156,27 @@ def compare(
     predictions = [predict(arm.plan) for arm in arms]
     rows = [ledger.start(report) for report in predictions]
     try:
-        prompts, continuation = _tokens(arms[0], text)
+        prompts, continuations = _tokens(arms[0], text)
         for arm in progress("warm-up", arms):
-            _timed(arm, prompts, steps=1)
+            _timed(arm, [prompt[:64] for prompt in prompts], steps=2)
         times: list[list[tuple[float, float]]] = [[] for _ in arms]
         joules: list[list[tuple[float | None, str]]] = [[] for _ in arms]
-        for _, index in progress("rounds", [(r, i) for r in range(rounds) for i in range(len(arms))]):
+        for _, index in progress("timed rounds", [(r, i) for r in range(rounds) for i in range(len(arms))]):
             with energy() as spent:
                 times[index].append(_timed(arms[index], prompts))
             joules[index].append((spent.joules, spent.why))
-        found = []
+        found, reference = [], None
         for index, arm in enumerate(progress("meters and quality", arms)):
-            counts, observed, exact = meter(arm, prompts)
-            quality = _quality(arms[0], arm, prompts[0], continuation)
-            figures = _figures(arm, times[index], joules[index]) | quality.figures(arm.plan.command("eval text"))
+            seen = examine(arm, prompts, continuations)
+            reference = reference or seen.logits
+            quality = _quality(reference, seen.logits, continuations)
             report = Report(
                 source="measured",
                 plan=arm.plan.to_dict(),
-                counts=counts,
-                figures=figures,
-                observed=observed,
-                notes=_notes(rounds, exact),
+                counts=seen.counts,
+                figures=_figures(arm, times[index], joules[index]) | quality.figures(arm.plan.command("measure")),
+                observed=seen.observed,
+                notes=seen.notes,
             )
             ledger.finish(rows[index], report)
             found.append(Measured(arm, predictions[index], report))
@@ -172,15 +187,15 @@ def compare(
         raise
 
 
-def _tokens(arm: Arm, text: str | None) -> tuple[list[IntArray], IntArray]:
-    """Prompts [batch][prompt] and the continuation of the first, from held-out text; short texts are repeated."""
+def _tokens(arm: Arm, text: str | None) -> tuple[list[IntArray], list[IntArray]]:
+    """Prompts [batch][prompt] and what follows each in the text [batch][SCORED or gen]; short texts are repeated."""
     work = arm.plan.workload
     ids = np.asarray(arm.model.tokenizer.encode(text or split(builtin_text())[1]), dtype=np.int64)
-    wanted = work.batch * work.prompt + SCORED
-    ids = np.resize(ids, max(wanted, len(ids)))
-    prompts = [ids[row * work.prompt : (row + 1) * work.prompt] for row in range(work.batch)]
-    scored = min(SCORED, arm.plan.base.max_position_embeddings - work.prompt)
-    return prompts, ids[work.prompt : work.prompt + scored]
+    follow = min(max(SCORED, work.gen), arm.plan.base.max_position_embeddings - work.prompt)
+    ids = np.resize(ids, max(work.batch * work.prompt + follow, len(ids)))
+    starts = range(0, work.batch * work.prompt, work.prompt)
+    prompts = [ids[start : start + work.prompt] for start in starts]
+    return prompts, [ids[start + work.prompt : start + work.prompt + follow] for start in starts]
 
 
 def _open(arm: Arm) -> Session:
@@ -201,30 +216,41 @@ def _timed(arm: Arm, prompts: Sequence[IntArray], steps: int | None = None) -> t
     return first, rest / steps if steps else float("nan")
 
 
-def meter(arm: Arm, prompts: Sequence[IntArray]) -> tuple[dict[str, int], dict[str, float], list[str]]:
-    """Run the plan once with the meters on.
+@dataclass(frozen=True)
+class Examined:
+    """One untimed pass over a plan with every meter on.
 
-    Returns:
-        Counts under the names of a prediction; what data decided, by name; and the names of counts of the mean decode
-        step that differ from the graph's once that is put in (none, or something is wrong).
+    Args:
+        counts: under the names of a prediction.
+        observed: what data decided in the mean decode step, by name.
+        logits: after the prompt and after each token that follows it [steps][batch, V].
+        notes: what is wrong, if anything.
+    """
+
+    counts: dict[str, int]
+    observed: dict[str, float]
+    logits: list[np.ndarray]
+    notes: tuple[str, ...]
+
+
+def examine(arm: Arm, prompts: Sequence[IntArray], continuations: Sequence[IntArray]) -> Examined:
+    """Run prompts and what follows them, through the arm's own cache, with the meters on.
+
+    The counts of the mean decode step are compared with the graph once what data decided is put in; a difference is a
+    fault of Trimtab and becomes a note.
     """
     work = arm.plan.workload
-    session = _open(arm)
-    session.record = prefill = Recorder()
-    tokens = session.prefill(prompts, reserve=work.gen).argmax(-1)
-    middle = Recorder()
-    for index in range(work.gen):  # gen - 1 steps, and one that only stores the last token
-        session.record = Recorder()
-        if index == max(work.gen - 2, 0) // 2:
-            session.record = middle
-        tokens = session.decode(tokens).argmax(-1)
-    held = session.store.nbytes()
-    session.close()
+    prefill, middle = Recorder(), Recorder()
     with ActivationMeter() as live:
         session = _open(arm)
-        session.prefill(prompts, reserve=1)
-        session.decode(tokens)
-        session.close()
+        session.record = prefill
+        logits = [session.prefill(prompts, reserve=len(continuations[0]))]
+        for index, tokens in enumerate(zip(*continuations, strict=True)):
+            session.record = middle if index == max(work.gen - 2, 0) // 2 else None
+            logits.append(session.decode(tokens))
+            if index == work.gen - 1:
+                held = session.store.nbytes()
+    session.close()
     counts = {
         "weight_bytes": arm.model.weights.nbytes,
         "kv_bytes": held.held,
@@ -240,16 +266,20 @@ def meter(arm: Arm, prompts: Sequence[IntArray]) -> tuple[dict[str, int], dict[s
     }
     past = prompt_held(arm.plan.model, work.prompt) + max(work.gen - 2, 0) // 2
     step = StepShape.of([1], [past], logits=work.batch, copies=work.batch, observed=middle.observed)
-    wanted = step_counts(
-        dataclasses.replace(arm.plan, stack=dataclasses.replace(arm.plan.stack, attention="eager")), step
-    )
+    eager = dataclasses.replace(arm.plan, stack=dataclasses.replace(arm.plan.stack, attention="eager"))
+    wanted = step_counts(eager, step)
     pairs = (("decode_flops", "flops"), ("weight_read", "weight_read"), ("kv_read", "kv_read"))
     differ = [name for name, count in pairs if counts[name] != wanted.total(count)]
-    return counts, {name: float(value) for name, value in middle.observed.items()}, differ
+    notes = (f"Metered and counted differ for {', '.join(differ)} with the observed counts put in.",) if differ else ()
+    return Examined(counts, {name: float(value) for name, value in middle.observed.items()}, logits, notes)
 
 
-def _quality(base: Arm, arm: Arm, prompt: IntArray, continuation: IntArray) -> Quality:
-    return evaluate_continuation(base.model, arm.model, prompt, continuation, TokenScores())
+def _quality(reference: list[np.ndarray], logits: list[np.ndarray], continuations: Sequence[IntArray]) -> Quality:
+    """Score every token that follows a prompt, all rows together."""
+    scores = TokenScores()
+    for base, variant, tokens in zip(reference, logits, zip(*continuations, strict=True), strict=False):
+        scores.add(torch.from_numpy(base), torch.from_numpy(variant), torch.tensor(tokens))
+    return scores.result()
 
 
 def _figures(
@@ -287,12 +317,6 @@ def _figures(
         "usd_per_million_tokens": missing("USD/Mtoken", "this machine has no price"),
         "rss_bytes": Figure(value=float(rss_bytes()), unit="B", kind="measured", why="this process, all arms loaded"),
     }
-
-
-def _notes(rounds: int, differ: Sequence[str]) -> tuple[str, ...]:
-    if differ:
-        return (f"Metered and counted differ for {', '.join(differ)} once the observed counts are put in.",)
-    return ()
 
 
 @dataclass(frozen=True, slots=True)
