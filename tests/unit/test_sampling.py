@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -115,7 +117,10 @@ def test_a_row_is_drawn_alike_alone_and_in_a_batch():
 
 def test_other_seeds_draw_otherwise():
     logits = np.zeros((1, 1000), dtype=np.float32)
-    drawn = {int(sample(logits, [p], [[]], [p.rng()])[0]) for p in (SamplingParams(temperature=1.0, seed=s) for s in range(50))}
+    drawn = {
+        int(sample(logits, [p], [[]], [p.rng()])[0])
+        for p in (SamplingParams(temperature=1.0, seed=s) for s in range(50))
+    }
     assert len(drawn) > 40
     assert SamplingParams(seed=None).rng().random() != SamplingParams(seed=None).rng().random()
 
@@ -202,7 +207,7 @@ def test_stop_texts_do_not_depend_on_the_pieces(text, stops, cuts):
     checker = StopChecker(stops)
     shown = ""
     expected, stop = naive_stop(text, stops)
-    for first, end in zip(edges, edges[1:], strict=False):
+    for first, end in itertools.pairwise(edges):
         shown += checker.push(text[first:end])
         assert expected.startswith(shown)  # nothing is taken back
     if checker.stopped is None:

@@ -30,8 +30,16 @@ class Case:
 
 
 CASES = {
-    "rtn": Case(("rtn:bits=4,group=16", "rtn:bits=3,group=32,sym=false"), None, ("rtn:bits=1", "rtn:bits=9", "rtn:group=0", "rtn:group=37")),
-    "cats": Case(("cats:sparsity=0.5", "cats:sparsity=0.8,prefill_sparse=false"), "cats:sparsity=0", ("cats:sparsity=1", "cats:sparsity=-1", "cats:sparsity=0.1|0.2")),
+    "rtn": Case(
+        ("rtn:bits=4,group=16", "rtn:bits=3,group=32,sym=false"),
+        None,
+        ("rtn:bits=1", "rtn:bits=9", "rtn:group=0", "rtn:group=37"),
+    ),
+    "cats": Case(
+        ("cats:sparsity=0.5", "cats:sparsity=0.8,prefill_sparse=false"),
+        "cats:sparsity=0",
+        ("cats:sparsity=1", "cats:sparsity=-1", "cats:sparsity=0.1|0.2"),
+    ),
     "gemfilter": Case(
         ("gemfilter:layer=1,topk=7", "gemfilter:layer=0,topk=5,pool=3"),
         "gemfilter:layer=1,topk=100000",
@@ -117,7 +125,7 @@ def test_bad_parameters_are_refused_with_a_sentence(tiny_model: Any, name: str, 
     with pytest.raises(SpecError) as refused:
         compose(tiny_model.spec, parse_all([bad]))
     message = str(refused.value)
-    assert message.startswith(name) and "llowed" in message or "Give one" in message
+    assert message.startswith(name) and ("llowed" in message or "Give one" in message)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -103,7 +103,10 @@ def test_threads_do_not_mix_their_flags(smollm2):
             if smollm2.encode(text, parse_special=parse_special) != expected:
                 wrong.append(parse_special)
 
-    threads = [threading.Thread(target=work, args=(flag, smollm2.encode(text, parse_special=flag))) for flag in (True, False) * 2]
+    threads = [
+        threading.Thread(target=work, args=(flag, smollm2.encode(text, parse_special=flag)))
+        for flag in (True, False) * 2
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -294,8 +297,15 @@ def write_folder(folder: Path, config: dict[str, Any] | None = None, **files: st
 
 
 def test_a_folder_with_its_config(tmp_path):
-    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "add_bos_token": True, "chat_template": "{{ bos_token }}{{ messages[0].content }}"}
-    tokenizer = tokenizer_from_folder(write_folder(tmp_path, config, generation_config__json='{"eos_token_id": [3, 4]}'))
+    config = {
+        "bos_token": {"content": "<s>"},
+        "eos_token": "</s>",
+        "add_bos_token": True,
+        "chat_template": "{{ bos_token }}{{ messages[0].content }}",
+    }
+    tokenizer = tokenizer_from_folder(
+        write_folder(tmp_path, config, generation_config__json='{"eos_token_id": [3, 4]}')
+    )
     assert tokenizer.encode("abab", add_special_tokens=True) == [2, 0, 1, 0, 1]  # neither truncated nor padded
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eog_ids) == (2, 3, {3, 4})
     assert tokenizer.encode_chat([{"role": "user", "content": "ab"}]) == [2, 0, 1]
@@ -315,7 +325,9 @@ def test_a_template_file_wins_and_named_templates_are_found(tmp_path):
 
 
 def test_tokens_that_only_the_config_knows_are_added(tmp_path):
-    added = {"added_tokens_decoder": {"5": {"content": "<x>", "special": True, "lstrip": False}, "2": {"content": "<s>"}}}
+    added = {
+        "added_tokens_decoder": {"5": {"content": "<x>", "special": True, "lstrip": False}, "2": {"content": "<s>"}}
+    }
     tokenizer = tokenizer_from_folder(write_folder(tmp_path, added))
     assert tokenizer.encode("a<x>", parse_special=True) == [0, 5] and 5 in tokenizer.special_ids
 
@@ -342,7 +354,9 @@ def test_the_window_of_a_stream_keeps_spaces_that_decoders_strip():
     tokenizer = Tokenizer(backend)
     for ids in ([1, 1, 1], [3, 1, 3, 1], [0, 1, 0, 0, 2], [2, 0, 3, 0, 1], [1, 3, 3, 3, 1], [0, 0, 0]):
         for skip in (True, False):
-            assert "".join(tokenizer.stream(skip_special_tokens=skip).all(ids)) == tokenizer.decode(ids, skip_special_tokens=skip), ids
+            assert "".join(tokenizer.stream(skip_special_tokens=skip).all(ids)) == tokenizer.decode(
+                ids, skip_special_tokens=skip
+            ), ids
 
 
 # Chat templates
@@ -354,7 +368,9 @@ def test_the_built_in_template_adds_its_system_message(smollm2):
     text = smollm2.apply_chat_template(USER)
     assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    assert smollm2.apply_chat_template([{"role": "system", "content": "S"}, *USER], add_generation_prompt=False).startswith("<|im_start|>system\nS<|")
+    assert smollm2.apply_chat_template(
+        [{"role": "system", "content": "S"}, *USER], add_generation_prompt=False
+    ).startswith("<|im_start|>system\nS<|")
     ids = smollm2.encode_chat(USER)
     assert ids[0] == 1 and ids.count(2) == 2 and smollm2.decode(ids) == text
 
@@ -395,8 +411,15 @@ def test_templates_see_plain_data_only():
         USER = "user"
 
     messages = [{"role": Role.USER, "content": None, "image": object(), "parts": ("a", True, 1.5)}]
-    assert render_chat("{{ messages[0] }}", messages) == "{'role': 'user', 'image': '<object>', 'parts': ['a', True, 1.5]}"
+    assert (
+        render_chat("{{ messages[0] }}", messages) == "{'role': 'user', 'image': '<object>', 'parts': ['a', True, 1.5]}"
+    )
     assert render_chat("{{ x | tojson }}", USER, x={"b": "<é>", "a": [1, None]}) == '{"b": "<é>", "a": [1, null]}'
     year = time.strftime("%Y")
     assert render_chat("{{ strftime_now('%Y') }}", USER) == year
-    assert render_chat("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}", USER) == "Hi"
+    assert (
+        render_chat(
+            "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}", USER
+        )
+        == "Hi"
+    )

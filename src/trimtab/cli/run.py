@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,7 +46,7 @@ def register(app: typer.Typer) -> None:
         text = sys.stdin.read() if prompt == "-" else prompt
         materials = text_materials(calibration) if calibration else None
         loaded = trimtab.load(model, dtype=dtype, techniques=chosen, materials=materials)
-        options = dict(
+        options: dict[str, Any] = dict(
             max_new_tokens=gen, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
             repetition_penalty=repetition_penalty, stop=tuple(stop), ignore_eos=ignore_eos, chat=not raw,
         )  # fmt: skip

@@ -261,8 +261,8 @@ def _samples(
         op = priced.group.kernel.ops[0]
         for name in priced.group.names:
             key = class_key(op, int(step.rows(op.writes[0].rows)) if op.writes else 1)
-            parts = (float(part) for part in (priced.compute_s, priced.memory_s, priced.launch_s))
-            found.append(Sample(key, *parts, timer.seconds[name]))
+            compute, memory, launches = (float(part) for part in (priced.compute_s, priced.memory_s, priced.launch_s))
+            found.append(Sample(key, compute, memory, launches, timer.seconds[name]))
     return found, wall
 
 

@@ -21,6 +21,7 @@ from trimtab.predict.predict import predict, step_counts
 from trimtab.runtime.engine.generate import Session
 from trimtab.runtime.step import IntArray, Recorder
 from trimtab.runtime.text.builtin import builtin_text, split
+from trimtab.spec.cache import KVBytes
 from trimtab.spec.machine import THIS, load_machine, load_stack, this_machine_path
 from trimtab.spec.plan import Plan
 from trimtab.spec.report import Figure, Report
@@ -241,6 +242,7 @@ def examine(arm: Arm, prompts: Sequence[IntArray], continuations: Sequence[IntAr
     """
     work = arm.plan.workload
     prefill, middle = Recorder(), Recorder()
+    held = KVBytes(0, 0)
     with ActivationMeter() as live:
         session = _open(arm)
         session.record = prefill

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -90,7 +90,7 @@ def _kl(bench: Bench, text: str, name: str, gate: Gate) -> float:
     return bench.once(f"cats.kl.{text}.{name}", compute)
 
 
-def _thresholded(thresholds: dict[str, float]) -> Gate:
+def _thresholded(thresholds: Mapping[str, Any]) -> Gate:
     return lambda path, pre, act: act * (act.abs() > thresholds[path])
 
 
