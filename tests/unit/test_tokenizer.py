@@ -114,8 +114,12 @@ def test_threads_do_not_mix_their_flags(smollm2):
     assert not wrong
 
 
+#: The built-in vocabulary lacks a token for some bytes: control characters, and the lead bytes of planes 4 and above.
+ASSIGNED = st.characters(min_codepoint=0x20, max_codepoint=0x3FFFF, exclude_categories=["Cs", "Cc"])
+
+
 @settings(deadline=None, max_examples=150)
-@given(text=st.text(max_size=60))
+@given(text=st.text(ASSIGNED, max_size=60))
 def test_decoding_returns_every_text(smollm2, text):
     assert smollm2.decode(smollm2.encode(text)) == text
 

@@ -51,13 +51,13 @@ class TokenScores:
         """
         for start in range(0, len(next_T), _ROWS):
             rows = slice(start, start + _ROWS)
-            p = base_TV[rows].double().log_softmax(-1)
-            q = variant_TV[rows].double().log_softmax(-1)
+            p = base_TV[rows].float().log_softmax(-1)
+            q = variant_TV[rows].float().log_softmax(-1)
             at = next_T[rows, None]
             self.nll_base += (-p.gather(-1, at)[:, 0]).tolist()
             self.nll += (-q.gather(-1, at)[:, 0]).tolist()
             self.kl += kl_divergence(p, q).tolist()
-            self.agree += (p.argmax(-1) == q.argmax(-1)).double().tolist()
+            self.agree += (p.argmax(-1) == q.argmax(-1)).float().tolist()
 
     def result(self) -> Quality:
         """Means with standard errors; differences are paired by token.
@@ -122,8 +122,8 @@ class Quality:
 
 
 def kl_divergence(p_log: torch.Tensor, q_log: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) in nats of log-probabilities over the last axis."""
-    return (p_log.exp() * (p_log - q_log)).sum(-1).clamp_min(0)
+    """KL(p || q) in nats of log-probabilities over the last axis; summed in float64."""
+    return (p_log.exp() * (p_log - q_log)).sum(-1, dtype=torch.float64).clamp_min(0)
 
 
 def kl_nats(base_TV: torch.Tensor, variant_TV: torch.Tensor) -> float:
@@ -131,7 +131,7 @@ def kl_nats(base_TV: torch.Tensor, variant_TV: torch.Tensor) -> float:
     total = 0.0
     for start in range(0, len(base_TV), _ROWS):
         rows = slice(start, start + _ROWS)
-        p, q = (logits[rows].double().log_softmax(-1) for logits in (base_TV, variant_TV))
+        p, q = (logits[rows].float().log_softmax(-1) for logits in (base_TV, variant_TV))
         total += float(kl_divergence(p, q).sum())
     return total / len(base_TV)
 
