@@ -210,8 +210,9 @@ class KVStore:
                         f"The cache keeps {head.keep} and has forgotten tokens; it cannot go back to {tokens}. "
                         "Mark the sequence before and reset to the mark."
                     )
-        for row in itertools.chain.from_iterable(seq._rows):
-            row.seen = row.held = tokens
+        for rows, groups in zip(seq._rows, self._groups, strict=True):
+            for row, (_, head) in zip(rows, groups, strict=True):
+                row.seen, row.held = tokens, head.keep.held(tokens)
 
     # ---------------------------------------------------------------------------------------- keys and values
 
