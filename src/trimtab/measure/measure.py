@@ -246,7 +246,7 @@ def examine(arm: Arm, prompts: Sequence[IntArray], continuations: Sequence[IntAr
     with ActivationMeter() as live:
         session = _open(arm)
         session.record = prefill
-        logits = [session.prefill(prompts, reserve=len(continuations[0]))]
+        logits = [session.prefill(prompts, reserve=work.gen)]
         for index, tokens in enumerate(zip(*continuations, strict=True)):
             session.record = middle if index == max(work.gen - 2, 0) // 2 else None
             logits.append(session.decode(tokens))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from trimtab.errors import SpecError
 from trimtab.runtime.numerics import transcode
 from trimtab.runtime.text.builtin import builtin_text, split
-from trimtab.runtime.weights.load import open_model
+from trimtab.runtime.weights.load import open_model, read_tokenizer
 from trimtab.spec.formats import GGUF_BLOCKS
 from trimtab.spec.nodes import LinearSpec, ModelSpec, MoESpec
 from trimtab.techniques.base import Technique, compose
@@ -46,11 +47,13 @@ def load(
     compose(loaded.spec, chosen)
     from trimtab.model.variant import Model, Variant
 
-    found = Model(Variant(loaded.spec, loaded.weights), loaded.tokenizer)
+    # The tokenizer must not hold on to `loaded`: the weights that techniques replace are freed with it.
+    tokenizer = functools.partial(read_tokenizer, loaded.tokenizer_source)
+    found = Model(Variant(loaded.spec, loaded.weights), tokenizer)
     if not chosen:
         return found
     materials = (materials or default_materials(found)).for_model(found)
-    return Model(derive(found.variant, resolve_all(found, chosen, materials), materials), loaded.tokenizer)
+    return Model(derive(found.variant, resolve_all(found, chosen, materials), materials), tokenizer)
 
 
 def derive(variant: Variant, techniques: Sequence[Technique], materials: Materials) -> Variant:

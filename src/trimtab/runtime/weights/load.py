@@ -71,13 +71,18 @@ class Loaded:
             SpecError: the source has none.
             UnsupportedModelError: a kind of tokenizer that is not built.
         """
-        if self.tokenizer_source.suffix == ".gguf":
-            from trimtab.runtime.text.gguf_tokenizer import tokenizer_from_gguf
+        return read_tokenizer(self.tokenizer_source)
 
-            return tokenizer_from_gguf(GgufFile(self.tokenizer_source).metadata)
-        from trimtab.runtime.text.tokenizer import tokenizer_from_folder
 
-        return tokenizer_from_folder(self.tokenizer_source)
+def read_tokenizer(source: Path) -> Tokenizer:
+    """Build the tokenizer of a GGUF file or a folder; see `Loaded.tokenizer`."""
+    if source.suffix == ".gguf":
+        from trimtab.runtime.text.gguf_tokenizer import tokenizer_from_gguf
+
+        return tokenizer_from_gguf(GgufFile(source).metadata)
+    from trimtab.runtime.text.tokenizer import tokenizer_from_folder
+
+    return tokenizer_from_folder(source)
 
 
 def open_model(source: str | Path, dtype: str | None = "float32") -> Loaded:
