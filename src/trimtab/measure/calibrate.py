@@ -30,7 +30,7 @@ from trimtab.runtime.weights.random import random_weights
 from trimtab.spec.configs import spec_from_config
 from trimtab.spec.formats import WeightFormat
 from trimtab.spec.machine import Efficiency, Machine, Stack, this_machine_path
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.nodes import GateFirst, ModelSpec
 from trimtab.spec.tree import Edit
 from trimtab.units import MIB
 
@@ -116,6 +116,8 @@ def calibrate(path: Path | None = None, *, progress: Progress | None = None) -> 
             samples += found
             passes.append((found, wall))
     classes = fit_classes(samples)
+    for _ in progress("skipped rows", [None]):
+        classes["gathered"] = fit_gathered(classes, machine, unit)
     overhead = float(np.median([wall - sum(s.time_s for s in found) for found, wall in passes]))
     predicted = [sum(_predicted(classes[s.key], s) for s in found) + overhead for found, _ in passes]
     ratios = np.array([wall for _, wall in passes]) / np.array(predicted)
@@ -237,6 +239,39 @@ def _time_decoder(
             return timer
 
         yield _samples(spec, StepShape.of([1], [past + 2], logits=1), *_best(decode, 2 * _REPEATS), machine, unit)
+
+
+def fit_gathered(classes: Mapping[str, Efficiency], machine: Machine, unit: Stack) -> Efficiency:
+    """Bandwidth efficiency of rows picked by a gate, from decode steps of a gate-first decoder.
+
+    One kernel runs the whole block: what it takes beyond the dense gate is set against the bytes of the rows it touched.
+    """
+    base = _spec(_SHAPES[1], "fp32", packed=False)
+    edits = [Edit("layers.*.mlp", "executor", GateFirst(0.5)), Edit("layers.*.mlp.down_proj", "layout", "transposed")]
+    spec = base.edit(edits, by="calibrate")
+    model = Model(Variant(spec, random_weights(spec)))
+    shares = []
+    session = model.session(chunk=_CHUNK)
+    session.prefill([np.arange(16)], reserve=16)
+    for repeat in range(8):
+        session.record = timer = Timer()
+        timer.last = time.perf_counter()
+        session.decode([repeat])
+        step = StepShape.of([1], [16 + repeat], logits=1, observed=timer.observed)
+        kernels = [Kernel((op,), op.reads, op.writes, False) for op in build(spec).ops]
+        priced = {name: each for each in price(kernels, step, machine, unit).kernels for name in each.group.names}
+        for index in range(len(spec.layers)):
+            block = f"layers.{index}.mlp"
+            gate = priced[f"{block}.gate_proj"]
+            dense = float(gate.memory_s) / classes["gemv.fp32"].bandwidth_efficiency + classes["gemv.fp32"].launch_s
+            taken = sum(timer.seconds[f"{block}.{name}"] for name in ("gate_proj", "act", "up_proj", "down_proj"))
+            rows = sum(float(priced[f"{block}.{name}"].memory_s) for name in ("up_proj", "down_proj"))
+            shares.append(rows / max(taken - dense, rows / 4))
+    return Efficiency(
+        compute_efficiency=classes["gemv.fp32"].compute_efficiency,
+        bandwidth_efficiency=float(np.median(shares[len(spec.layers) :])),  # the first step warms up
+        launch_s=1e-7,
+    )
 
 
 def _best(run: Callable[[], Timer], repeats: int = _REPEATS) -> tuple[Timer, float]:

@@ -24,6 +24,8 @@ FloatArray = npt.NDArray[np.float64]
 #: Rows up to which a product with a matrix is priced as a matrix-vector product.
 GEMV_ROWS = 16
 
+_CONSTANTS = ("compute_efficiency", "bandwidth_efficiency", "launch_s")
+
 _LINEAR = frozenset({"linear", "router", "expert", "gated_linear", "expand", "absorb_q", "absorb_v", "score"})
 
 
@@ -136,13 +138,20 @@ def _main(kernel: Kernel) -> Op:
 
 
 def _efficiency(op: Op, rows: Any, stack: Stack, shape: tuple[int, ...]) -> tuple[FloatArray, FloatArray, FloatArray]:
-    names = ("gemv", "gemm") if (kind := op_class(op)) == "linear" else (kind, kind)
+    """(compute efficiency, bandwidth efficiency, launch) of an op in each pass; linears change class with their rows."""
+    kind = op_class(op)
+    names = ("gemv", "gemm") if kind == "linear" else (kind, kind)
     few, many = (_constants(name, op, stack) for name in names)
     small = np.broadcast_to(rows <= GEMV_ROWS, shape)
-    return tuple(
-        np.where(small, getattr(few, field), getattr(many, field))
-        for field in ("compute_efficiency", "bandwidth_efficiency", "launch_s")
-    )  # type: ignore[return-value]
+    found = tuple(np.where(small, getattr(few, name), getattr(many, name)) for name in _CONSTANTS)
+    gathered = stack.op_classes.get("gathered")
+    if op.kind == "gated_linear" and gathered is not None:  # rows picked one by one are read slower than a whole matrix
+        owner: Any = op.owner
+        picked = np.broadcast_to(rows <= owner.executor.max_tokens, shape)
+        found = tuple(
+            np.where(picked, getattr(gathered, name), all) for name, all in zip(_CONSTANTS, found, strict=True)
+        )
+    return found  # type: ignore[return-value]
 
 
 def _constants(name: str, op: Op, stack: Stack) -> Any:

@@ -94,7 +94,8 @@ class Stack:
         attention: ``tiled`` reads K and V once per query tile and skips what the mask hides; ``eager`` computes the
             full square and writes the scores.
         prefill_chunk: new tokens of one prefill pass; None = the whole prompt at once.
-        op_classes: efficiency by op class (`OP_CLASSES`), optionally by dtype as ``gemm.bf16``.
+        op_classes: efficiency by op class (`OP_CLASSES`), optionally by dtype as ``gemm.bf16``; ``gathered``, if there,
+            prices rows that a gate picks out of a matrix (else ``gemv``).
         band: P10 and P90 of measured over predicted time.
         bandwidth_by_working_set: (working set in bytes, bytes/s) ascending; empty = the machine's one bandwidth.
         fused: names of fusions this stack performs (``qkv``, ``norm_residual``, ``rope``, ``act``).
