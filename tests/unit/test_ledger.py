@@ -33,10 +33,9 @@ def test_prediction_is_there_before_the_measurement(tmp_path: Path) -> None:
     assert row.state == "done" and row.measured and row.measured["figures"]["tpot_s"]["value"] == 2.0
 
 
-def test_an_error_is_recorded_and_passed_on(tmp_path: Path) -> None:
+def test_an_error_is_recorded(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "l.sqlite")
-    with pytest.raises(RuntimeError), ledger.recorded(report("predicted", 1.0)):
-        raise RuntimeError("it broke")
+    ledger.fail(ledger.start(report("predicted", 1.0)), RuntimeError("it broke"))
     (row,) = ledger.runs()
     assert row.state == "failed" and row.error == "RuntimeError: it broke"
 

@@ -128,19 +128,6 @@ class Ledger:
                 (_now(), f"{type(error).__name__}: {error}", run),
             )
 
-    @contextlib.contextmanager
-    def recorded(self, predicted: Report) -> Iterator[list[Report]]:
-        """Record a block: append the measured report to the list it yields; an exception is recorded and passed on."""
-        run = self.start(predicted)
-        found: list[Report] = []
-        try:
-            yield found
-        except BaseException as error:
-            self.fail(run, error)
-            raise
-        if found:
-            self.finish(run, found[-1])
-
     def runs(self) -> list[Run]:
         """Every row, newest first."""
         columns = "id, started_utc, finished_utc, state, model, techniques, plan, predicted, measured, error, pid, boot"

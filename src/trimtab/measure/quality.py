@@ -9,9 +9,9 @@ Legend: T tokens of a window, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from trimtab.runtime.step import IntArray, Step
 from trimtab.spec.report import Figure
 
 if TYPE_CHECKING:
-    from trimtab.model.variant import Model, Variant
+    from trimtab.model.variant import Variant
 
 #: Rows of logits compared at once: a full window over a large vocabulary would hold gigabytes in float64.
 _ROWS = 128
@@ -179,31 +179,3 @@ def evaluate_text(
         found = [one.decoder(ids, step, None, wanted) for one in (base, variant)]
         scores.add(found[0], found[1], ids[1:])
     return scores.result()
-
-
-def evaluate_continuation(
-    base: Model, variant: Model, prompt: IntArray, continuation: IntArray, scores: TokenScores | None = None
-) -> Quality:
-    """Score a continuation token by token after a prompt, each model through its own cache.
-
-    So what a technique does to the prompt (filter), to the cache (ring) and to single steps (skipped rows) is in the
-    figure.
-
-    Args:
-        base, variant: models as they are now (use sessions of two variants).
-        prompt: token ids that are read, not scored.
-        continuation: token ids that are scored.
-        scores: where to gather; a new one by default.
-    """
-    scores = scores or TokenScores()
-    for p, q, token in _steps(base, variant, prompt, continuation):
-        scores.add(torch.from_numpy(p), torch.from_numpy(q), torch.tensor([token]))
-    return scores.result()
-
-
-def _steps(base: Any, variant: Any, prompt: IntArray, continuation: IntArray) -> Iterator[tuple[Any, Any, int]]:
-    sessions = [model.session() for model in (base, variant)]
-    found = [session.prefill([prompt], reserve=len(continuation)) for session in sessions]
-    for token in continuation.tolist():
-        yield found[0], found[1], token
-        found = [session.decode([token]) for session in sessions]
