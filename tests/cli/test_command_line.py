@@ -151,6 +151,8 @@ def test_interrupt_leaves_no_half_report(tmp_path: Path, smollm2_path: Path) -> 
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
+        # A test run in the background inherits an ignored SIGINT; a user's terminal does not ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     time.sleep(4)
     process.send_signal(signal.SIGINT)

@@ -84,9 +84,7 @@ def register(app: typer.Typer) -> None:
             figure = each.measured.figures["tpot_s"]
             if figure.value:
                 spread = f"{figure.p10 * 1e3:.1f}-{figure.p90 * 1e3:.1f} ms" if figure.p10 and figure.p90 else ""
-                typer.echo(
-                    f"TPOT of {each.arm.label}: rounds {spread}."
-                )
+                typer.echo(f"TPOT of {each.arm.label}: rounds {spread}.")
             for note in each.measured.notes:
                 typer.echo(f"Note: {note}")
 
