@@ -35,6 +35,10 @@ TECHNIQUES = [
     "rtn:bits=4,group=16+cats:sparsity=0.6",
     "cats:sparsity=0.6+streaming-llm:sink=2,recent=5",
     "gemfilter:layer=2,topk=5+streaming-llm:sink=1,recent=3",
+    "rtn:bits=4,group=16+gemfilter:layer=1,topk=5",
+    "rtn:bits=4,group=16+streaming-llm:sink=2,recent=5",
+    "cats:sparsity=0.6+gemfilter:layer=1,topk=5",
+    "rtn:bits=4,group=16+cats:sparsity=0.6+gemfilter:layer=1,topk=6+streaming-llm:sink=1,recent=4",
 ]
 
 
