@@ -52,7 +52,10 @@ def assert_same(ours: Sequence[int], theirs: Sequence[int], tokenizer: Tokenizer
     if list(ours) == list(theirs):
         return
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    told = [[tokenizer.backend.id_to_token(token) for token in ids[max(0, at - 3) : at + 4]] for ids in (list(ours), list(theirs))]
+    told = [
+        [tokenizer.backend.id_to_token(token) for token in ids[max(0, at - 3) : at + 4]]
+        for ids in (list(ours), list(theirs))
+    ]
     pytest.fail(f"token {at} of {len(ours)} (oracle {len(theirs)}): ours {told[0]}, oracle {told[1]}")
 
 
@@ -123,7 +126,9 @@ def _gpt2_style() -> tuple[Backend, dict[str, Any]]:
 def _llama3_style() -> tuple[Backend, dict[str, Any]]:
     backend = Backend(models.BPE(ignore_merges=True))
     split = pre_tokenizers.Split(Regex(PRE_TOKENIZERS["llama-bpe"].stages[0]), "isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     backend.decoder = decoders.ByteLevel()
     return backend, {"bos_token": "<|begin|>", "eos_token": "<|im_end|>"}
 
@@ -131,16 +136,20 @@ def _llama3_style() -> tuple[Backend, dict[str, Any]]:
 def _llama2_style() -> tuple[Backend, dict[str, Any]]:
     backend = Backend(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    return backend, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False}
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return backend, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": False}
 
 
 def _metaspace_style() -> tuple[Backend, dict[str, Any]]:
     backend = Backend(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    return backend, {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "add_eos_token": True}
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return backend, {"bos_token": "<s>", "eos_token": "</s>"}
 
 
 STYLES = {"gpt2": _gpt2_style, "llama3": _llama3_style, "llama2": _llama2_style, "metaspace": _metaspace_style}
@@ -153,20 +162,26 @@ def train(style: str, folder: Path, text: str) -> None:
     special = list(dict.fromkeys(["<unk>", *(value for value in config.values() if isinstance(value, str))]))
     special += [] if byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
     alphabet = pre_tokenizers.ByteLevel.alphabet() if byte_level else []
-    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, initial_alphabet=alphabet, max_token_length=12, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=special, initial_alphabet=alphabet, max_token_length=12, show_progress=False
+    )
     lines = text.splitlines(keepends=True)
     # One line would be one word without a pre-tokenizer; training cuts it, the tokenizer does not.
     backend.train_from_iterator(lines if byte_level else [word for line in lines for word in line.split(" ")], trainer)
-    if style == "llama3":
-        bos = config["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))])
+    if style != "gpt2":
+        single = f"{config['bos_token']} $A" + (f" {config['eos_token']}" if style == "metaspace" else "")
+        around = [(token, backend.token_to_id(token)) for token in (config["bos_token"], config["eos_token"])]
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=around)
     if not byte_level:  # the trainer marks byte tokens as special; in real files they are ordinary
         state = json.loads(backend.to_str())
         state["added_tokens"] = [token for token in state["added_tokens"] if not token["content"].startswith("<0x")]
         backend = Backend.from_str(json.dumps(state))
     backend.add_tokens([AddedToken("<tool>", normalized=False, special=False)])
     backend.save(str(folder / "tokenizer.json"))
-    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"}
+    config |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
@@ -189,9 +204,13 @@ def test_folders_encode_and_decode_as_transformers_does(style, tmp_path, recorde
         ids = theirs.encode(text)
         for skip in (False, True):
             assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
-            assert "".join(ours.stream(skip_special_tokens=skip).all(ids)) == theirs.decode(ids, skip_special_tokens=skip)
+            assert "".join(ours.stream(skip_special_tokens=skip).all(ids)) == theirs.decode(
+                ids, skip_special_tokens=skip
+            )
     messages = [{"role": "user", "content": "say  <tool> 123"}]
-    assert ours.encode_chat(messages) == theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert ours.encode_chat(messages) == theirs.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
 
 
 @pytest.mark.parametrize("space_prefix", [True, False])
@@ -262,7 +281,10 @@ CHATS = {
         {"role": "user", "content": "a"}, {"role": "assistant", "content": " b ", "tool_calls": None}, {"role": "user", "content": "🎉\t"},
     ],
 }  # fmt: skip
-TOOL = {"type": "function", "function": {"name": "f", "description": "ä <b>", "parameters": {"x": [1, 2.5, None, True]}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "ä <b>", "parameters": {"x": [1, 2.5, None, True]}},
+}
 
 
 @pytest.mark.parametrize("chat", CHATS)
@@ -270,7 +292,11 @@ TOOL = {"type": "function", "function": {"name": "f", "description": "ä <b>", "
 def test_chat_prompts_equal_transformers(name, chat, smollm2):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=smollm2.backend, bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token="<|endoftext|>", pad_token="<|im_end|>"
+        tokenizer_object=smollm2.backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|im_end|>",
     )
     template = smollm2.chat_template if name == "built-in" else TEMPLATES[name]
     messages = CHATS[chat]

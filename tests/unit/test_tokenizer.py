@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from trimtab.errors import SpecError, UnsupportedModelError
 from trimtab.runtime.text.chat import render_chat
@@ -290,6 +290,7 @@ def write_folder(folder: Path, config: dict[str, Any] | None = None, **files: st
     backend = Backend(models.BPE({"a": 0, "b": 1, "<s>": 2, "</s>": 3, "<pad>": 4}, []))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.add_special_tokens(["<s>", "</s>", "<pad>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
     backend.enable_truncation(2)
     backend.enable_padding(length=6, pad_id=4, pad_token="<pad>")
     backend.save(str(folder / "tokenizer.json"))
@@ -304,7 +305,7 @@ def test_a_folder_with_its_config(tmp_path):
     config = {
         "bos_token": {"content": "<s>"},
         "eos_token": "</s>",
-        "add_bos_token": True,
+        "add_bos_token": False,  # what tokenizer.json says counts
         "chat_template": "{{ bos_token }}{{ messages[0].content }}",
     }
     tokenizer = tokenizer_from_folder(
@@ -317,7 +318,7 @@ def test_a_folder_with_its_config(tmp_path):
 
 def test_a_bare_tokenizer_json_is_enough(tmp_path):
     tokenizer = tokenizer_from_folder(write_folder(tmp_path))
-    assert tokenizer.encode("ab", add_special_tokens=True) == [0, 1]
+    assert tokenizer.encode("ab", add_special_tokens=True) == [2, 0, 1] and tokenizer.bos_id is None
     with pytest.raises(SpecError, match="no chat template"):
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}])
 

@@ -27,7 +27,7 @@ class Tokenizer:
     """Encodes and decodes; safe to share between threads.
 
     Args:
-        backend: the `tokenizers` object; truncation and padding are switched off.
+        backend: the `tokenizers` object, with neither truncation nor padding.
         bos_id, eos_id: beginning and end of sequence, where the model has them.
         end_ids: further ids that end generation; `eos_id` and special tokens named like an end (`END_TEXTS`) are added.
         prefix, suffix: ids that `add_special_tokens` puts around a text.
@@ -51,8 +51,6 @@ class Tokenizer:
         chat_template: str | None = None,
         template_variables: Mapping[str, Any] | None = None,
     ) -> None:
-        backend.no_truncation()
-        backend.no_padding()
         self.backend = backend
         self.bos_id = bos_id
         self.eos_id = eos_id
@@ -196,8 +194,9 @@ class TextStream:
 def tokenizer_from_folder(folder: str | Path) -> Tokenizer:
     """Read `tokenizer.json` and, where present, `tokenizer_config.json`, `chat_template.jinja` and `generation_config.json`.
 
-    Ids equal those of transformers' fast tokenizer. As there, `add_bos_token` and `add_eos_token` of the config win over
-    the file's own post-processor. `clean_up_tokenization_spaces` is not applied: decoding changes no text.
+    Ids equal those of transformers' fast tokenizer. As there (version 5), what goes around a text is what the
+    post-processor of tokenizer.json says; `add_bos_token` and `add_eos_token` of the config do not matter.
+    `clean_up_tokenization_spaces` is not applied: decoding changes no text.
 
     Raises:
         SpecError: a file is missing or is no JSON.
@@ -217,15 +216,14 @@ def tokenizer_from_folder(folder: str | Path) -> Tokenizer:
         backend = Backend.from_file(str(path))
     except Exception as error:  # the library raises a bare Exception for every fault of the file
         raise SpecError(f"{path} is no tokenizer.json that the tokenizers library reads: {error}") from None
+    backend.no_truncation()
+    backend.no_padding()
     config = _json(folder / "tokenizer_config.json")
     _add_missing(backend, config.get("added_tokens_decoder") or {})
     tokens = {role: _text(config[role]) for role in _ROLES if config.get(role)}
     ids = {role: backend.token_to_id(text) for role, text in tokens.items()}
     bos_id, eos_id = ids.get("bos_token"), ids.get("eos_token")
     prefix, suffix = _wrapping(backend)
-    if "add_bos_token" in config or "add_eos_token" in config:
-        prefix = [bos_id] if config.get("add_bos_token") and bos_id is not None else []
-        suffix = [eos_id] if config.get("add_eos_token") and eos_id is not None else []
     ends = _json(folder / "generation_config.json").get("eos_token_id")
     return Tokenizer(
         backend,
