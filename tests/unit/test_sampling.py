@@ -216,6 +216,12 @@ def test_stop_texts_do_not_depend_on_the_pieces(text, stops, cuts):
     assert checker.finish() == "" and (stop is None or checker.push("more") == "")
 
 
+def test_a_stop_text_that_comes_letter_by_letter_is_never_shown():
+    checker = StopChecker(["bcd", "x"])
+    assert [checker.push(letter) for letter in "abcbcd"] == ["a", "", "", "bc", "", ""]
+    assert checker.stopped == "bcd"
+
+
 def test_certain_text_is_not_held_back():
     checker = StopChecker(["\n\nUser:"])
     assert checker.push("Hello\n") == "Hello"
