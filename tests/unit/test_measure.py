@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from trimtab.errors import CalibrationError, SpecError
-from trimtab.measure.calibrate import Sample, calibrate, fit_classes, to_toml
+from trimtab.measure.calibrate import Sample, calibrate, fit_classes, thread_scaling, to_toml
 from trimtab.measure.ledger import Ledger
 from trimtab.measure.measure import Arm, agreement, compare
 from trimtab.measure.meters import ActivationMeter
@@ -138,6 +138,17 @@ def test_fit_recovers_planted_constants() -> None:
     found = fit_classes(samples)["gemm.fp32"]
     for name in ("compute_efficiency", "bandwidth_efficiency", "launch_s"):
         assert getattr(found, name) == pytest.approx(getattr(planted, name), rel=0.1)  # the grid's last step is 4 %
+
+
+def test_thread_scaling_puts_the_threads_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        rates = thread_scaling()
+        assert [rate.threads for rate in rates] == [1, 2] and torch.get_num_threads() == 2
+        assert all(rate.gemm_flops_per_s > 1e8 and rate.read_bytes_per_s > 1e8 for rate in rates)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.slow

@@ -26,12 +26,18 @@ def register(app: typer.Typer) -> None:
         if json:
             stack = {name: dataclasses.asdict(value) for name, value in found.stack.op_classes.items()}
             facts = {"machine": dataclasses.asdict(found.machine), "op_classes": stack, "band": found.stack.band}
+            facts["threads"] = [dataclasses.asdict(rate) for rate in found.threads]
             return print_json({"schema": 1, **facts, "residuals": found.residuals, "time_s": found.time_s})
         machine = found.machine
         peaks = ", ".join(f"{dtype} {format_si(rate, 'FLOP/s')}" for dtype, rate in machine.flops_per_s.items())
         typer.echo(f"{machine.name}: {peaks}")
         sets = found.stack.bandwidth_by_working_set
         typer.echo("read bandwidth: " + ", ".join(f"{a / 2**20:g} MiB {format_si(b, 'B/s')}" for a, b in sets))
+        for rate in found.threads:
+            gemm, read = format_si(rate.gemm_flops_per_s, "FLOP/s"), format_si(rate.read_bytes_per_s, "B/s")
+            typer.echo(
+                f"{rate.threads} thread{'s' * (rate.threads > 1)}: fp32 products {gemm}, reads of 256 MiB {read}"
+            )
         rows = [
             (name, f"{c.compute_efficiency:.3f}", f"{c.bandwidth_efficiency:.3f}", format_seconds(c.launch_s))
             for name, c in found.stack.op_classes.items()

@@ -73,18 +73,29 @@ class Sample:
     time_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class ThreadRate:
+    """Rates at a number of threads: fp32 products in FLOP/s and reads of a large working set in bytes/s."""
+
+    threads: int
+    gemm_flops_per_s: float
+    read_bytes_per_s: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
     """What was found.
 
     Args:
         machine, stack: as `load_machine("this")` and `load_stack("this")` will give them.
+        threads: what one thread, two, four, ... up to all of them reach.
         residuals: P10, P50 and P90 of measured over predicted time of whole passes.
         time_s: what it took.
     """
 
     machine: Machine
     stack: Stack
+    threads: tuple[ThreadRate, ...]
     residuals: tuple[float, float, float]
     time_s: float
 
@@ -100,6 +111,7 @@ def calibrate(path: Path | None = None, *, progress: Progress | None = None) -> 
     start = time.perf_counter()
     table = [(size, read_bandwidth(size)) for size in progress("bandwidth by working set", _SETS)]
     machine = _machine(table)
+    threads = thread_scaling()
     unit = Stack(
         name="unit",
         attention="eager",
@@ -134,8 +146,14 @@ def calibrate(path: Path | None = None, *, progress: Progress | None = None) -> 
         source=f"{len(samples)} ops of {len(passes)} passes timed on this machine, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads; whole passes: measured over predicted P10 {p10:.2f}, P50 {p50:.2f}, P90 {p90:.2f}",
     )
-    write_atomically(path or this_machine_path(), to_toml(machine, stack))
-    return Calibration(machine=machine, stack=stack, residuals=(p10, p50, p90), time_s=time.perf_counter() - start)
+    write_atomically(path or this_machine_path(), to_toml(machine, stack, threads))
+    return Calibration(
+        machine=machine,
+        stack=stack,
+        threads=threads,
+        residuals=(p10, p50, p90),
+        time_s=time.perf_counter() - start,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- machine
@@ -164,6 +182,20 @@ def peak_flops_per_s(dtype: torch.dtype) -> float:
         linear(a, b, None)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def thread_scaling() -> tuple[ThreadRate, ...]:
+    """Measure one thread, two, four, ... and all of them; the number of threads is put back afterwards."""
+    most = torch.get_num_threads()
+    counts = sorted({*(1 << power for power in range(most.bit_length()) if 1 << power < most), most})
+    found = []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            found.append(ThreadRate(count, peak_flops_per_s(torch.float32), read_bandwidth(256 * MIB)))
+    finally:
+        torch.set_num_threads(most)
+    return tuple(found)
 
 
 def _machine(table: Sequence[tuple[int, float]]) -> Machine:
@@ -359,8 +391,8 @@ def _with_defaults(classes: Mapping[str, Efficiency]) -> dict[str, Efficiency]:
 # ----------------------------------------------------------------------------------------------------------- file
 
 
-def to_toml(machine: Machine, stack: Stack) -> str:
-    """Write both as the TOML that `spec.machine` reads."""
+def to_toml(machine: Machine, stack: Stack, threads: Sequence[ThreadRate] = ()) -> str:
+    """Write machine and stack as the TOML that `spec.machine` reads, and the thread scaling for people."""
     lines = ["# Written by `trimtab calibrate`. Run it again after the machine or Trimtab changed.", "", "[machine]"]
     lines += [f"{name} = {_value(value)}" for name, value in dataclasses.asdict(machine).items() if _written(value)]
     lines += ["", "[stack]"]
@@ -371,6 +403,9 @@ def to_toml(machine: Machine, stack: Stack) -> str:
     for name, constants in stack.op_classes.items():
         lines += ["", f'[stack.op_class."{name}"]']
         lines += [f"{key} = {value!r}" for key, value in dataclasses.asdict(constants).items()]
+    for rate in threads:
+        lines += ["", "[[threads]]"]
+        lines += [f"{key} = {value!r}" for key, value in dataclasses.asdict(rate).items()]
     return "\n".join(lines) + "\n"
 
 
