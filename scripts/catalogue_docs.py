@@ -176,7 +176,10 @@ def counted(key: str) -> list[str]:
         spec = load_spec(key)
     except UnsupportedModelError:
         return ["", "", ""]
-    return [f"{number:,}" for number in (spec.num_parameters(), active_parameters(spec), spec.kv_nbytes(1))]
+    return [
+        f"{number:,}"
+        for number in (spec.num_parameters(), active_parameters(spec), spec.kv_nbytes(1) - spec.state_nbytes())
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from trimtab.data import root
-from trimtab.errors import UnsupportedModelError
 from trimtab.spec.configs import active_parameters, load_spec
 from trimtab.spec.machine import OP_CLASSES, Machine, load_machine, load_stack
 
@@ -143,13 +142,9 @@ PUBLISHED = {
     "phi-3-mini-4k": 3_821_079_552, "qwen1.5-moe-a2.7b": 14_315_784_192, "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-72b": 72_706_203_648, "qwen2.5-7b": 7_615_616_512, "qwen3-0.6b": 596_049_920,
     "qwen3-235b-a22b": 235_093_634_560, "qwen3-30b-a3b": 30_532_122_624, "qwen3-32b": 32_762_123_264,
-    "qwen3-8b": 8_190_735_360, "smollm2-1.7b": 1_711_376_384, "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120,
+    "qwen3-8b": 8_190_735_360, "qwen3-next-80b-a3b": 79_674_391_296, "smollm2-1.7b": 1_711_376_384, "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120,
     "tinyllama-1.1b": 1_100_048_384, "yi-34b": 34_388_917_248, "yi-6b": 6_061_035_520, "yi-9b": 8_829_407_232,
 }  # fmt: skip
-
-
-#: Recorded for what comes later; asking for them says what is missing.
-NOT_BUILT = {"gemma-4-26b-a4b", "llama-4-scout", "nemotron-h-56b"}
 
 
 @pytest.mark.parametrize("key", PUBLISHED)
@@ -176,17 +171,10 @@ def test_model_names_are_unique_whatever_their_case() -> None:
     assert load_spec("meta-llama/Llama-2-7b-hf") == load_spec("llama-2-7b")
 
 
-def test_every_model_builds_or_is_refused_by_name() -> None:
-    refused: set[str] = set()
+def test_every_model_builds() -> None:
     for key in MODELS:
-        try:
-            spec = load_spec(key)
-        except UnsupportedModelError as error:
-            assert key in str(error)
-            refused.add(key)
-        else:
-            assert spec.name == key and spec.kv_nbytes(1) > 0
-    assert refused <= NOT_BUILT
+        spec = load_spec(key)
+        assert spec.name == key and spec.kv_nbytes(1) > 0
 
 
 def test_models_equal_the_recorded_configs(shared_data: Path) -> None:

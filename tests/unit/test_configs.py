@@ -63,18 +63,11 @@ def test_active_parameters() -> None:
     assert active_parameters(load_spec("llama-2-7b")) == 6_738_415_616
 
 
-def test_every_catalogued_model_builds_or_says_why() -> None:
-    refused = []
+def test_every_catalogued_model_builds() -> None:
     for name in model_ids():
-        try:
-            spec = load_spec(name)
-        except UnsupportedModelError as error:
-            assert "is not built" in str(error)
-            refused.append(name)
-        else:
-            assert spec.name == name
-            assert 0 < active_parameters(spec) <= spec.num_parameters()
-    assert refused == ["gemma-4-26b-a4b", "llama-4-scout", "nemotron-h-56b"]
+        spec = load_spec(name)
+        assert spec.name == name
+        assert 0 < active_parameters(spec) <= spec.num_parameters()
 
 
 @pytest.mark.parametrize("alias", ["HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m", "SmolLM2-135M"])
@@ -111,7 +104,7 @@ def test_null_counts_as_missing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "says"), [("lama", r"Did you mean 'llama'"), ("mamba2", r"Known: bloom"), ("llama4_text", "chunks")]
+    ("kind", "says"), [("lama", r"Did you mean 'llama'"), ("mamba2", r"Known: bloom"), ("t5", "encoder")]
 )
 def test_unknown_architecture(kind: str, says: str) -> None:
     with pytest.raises(UnsupportedModelError, match=says):
@@ -390,3 +383,11 @@ def test_reasons_are_given_for_architectures_known_by_name() -> None:
         with pytest.raises(UnsupportedModelError) as caught:
             spec_from_config({"model_type": kind}, "m")
         assert reason in str(caught.value)
+
+
+def test_an_unknown_architecture_names_the_known_ones_and_the_keys_that_are_missing_as_well() -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        spec_from_config({"model_type": "lama", "n_embd": 8, "vocab_size": 9}, "m")
+    said = str(caught.value)
+    assert "'lama'" in said and "llama" in said and "qwen3_next" in said
+    assert "lacks num_hidden_layers, num_attention_heads as well" in said

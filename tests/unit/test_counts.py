@@ -134,6 +134,27 @@ def test_flops_equal_torch(family: Any) -> None:
     assert counter.get_total_flops() == sum(int(count(op, step).flops) for op in build(family, "prefill").ops)
 
 
+def test_flops_of_decoding_equal_torch(family: Any) -> None:
+    """A step behind a cached prompt, and the second chunk of a prompt, of two rows of different lengths."""
+    from trimtab.model.attention import Attention, eager
+
+    model = Model(Variant(family, random_weights(family)))
+    for module in model.decoder.modules():
+        if isinstance(module, Attention):
+            module.backend = eager
+    session = model.session(chunk=11)
+    with FlopCounterMode(display=False) as counter:
+        session.prefill(PROMPTS)
+    first = StepShape.of([11, 6], [0, 0], logits=1)  # the shorter prompt ends in the first pass
+    second = StepShape.of([6], [11], logits=1)
+    wanted = sum(int(count(op, step).flops) for step in (first, second) for op in build(family, "prefill").ops)
+    assert counter.get_total_flops() == wanted
+    with FlopCounterMode(display=False) as counter:
+        session.decode([5, 7])
+    step = StepShape.of([1, 1], [17, 6], logits=2)
+    assert counter.get_total_flops() == sum(int(count(op, step).flops) for op in build(family).ops)
+
+
 def test_resident_bytes(family: Any) -> None:
     """Weights and cache hold the bytes the spec says."""
     model = Model(Variant(family, random_weights(family)))

@@ -220,7 +220,7 @@ def test_taps_see_every_layer_and_may_replace(tiny_model: Model) -> None:
 
 def test_what_is_not_built_says_so() -> None:
     latent = load_spec("deepseek-v3")
-    with pytest.raises(UnsupportedModelError, match=r"Latent attention.*predict"):
+    with pytest.raises(UnsupportedModelError, match=r"latent attention.*predict"):
         Decoder(dataclasses.replace(latent, layers=latent.layers[:1]), _Zeros())  # type: ignore[arg-type]
     plain = load_spec("opt-125m").edit([Edit("layers.*.mlp", "act", "snake")], by="test")
     with pytest.raises(UnsupportedModelError, match=r"'snake' is not known. Known: silu"):

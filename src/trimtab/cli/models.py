@@ -18,6 +18,7 @@ def register(app: typer.Typer) -> None:
         """List models, or show the shape, parameters and bytes of one."""
         from trimtab.errors import UnsupportedModelError
         from trimtab.spec.configs import active_parameters, load_spec, model_ids
+        from trimtab.spec.nodes import AttentionSpec, LatentAttentionSpec
         from trimtab.ui.output import print_json, print_table
         from trimtab.units import format_bytes, format_si
 
@@ -30,7 +31,8 @@ def register(app: typer.Typer) -> None:
                     raise
                 rows.append({"id": key, "family": "", "why": str(error)})
                 continue
-            heads = spec.layers[0].self_attn.num_attention_heads
+            mixers = (layer.self_attn for layer in spec.layers)
+            attention = next((m for m in mixers if isinstance(m, AttentionSpec | LatentAttentionSpec)), None)
             rows.append(
                 {
                     "id": spec.name,
@@ -39,12 +41,13 @@ def register(app: typer.Typer) -> None:
                     "active_parameters": active_parameters(spec),
                     "num_hidden_layers": spec.num_hidden_layers,
                     "hidden_size": spec.hidden_size,
-                    "num_attention_heads": heads,
-                    "num_key_value_heads": len(spec.layers[0].self_attn.cache.heads),
+                    "num_attention_heads": attention.num_attention_heads if attention else 0,
+                    "num_key_value_heads": len(attention.cache.heads) if attention else 0,
                     "vocab_size": spec.vocab_size,
                     "max_position_embeddings": spec.max_position_embeddings,
                     "weight_bytes": spec.weight_nbytes(),
-                    "kv_bytes_per_token": spec.kv_nbytes(1),
+                    "kv_bytes_per_token": spec.kv_nbytes(1) - spec.state_nbytes(),
+                    "state_bytes": spec.state_nbytes(),
                     "hash": spec.hash,
                 }
             )

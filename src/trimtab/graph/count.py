@@ -21,9 +21,18 @@ import numpy as np
 
 from trimtab.errors import unknown
 from trimtab.graph.ops import Counts, Group, IntArray, Kernel, Op, StepShape, group
-from trimtab.spec.cache import CacheSpec, Keep
+from trimtab.graph.routing import busiest_rank, distinct_experts
+from trimtab.spec.cache import CacheSpec, HeadSpec, Keep
 from trimtab.spec.formats import ITEM_BYTES
-from trimtab.spec.nodes import FFNSpec, GateFirst, LinearSpec, MoESpec, weight_nbytes
+from trimtab.spec.nodes import (
+    FFNSpec,
+    GateFirst,
+    LinearAttentionSpec,
+    LinearSpec,
+    MoESpec,
+    StateSpaceSpec,
+    weight_nbytes,
+)
 
 #: How attention runs.
 ATTENTIONS = ("eager", "tiled")
@@ -74,14 +83,25 @@ def count_all(
     """Count kernels, those that are equal but for their names once; the counts are of one of them."""
     # An observed count is looked up by name, so then every kernel stands alone.
     groups = tuple(Group(k, (k.name,)) for k in kernels) if step.observed else group(kernels)
+    return count_groups(groups, step, attention, llc_bytes)
+
+
+def count_groups(
+    groups: Iterable[Group], step: StepShape, attention: str = "eager", llc_bytes: int | None = None
+) -> tuple[tuple[Group, Counts], ...]:
+    """Count one kernel of every group."""
     return tuple((same, count(same.kernel, step, attention, llc_bytes)) for same in groups)
 
 
 def scratch_bytes(op: Op, step: StepShape, attention: str) -> IntArray | int:
-    """Bytes an op holds besides what it reads and writes: the scores of eager attention, before and after softmax.
+    """Bytes an op holds besides what it reads and writes: the scores of eager attention, before and after softmax, and the
+    states between the chunks of a scan.
 
     Eager attention runs the rows of a batch one after the other, so copies of a row add nothing.
     """
+    if op.kind == "scan":
+        node: Any = op.node
+        return _chunks(node, step) * node.cache.states[0].nbytes()
     if attention == "tiled" or not op.kind.startswith("attend"):
         return 0
     return 2 * ITEM_BYTES[op.dtype] * _score_elements(op, replace(step, copies=1), _How("eager", None))
@@ -104,8 +124,18 @@ def _linear(op: Op, step: StepShape, how: _How) -> Counts:
 def _matrix(node: LinearSpec, rows: IntArray) -> Counts:
     """`rows` inputs through the whole matrix; it is read once."""
     used = rows > 0
-    vector = (0 if node.format.is_float else _DEQUANT * node.n * node.k) * used + (rows * node.n if node.bias else 0)
+    vector = _decoding(node) * used + _coding(node, rows) + (rows * node.n if node.bias else 0)
     return Counts(flops=2 * rows * node.n * node.k, vector_flops=vector, weight_read=_where(used, node.nbytes(), 0))
+
+
+def _decoding(node: LinearSpec) -> int:
+    """Vector FLOPs that turn a packed matrix into floats; none where its codes go into the product."""
+    return 0 if node.format.is_float or node.act != "none" else _DEQUANT * node.n * node.k
+
+
+def _coding(node: LinearSpec, rows: Any) -> Any:
+    """Vector FLOPs that code the inputs of a product and scale its outputs."""
+    return 0 if node.act == "none" else rows * (_DEQUANT * node.k + node.n)
 
 
 def _norm(op: Op, step: StepShape, how: _How) -> Counts:
@@ -135,7 +165,11 @@ def _act(op: Op, step: StepShape, how: _How) -> Counts:
 
 def _append(op: Op, step: StepShape, how: _How) -> Counts:
     node: Any = op.node
-    return Counts(kv_written=step.tokens * sum(head.token_bytes() for head in node.cache.heads))
+    heads = Counter(node.cache.heads).items()
+    return Counts(
+        vector_flops=step.tokens * sum(times * _page_coding(head) for head, times in heads),
+        kv_written=step.tokens * sum(times * head.token_bytes() for head, times in heads),
+    )
 
 
 def _attend(op: Op, step: StepShape, how: _How) -> Counts:
@@ -143,14 +177,16 @@ def _attend(op: Op, step: StepShape, how: _How) -> Counts:
     node: Any = op.node
     cached = len(op.reads) == 1
     per_head = node.num_attention_heads // node.num_key_value_heads
-    flops = pairs = kv_read = 0
+    flops = pairs = kv_read = decoding = 0
     for head, heads in Counter(node.cache.heads).items():
-        seen = per_head * heads * _pairs(head.keep, node.window, step, how)
+        seen = per_head * heads * _pairs(head.keep, node.window, step, how, node.chunk)
         pairs = pairs + seen
         flops = flops + 2 * (head.head_dim + head.v_head_dim) * seen
         if cached:
-            kv_read = kv_read + heads * _kv_read(head.keep, node.window, head.token_bytes(), step, how)
-    vector = (_SOFTMAX + (_SOFTCAP if node.softcap else 0)) * pairs
+            keys = heads * _keys_read(head, node.window, step, how, node.chunk)
+            kv_read = kv_read + keys * head.token_bytes()
+            decoding = decoding + keys * _page_coding(head)
+    vector = (_SOFTMAX + (_SOFTCAP if node.softcap else 0)) * pairs + decoding
     sinks = _where(step.tokens > 0, weight_nbytes(node), 0) if node.sinks else 0
     return Counts(flops=flops, vector_flops=vector, weight_read=sinks, kv_read=kv_read) + _scores(op, step, how)
 
@@ -166,17 +202,21 @@ def _attend_expanded(op: Op, step: StepShape, how: _How) -> Counts:
 def _attend_latent(op: Op, step: StepShape, how: _How) -> Counts:
     """Latent attention in the latent space (decode): the cache is read once for all heads."""
     node: Any = op.node
-    keep = _keep(node.cache)
-    pairs = node.num_attention_heads * _pairs(keep, None, step, how)
+    head = node.cache.heads[0]
+    pairs = node.num_attention_heads * _pairs(head.keep, None, step, how)
     width = 2 * node.kv_lora_rank + node.qk_rope_head_dim
-    kv_read = _kv_read(keep, None, node.cache.heads[0].token_bytes(), step, how)
-    return Counts(flops=2 * width * pairs, vector_flops=_SOFTMAX * pairs, kv_read=kv_read) + _scores(op, step, how)
+    keys = _keys_read(head, None, step, how)
+    vector = _SOFTMAX * pairs + keys * _page_coding(head)
+    core = Counts(flops=2 * width * pairs, vector_flops=vector, kv_read=keys * head.token_bytes())
+    return core + _scores(op, step, how)
 
 
 def _expand(op: Op, step: StepShape, how: _How) -> Counts:
     """Keys and values of every token in view, out of the cached latents."""
     node: Any = op.node
-    return _matrix(node.kv_b_proj, step.keys) + Counts(kv_read=step.keys * node.cache.heads[0].token_bytes())
+    head = node.cache.heads[0]
+    cached = Counts(vector_flops=step.keys * _page_coding(head), kv_read=step.keys * head.token_bytes())
+    return _matrix(node.kv_b_proj, step.keys) + cached
 
 
 def _absorb(head_dim: str) -> Callable[[Op, StepShape, _How], Counts]:
@@ -225,32 +265,132 @@ def _visible(keep: Keep, past: IntArray) -> IntArray:
     return np.minimum(past, keep.visible(1 << 62))
 
 
-def _pairs(keep: Keep, window: int | None, step: StepShape, how: _How) -> IntArray:
-    """(query, key) pairs of one head, all rows: the full rectangle (eager), or what mask and window leave (tiled)."""
+def _pairs(keep: Keep, window: int | None, step: StepShape, how: _How, chunk: int | None = None) -> IntArray:
+    """(query, key) pairs of one head, all rows: the full rectangle (eager), or what mask, window and chunk leave (tiled)."""
     s, c = step.new, _visible(keep, step.past)
     if how.attention == "eager":
         return step.copies * (s * (c + s)).sum(-1)
+    if chunk is not None:
+        return step.copies * (_within_chunks(c + s, chunk) - _within_chunks(c, chunk)).sum(-1)
     if window is None:
         return step.copies * (s * c + s * (s + 1) // 2).sum(-1)
     growing = np.clip(window - c, 0, s)  # queries that see fewer than `window` keys
     return step.copies * (growing * c + growing * (growing + 1) // 2 + (s - growing) * window).sum(-1)
 
 
-def _kv_read(keep: Keep, window: int | None, token_bytes: int, step: StepShape, how: _How) -> IntArray:
-    """Bytes of one KV head read by all rows; the queries of its group share a read."""
-    s, c = step.new, _visible(keep, step.past)
-    keys = c + s
+def _within_chunks(tokens: IntArray, chunk: int) -> IntArray:
+    """Causal pairs of a sequence of `tokens`, each token with those before it in its chunk and itself."""
+    full, rest = tokens // chunk, tokens % chunk
+    return full * (chunk * (chunk + 1) // 2) + rest * (rest + 1) // 2
+
+
+def _keys_read(head: HeadSpec, window: int | None, step: StepShape, how: _How, chunk: int | None = None) -> IntArray:
+    """Tokens of one KV head read by all rows; the queries of its group share a read.
+
+    A tiled kernel reads for every tile of queries the keys in view of it, and each key once where all of them fit the cache.
+    """
+    s, c = step.new, _visible(head.keep, step.past)
     if how.attention == "eager":
-        return step.copies * token_bytes * keys.sum(-1)
-    if window is not None:
-        keys = np.minimum(keys, window - 1 + s)
+        return step.copies * (c + s).sum(-1)
+
+    hidden = c // chunk * chunk if chunk else np.maximum(c - (window - 1), 0) if window else 0
+    keys = c + s - hidden
     if how.llc_bytes is not None:
         tiles = -(-s // QUERY_TILE)
-        again = tiles * c + QUERY_TILE * (tiles * (tiles - 1) // 2) + s
-        if window is not None:
-            again = np.minimum(again, tiles * (window - 1 + QUERY_TILE))
-        keys = np.where(keys * token_bytes > how.llc_bytes, np.maximum(again, keys), keys)
-    return step.copies * token_bytes * keys.sum(-1)
+        again = tiles * c + QUERY_TILE * (tiles * (tiles - 1) // 2) + s - _hidden_from_tiles(c, tiles, window, chunk)
+        keys = np.where(keys * head.token_bytes() > how.llc_bytes, again, keys)
+    return step.copies * keys.sum(-1)
+
+
+def _hidden_from_tiles(c: IntArray, tiles: IntArray, window: int | None, chunk: int | None) -> IntArray | int:
+    """Keys before the first one in view of each tile of queries, summed over the tiles of a row."""
+    if chunk is not None:
+        start = c[..., None] + QUERY_TILE * np.arange(int(tiles.max(initial=0)))
+        return np.where(start < (c + QUERY_TILE * tiles)[..., None], start // chunk * chunk, 0).sum(-1)
+    if window is None:
+        return 0
+    before = c - (window - 1)  # hidden from the first tile if positive; every tile hides QUERY_TILE more
+    none = np.clip(-(before // QUERY_TILE), 0, tiles)
+    return (tiles - none) * before + QUERY_TILE * (tiles * (tiles - 1) - none * (none - 1)) // 2
+
+
+def _page_coding(head: HeadSpec) -> int:
+    """Vector FLOPs that code a token's key and value for the cache, or bring them back to floats."""
+    parts = ((head.k_format, head.head_dim), (head.v_format, head.v_head_dim))
+    return _DEQUANT * sum(size for form, size in parts if not form.is_float)
+
+
+# ---------------------------------------------------------------------------------------------------- recurrent layers
+
+
+def _conv(op: Op, step: StepShape, how: _How) -> Counts:
+    """Every channel by itself, so no matrix product; the last inputs of every sequence are read and written anew."""
+    node: Any = op.node
+    owner: Any = op.owner
+    state = _sequences(step) * owner.cache.states[1].nbytes()
+    return Counts(
+        vector_flops=(2 * node.kernel + _ACT) * node.channels * step.tokens,
+        weight_read=_where(step.tokens > 0, node.nbytes(), 0),
+        kv_read=state,
+        kv_written=state,
+    )
+
+
+def _scan(op: Op, step: StepShape, how: _How) -> Counts:
+    """A recurrence. One new token updates the state; more are worked on in chunks, inside which all pairs are products.
+
+    Per head of p x n numbers and per token, state update and readout take 4 p n FLOPs (Mamba-2), 6 p n with the correction of
+    the delta rule. A chunk adds its pairs: n for C B' of a group and p for its product with x (Mamba-2); for the delta rule
+    2 n for Q K' and K K', p for the product with v, and n + p for the inverse of the chunk with k and v. ``eager`` pads the
+    last chunk and computes the full squares, ``tiled`` what the causal mask leaves.
+
+    The state of every sequence is read and written once. In chunks the states between them are written, passed on (read,
+    written) and read, all in the dtype of the state.
+
+    Source: Dao and Gu, Transformers are SSMs, arXiv 2405.21060; Yang et al., Gated Delta Networks, arXiv 2412.06464.
+    """
+    node: Any = op.node
+    pairs = step.copies * _chunk_pairs(step.new, node.chunk, how).sum(-1)
+    if isinstance(node, StateSpaceSpec):
+        products = 2 * (node.num_groups * node.state_size + node.inner_size) * pairs
+        per_token = 4 * node.state_elements
+    else:
+        products = 2 * node.num_heads * (3 * node.key_head_dim + 2 * node.head_dim) * pairs
+        per_token = 6 * node.state_elements
+    tokens = step.copies * _worked(step.new, node.chunk, how).sum(-1)
+    sequences, state = _sequences(step), node.cache.states[0].nbytes()
+    between = 2 * _chunks(node, step) * state
+    decays = _chunks(node, step) + step.copies * (step.new == 1).sum(-1)
+    return Counts(
+        flops=products + per_token * tokens,
+        vector_flops=node.state_elements * decays + _ACT * node.num_heads * pairs,
+        weight_read=_where(step.tokens > 0, weight_nbytes(node), 0),
+        kv_read=sequences * state,
+        kv_written=sequences * state,
+        act_read=between,
+        act_written=between,
+    )
+
+
+def _sequences(step: StepShape) -> IntArray:
+    """Sequences that take part."""
+    return step.copies * (step.new > 0).sum(-1)
+
+
+def _chunks(node: StateSpaceSpec | LinearAttentionSpec, step: StepShape) -> IntArray:
+    """Chunks of all rows; a single token is none."""
+    return step.copies * np.where(step.new > 1, -(-step.new // node.chunk), 0).sum(-1)
+
+
+def _worked(new: IntArray, chunk: int, how: _How) -> IntArray:
+    """Tokens worked on, padding included."""
+    return np.where(new > 1, -(-new // chunk) * chunk, new) if how.attention == "eager" else new
+
+
+def _chunk_pairs(new: IntArray, chunk: int, how: _How) -> IntArray:
+    """(token, token) pairs inside the chunks of a row; a single token has none."""
+    pairs = _worked(new, chunk, how) * chunk if how.attention == "eager" else _within_chunks(new, chunk)
+    return np.where(new > 1, pairs, 0)
 
 
 # ---------------------------------------------------------------------------------------------------- FFN and experts
@@ -262,9 +402,27 @@ def active_rows(node: FFNSpec, tokens: IntArray) -> Any:
     return node.intermediate_size * (1 - (1 - executor.expected) ** np.asarray(tokens, float))
 
 
-def experts_touched(node: MoESpec, tokens: IntArray) -> Any:
-    """Expected distinct experts that `tokens` tokens choose under uniform routing: U = E (1 - (1 - k/E)^T)."""
-    return node.num_experts * (1 - (1 - node.num_experts_per_tok / node.num_experts) ** np.asarray(tokens, float))
+def experts_touched(node: MoESpec, tokens: IntArray, skew: float = 0.0) -> Any:
+    """Expected distinct experts that `tokens` tokens choose (`routing.distinct_experts`).
+
+    Of experts spread over ranks those of the busiest rank; where ranks exchange tokens, every rank brings `tokens`.
+    """
+    return distinct_experts(node.num_experts, node.num_experts_per_tok, _seen(node, tokens), node.ranks, skew)
+
+
+def expert_rows(node: MoESpec, tokens: IntArray, skew: float = 0.0) -> Any:
+    """(token, expert) pairs computed here: all, or those of the busiest rank where others hold the other experts."""
+    if node.ranks == 1:
+        return node.num_experts_per_tok * tokens
+    rows = busiest_rank(node.num_experts, node.num_experts_per_tok, _seen(node, tokens), node.ranks, skew)
+    whole = np.asarray(np.rint(rows), np.int64)
+    # Steps too large for int64 come in Python integers, and stay in them.
+    return (whole.astype(object) if isinstance(tokens, int) or tokens.dtype == object else whole)[()]
+
+
+def _seen(node: MoESpec, tokens: IntArray) -> IntArray:
+    """Tokens that choose among all experts."""
+    return tokens * (node.ranks if node.exchange else 1)
 
 
 def _gated_linear(op: Op, step: StepShape, how: _How) -> Counts:
@@ -304,11 +462,20 @@ def _expert(op: Op, step: StepShape, how: _How) -> Counts:
     node: Any = op.node
     owner: Any = op.owner
     tokens = step.tokens
-    rows = owner.num_experts_per_tok * tokens
-    touched = step.observed.get(f"{op.name.partition('.experts.')[0]}.experts_touched", experts_touched(owner, tokens))
-    one = _matrix(node, rows)
-    dequant = 0 if node.format.is_float else _DEQUANT * node.n * node.k
-    return Counts(flops=one.flops, vector_flops=_whole(dequant * touched), weight_read=_whole(node.nbytes() * touched))
+    rows = expert_rows(owner, tokens, step.skew)
+    expected = experts_touched(owner, tokens, step.skew)
+    touched = step.observed.get(f"{op.name.partition('.experts.')[0]}.experts_touched", expected)
+    return Counts(
+        flops=2 * rows * node.n * node.k,
+        vector_flops=_whole(_decoding(node) * touched) + _coding(node, rows),
+        weight_read=_whole(node.nbytes() * touched),
+    )
+
+
+def _collective(op: Op, step: StepShape, how: _How) -> Counts:
+    """Payload of a collective: the whole value, whatever the algorithm sends of it."""
+    value = op.writes[0]
+    return Counts(comm=value.row_bytes * step.rows(value.rows))
 
 
 def _combine(op: Op, step: StepShape, how: _How) -> Counts:
@@ -340,11 +507,17 @@ _TABLE: dict[str, Callable[[Op, StepShape, _How], Counts]] = {
     "score": _score,
     "add": _elementwise(_ADD),
     "act": _act,
+    "gate": _elementwise(_ACT),
+    "conv": _conv,
+    "scan": _scan,
     "softcap": _elementwise(_SOFTCAP),
     "gated_linear": _gated_linear,
     "router": _router,
     "expert": _expert,
     "combine": _combine,
+    "all_reduce": _collective,
+    "all_gather": _collective,
+    "all_to_all": _collective,
 }
 
 KINDS = tuple(_TABLE)

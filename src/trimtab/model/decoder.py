@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from trimtab.errors import UnsupportedModelError
 from trimtab.model.attention import Attention
 from trimtab.model.ffn import FFN, MoE
 from trimtab.model.linear import Embedding, Linear, Norm
@@ -21,6 +20,7 @@ from trimtab.model.tensors import DTYPES
 from trimtab.runtime.step import IntArray, Step
 from trimtab.runtime.weights.packed import Weights
 from trimtab.spec.nodes import AttentionSpec, FFNSpec, LayerSpec, ModelSpec, NormSpec
+from trimtab.spec.runnable import check_runnable
 
 if TYPE_CHECKING:
     from trimtab.runtime.cache.store import KVStore
@@ -32,8 +32,7 @@ class Layer(nn.Module):
     def __init__(self, index: int, spec: LayerSpec, weights: Weights, max_positions: int) -> None:
         super().__init__()
         self.index, self.spec, self.path = index, spec, f"layers.{index}"
-        if not isinstance(spec.self_attn, AttentionSpec):
-            raise UnsupportedModelError("Latent attention can be priced but not run yet. Use `trimtab predict`.")
+        assert isinstance(spec.self_attn, AttentionSpec)  # `check_runnable` refuses what else there is
         self.input_layernorm = self._norm("input_layernorm", spec.input_layernorm, weights)
         self.self_attn = Attention(f"{self.path}.self_attn", spec.self_attn, weights, max_positions)
         self.attn_output_norm = self._norm("attn_output_norm", spec.attn_output_norm, weights)
@@ -84,6 +83,7 @@ class Decoder(nn.Module):
 
     def __init__(self, spec: ModelSpec, weights: Weights) -> None:
         super().__init__()
+        check_runnable(spec)
         self.spec, self.dtype = spec, DTYPES[spec.act_dtype]
         self.embed_tokens = Embedding("embed_tokens", spec.embed_tokens, weights, self.dtype)
         positions, norm = spec.embed_positions, spec.embed_norm

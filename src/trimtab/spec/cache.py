@@ -1,32 +1,80 @@
-"""The KV cache as described, not as held: one node per KV head of one layer."""
+"""The cache as described, not as held: one node per KV head of one layer, one per recurrent state."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from trimtab.errors import SpecError
-from trimtab.spec.formats import FLOAT_KINDS, ITEM_BYTES
+from trimtab.spec.formats import DTYPE_ALIASES, FLOAT_KINDS, ITEM_BYTES, WeightFormat, dtype_name
 from trimtab.spec.tree import Node
+
+#: Elements along the head size that share the scale and minimum of an integer page, unless said otherwise.
+PAGE_GROUP = 64
+
+_INT_BITS = {"int8": 8, "int4": 4}
+_PAGE_KINDS = (*FLOAT_KINDS, "fp8", *_INT_BITS)
 
 
 @dataclass(frozen=True, slots=True)
 class PageFormat:
-    """How the tokens of one page are coded: ``fp32 | bf16 | fp16``."""
+    """How the tokens of one page are coded.
+
+    Args:
+        kind: ``fp32 | bf16 | fp16``; ``fp8`` (e4m3, one byte per element, its one scale per tensor is not counted); ``int8 |
+            int4`` (codes, an fp16 scale and an fp16 minimum per group of every token).
+        group: elements along the head size that share a scale; only for ``int8`` and ``int4``. The last group of a head may
+            be shorter.
+
+    Raises:
+        SpecError: another kind, or a group that is not possible.
+    """
 
     kind: str
+    group: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in FLOAT_KINDS:
+        if self.kind not in _PAGE_KINDS:
             from trimtab.errors import unknown
 
-            raise unknown("KV page format", self.kind, FLOAT_KINDS)
+            raise unknown("KV page format", self.kind, _PAGE_KINDS)
+        if (self.group > 0) != (self.kind in _INT_BITS):
+            raise SpecError(
+                f"{self.kind} pages with group={self.group}: not possible. Allowed: 1 or more for int8 and int4, 0 else."
+            )
+
+    @property
+    def is_float(self) -> bool:
+        """True for plain floating-point storage."""
+        return self.kind in FLOAT_KINDS
 
     def nbytes(self, tokens: int, head_dim: int) -> int:
         """Bytes of `tokens` keys (or values) of one head."""
-        return tokens * head_dim * ITEM_BYTES[self.kind]
+        if self.kind in _INT_BITS:
+            scales = 2 * ITEM_BYTES["fp16"] * -(-head_dim // self.group)
+            return tokens * (-(-head_dim * _INT_BITS[self.kind] // 8) + scales)
+        return tokens * head_dim * (1 if self.kind == "fp8" else ITEM_BYTES[self.kind])
 
     def __str__(self) -> str:
-        return self.kind
+        return f"{self.kind}-g{self.group}" if self.group else self.kind
+
+
+def page_format(asked: str) -> PageFormat:
+    """The page format of a name: a floating dtype in any spelling, ``fp8``, ``int8``, ``int4``, or these with ``-gN``.
+
+    Raises:
+        SpecError: another name.
+
+    >>> str(page_format("bfloat16")), str(page_format("int4")), str(page_format("int8-g32"))
+    ('bf16', 'int4-g64', 'int8-g32')
+    """
+    name, grouped, group = str(asked).removeprefix("torch.").lower().partition("-g")
+    if name in _INT_BITS and (group.isdecimal() or not grouped):
+        return PageFormat(name, int(group) if grouped else PAGE_GROUP)
+    if grouped or name not in (*DTYPE_ALIASES, "fp8"):
+        from trimtab.errors import unknown
+
+        raise unknown("KV dtype", str(asked), ("float32", "bfloat16", "float16", "fp8", "int8", "int4", "int4-g32"))
+    return PageFormat(name if name == "fp8" else dtype_name(name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +158,39 @@ class HeadSpec(Node):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CacheSpec(Node):
-    """The cache of one layer: its KV heads."""
+class StateSpec(Node):
+    """What a recurrent layer carries from token to token: `elements` numbers of a sequence, however long it is.
 
-    heads: tuple[HeadSpec, ...]
+    Args:
+        elements: numbers held.
+        format: of the activations.
+        dtype: fixes another dtype whatever the activations are in; empty = the format's.
+    """
+
+    elements: int
+    format: WeightFormat
+    dtype: str = ""
+
+    def nbytes(self) -> int:
+        """Bytes of one sequence."""
+        return self.elements * ITEM_BYTES[self.dtype or self.format.kind]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSpec(Node):
+    """The cache of one layer: its KV heads, or the states of a recurrent one."""
+
+    heads: tuple[HeadSpec, ...] = ()
+    states: tuple[StateSpec, ...] = ()
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one sequence whatever its tokens."""
+        return sum(state.nbytes() for state in self.states)
 
     def nbytes(self, tokens: int) -> KVBytes:
-        """Bytes of this layer after `tokens` tokens of one sequence."""
-        total = KVBytes(0, 0)
+        """Bytes of this layer after `tokens` tokens of one sequence, states included."""
+        total = KVBytes(self.state_bytes, self.state_bytes)
         for head in self.heads:
             total = total + head.nbytes(tokens)
         return total

@@ -28,8 +28,12 @@ FAMILIES = {
     ),
     **dict.fromkeys(("deepseek_v3", "kimi_k2"), ("llama", "deepseek")),
     "gpt_oss": ("llama", "gpt_oss"),
+    **dict.fromkeys(("llama4", "llama4_text"), ("llama", "llama4")),
+    "nemotron_h": ("recurrent", "nemotron_h"),
+    "qwen3_next": ("recurrent", "qwen3_next"),
     "gemma2": ("gemma", "gemma2"),
     **dict.fromkeys(("gemma3", "gemma3_text"), ("gemma", "gemma3")),
+    **dict.fromkeys(("gemma4", "gemma4_text"), ("gemma", "gemma4")),
     "gpt2": ("layernorm", "gpt2"),
     "opt": ("layernorm", "opt"),
     "bloom": ("layernorm", "bloom"),
@@ -39,10 +43,20 @@ FAMILIES = {
 
 #: Architectures that are known by name and why they are not built.
 NOT_BUILT = {
-    "gemma4": "its layers differ in head size and share keys with values",
-    "llama4": "its layers attend in chunks and some have no positions",
-    "nemotron_h": "most of its layers are state-space layers",
+    "bert": "it is an encoder",
+    "deepseek_v32": "its attention reads the tokens that an indexer picks",
+    "gemma3n": "its layers read embeddings of their own",
+    "mamba": "a state-space model of the first kind; Mamba-2 layers are built",
+    "t5": "it has an encoder",
 }
+
+#: What the config of any decoder names, in one spelling or another.
+_EVERY = (
+    ("hidden_size", "n_embd", "n_embed"),
+    ("num_hidden_layers", "n_layer"),
+    ("num_attention_heads", "n_head"),
+    ("vocab_size",),
+)
 
 
 def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
@@ -67,8 +81,10 @@ def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
     if family is None:
         why = NOT_BUILT.get(str(kind).removesuffix("_text"), "")
         why = f" ({why})." if why else f".{did_you_mean(str(kind), FAMILIES)}"
+        missing = [keys[0] for keys in _EVERY if not any(key in facts for key in keys)]
+        lacks = f" The config lacks {', '.join(missing)} as well, which they all need." if missing else ""
         raise UnsupportedModelError(
-            f"{name}: architecture '{kind}' is not built{why} Known: {', '.join(sorted(FAMILIES))}."
+            f"{name}: architecture '{kind}' is not built{why} Known: {', '.join(sorted(FAMILIES))}.{lacks}"
         )
     try:
         return _builder(*family)(facts)
@@ -105,7 +121,7 @@ def load_spec(name: str) -> ModelSpec:
 
 
 def model_ids() -> tuple[str, ...]:
-    """Ids of the catalogue, sorted; a few are of architectures that are not built yet, and say so when asked for."""
+    """Ids of the catalogue, sorted."""
     return tuple(sorted(file.stem for file in _folder().glob("*.json")))
 
 

@@ -22,6 +22,15 @@ DTYPE_ALIASES = {
 
 FLOAT_KINDS = ("fp32", "fp16", "bf16")
 
+#: Small floats with scales of their own. ``fp8``: e4m3 codes and one fp32 scale per stored row. ``mxfp4``: e2m1 codes, two to
+#: a byte, low half first, and one power of two (e8m0) per 32. Source: Micikevicius et al., arXiv 2209.05433; OCP Microscaling
+#: Formats v1.0.
+SCALED_KINDS = ("fp8", "mxfp4")
+MX_BLOCK = 32
+
+#: How the input of a product may be coded, so that the product runs at that dtype's peak; ``none`` = as the activations are.
+ACT_KINDS = ("none", "fp8", "int8", "fp4")
+
 #: ggml block formats: (elements per block, bytes per block). Source: ggml `ggml-common.h` block layouts.
 GGUF_BLOCKS = {
     "q8_0": (32, 34), "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24),
@@ -46,6 +55,25 @@ def dtype_name(asked: str) -> str:
     return name
 
 
+def weights_name(asked: str) -> str:
+    """Trimtab's name of what ``--dtype`` may ask for: a floating dtype, ``fp8`` or ``mxfp4``.
+
+    Raises:
+        SpecError: another name.
+
+    >>> weights_name("bfloat16"), weights_name("fp8")
+    ('bf16', 'fp8')
+    """
+    name = str(asked).lower()
+    if name in SCALED_KINDS:
+        return name
+    if name not in DTYPE_ALIASES:
+        from trimtab.errors import unknown
+
+        raise unknown("dtype", str(asked), ("float32", "float16", "bfloat16", *SCALED_KINDS))
+    return dtype_name(name)
+
+
 @dataclass(frozen=True, slots=True)
 class Buffer:
     """One array of a packed matrix: its name, dtype name and shape."""
@@ -68,7 +96,8 @@ class WeightFormat:
     """How the elements of one matrix are stored.
 
     Args:
-        kind: ``fp32 | fp16 | bf16``, ``int`` (group-affine integer grid) or a ggml block name such as ``q4_1``.
+        kind: ``fp32 | fp16 | bf16``, ``fp8``, ``mxfp4``, ``int`` (group-affine integer grid) or a ggml block name such as
+            ``q4_1``.
         bits: bits of one code, 2..8; only for ``int``.
         group: elements along a stored row that share one scale; only for ``int``.
         sym: ``int`` only. True: ``w = scale * (code - 2**(bits-1))``. False: ``w = scale * code + minimum``.
@@ -88,14 +117,14 @@ class WeightFormat:
                 raise SpecError(f"int weights: bits={self.bits} is not possible. Allowed: 2..8. Try bits=4.")
             if self.group < 1:
                 raise SpecError(f"int weights: group={self.group} is not possible. Allowed: 1 or more. Try group=32.")
-        elif self.kind not in FLOAT_KINDS and self.kind not in GGUF_BLOCKS:
+        elif self.kind not in (*FLOAT_KINDS, *SCALED_KINDS, *GGUF_BLOCKS):
             from trimtab.errors import unknown
 
-            raise unknown("weight format", self.kind, (*FLOAT_KINDS, "int", *GGUF_BLOCKS))
+            raise unknown("weight format", self.kind, (*FLOAT_KINDS, *SCALED_KINDS, "int", *GGUF_BLOCKS))
 
     @property
     def is_float(self) -> bool:
-        """True for plain floating-point storage."""
+        """True for plain floating-point storage, which needs no scales."""
         return self.kind in FLOAT_KINDS
 
     def buffers(self, rows: int, cols: int) -> tuple[Buffer, ...]:
@@ -117,6 +146,12 @@ class WeightFormat:
             if not self.sym:
                 found.append(Buffer("minimum", "fp16", groups))
             return tuple(found)
+        if self.kind == "fp8":
+            return Buffer("data", "u8", (rows, cols)), Buffer("scale", "fp32", (rows, 1))
+        if self.kind == "mxfp4":
+            if cols % MX_BLOCK:
+                raise SpecError(f"mxfp4 stores blocks of {MX_BLOCK}: a row of {cols} does not divide.")
+            return Buffer("codes", "u8", (rows, cols // 2)), Buffer("scale", "u8", (rows, cols // MX_BLOCK))
         elements, nbytes = GGUF_BLOCKS[self.kind]
         if cols % elements:
             raise SpecError(f"{self.kind} stores blocks of {elements}: a row of {cols} does not divide.")

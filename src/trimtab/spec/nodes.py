@@ -13,10 +13,10 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from trimtab.errors import SpecError
+from trimtab.errors import SpecError, unknown
 from trimtab.spec import tree
-from trimtab.spec.cache import CacheSpec, PageFormat
-from trimtab.spec.formats import BF16, ITEM_BYTES, WeightFormat, dtype_name, float_format
+from trimtab.spec.cache import CacheSpec, PageFormat, page_format
+from trimtab.spec.formats import ACT_KINDS, BF16, ITEM_BYTES, SCALED_KINDS, WeightFormat, float_format, weights_name
 from trimtab.spec.tree import Edit, Node, Written
 
 # ------------------------------------------------------------------------------------------------------------- leaves
@@ -33,6 +33,8 @@ class LinearSpec(Node):
         format: how the matrix is stored.
         layout: ``row`` stores W [n, k]; ``transposed`` stores W.T [k, n] (groups then run along n), so that one input
             feature is one contiguous row that can be skipped.
+        act: how the input is coded for the product: ``none`` (as the activations are: a packed matrix is then decoded for it),
+            ``fp8``, ``int8`` or ``fp4``.
     """
 
     n: int
@@ -41,10 +43,13 @@ class LinearSpec(Node):
     format: WeightFormat = BF16
     bias_format: WeightFormat = BF16
     layout: str = "row"
+    act: str = "none"
 
     def __post_init__(self) -> None:
         if self.layout not in ("row", "transposed"):
             raise SpecError(f"layout '{self.layout}' is not known. Allowed: row, transposed.")
+        if self.act not in ACT_KINDS:
+            raise unknown("input format", self.act, ACT_KINDS)
 
     @property
     def stored_shape(self) -> tuple[int, int]:
@@ -82,7 +87,10 @@ class EmbeddingSpec(Node):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormSpec(Node):
-    """RMSNorm (``kind="rms"``) or LayerNorm (``kind="layer"``) over `size` elements; `unit_offset`: scale by 1 + w."""
+    """RMSNorm (``kind="rms"``) or LayerNorm (``kind="layer"``) over `size` elements; `unit_offset`: scale by 1 + w.
+
+    `weight`: False for a norm without parameters.
+    """
 
     size: int
     kind: str = "rms"
@@ -90,14 +98,33 @@ class NormSpec(Node):
     bias: bool = False
     unit_offset: bool = False
     format: WeightFormat = BF16
+    weight: bool = True
 
     def num_parameters(self) -> int:
         """Scale plus bias."""
-        return self.size * (2 if self.bias else 1)
+        return self.size * (self.weight + self.bias)
 
     def nbytes(self) -> int:
         """Resident bytes."""
-        return self.format.nbytes(1, self.size) * (2 if self.bias else 1)
+        return self.format.nbytes(1, self.size) * (self.weight + self.bias)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvSpec(Node):
+    """Causal convolution over the last `kernel` tokens, every channel by itself."""
+
+    channels: int
+    kernel: int
+    bias: bool = False
+    format: WeightFormat = BF16
+
+    def num_parameters(self) -> int:
+        """Weights plus bias."""
+        return self.channels * (self.kernel + self.bias)
+
+    def nbytes(self) -> int:
+        """Resident bytes."""
+        return self.format.nbytes(self.channels, self.kernel + self.bias)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +178,10 @@ class AttentionSpec(Node):
     Args:
         q_norm, k_norm: over each head (size head_dim), or over all heads together (size heads * head_dim).
         window: tokens a query sees, itself included (sliding window); None = all.
+        chunk: a query sees the tokens of its own chunk of the sequence alone (Llama 4); None = all.
+        gated: q_proj yields for every head a gate as well, whose sigmoid scales the output (Qwen3-Next).
+        v_norm: over each value head (Gemma 4).
+        tied_values: values are the keys as projected, so v_proj owns no weights and does not run (Gemma 4).
         softcap: ``cap * tanh(score / cap)`` on the scores (Gemma 2); None = off.
         scale: factor on q.k; the family's default is 1/sqrt(head_dim).
         rope: None for learned positions or ALiBi.
@@ -169,10 +200,14 @@ class AttentionSpec(Node):
     k_norm: NormSpec | None = None
     rope: RopeSpec | None = None
     window: int | None = None
+    chunk: int | None = None
     softcap: float | None = None
     scale: float = 1.0
     alibi: bool = False
     sinks: bool = False
+    gated: bool = False
+    v_norm: NormSpec | None = None
+    tied_values: bool = False
     cache: CacheSpec
 
     def num_parameters(self) -> int:
@@ -210,6 +245,94 @@ class LatentAttentionSpec(Node):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StateSpaceSpec(Node):
+    """Mamba-2: ``S = a S + dt B x', y = C S + D x`` per head, with B and C shared by the heads of a group.
+
+    Args:
+        num_heads, head_dim, state_size: a head carries head_dim x state_size numbers.
+        num_groups: of B and C.
+        chunk: tokens that are worked on as one block of matrix products in a prompt.
+        in_proj: yields gate (heads x head_dim), what the convolution reads (x, B, C) and one dt per head.
+        norm: over the output times its gate.
+        cache: no KV heads; the state, and the last tokens of the convolution.
+    """
+
+    num_heads: int
+    head_dim: int
+    state_size: int
+    num_groups: int
+    chunk: int
+    in_proj: LinearSpec
+    conv1d: ConvSpec
+    norm: NormSpec
+    out_proj: LinearSpec
+    cache: CacheSpec
+
+    @property
+    def inner_size(self) -> int:
+        """Width of x, gate and output."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def state_elements(self) -> int:
+        """Numbers all heads carry."""
+        return self.inner_size * self.state_size
+
+    def num_parameters(self) -> int:
+        """A, D and the bias of dt, one each per head; the rest are nodes of their own."""
+        return 3 * self.num_heads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearAttentionSpec(Node):
+    """Gated delta rule (Qwen3-Next): ``S = a S (1 - b k k') + b v k', y = S q`` per value head.
+
+    Args:
+        num_key_heads, key_head_dim: of q and k; a key head serves num_heads / num_key_heads value heads.
+        num_heads, head_dim: value heads; each carries key_head_dim x head_dim numbers.
+        chunk: tokens that are worked on as one block of matrix products in a prompt.
+        in_proj_qkvz: yields q, k, v and the gate; in_proj_ba two numbers per value head.
+        norm: over each head, times its gate.
+        cache: no KV heads; the state, and the last tokens of the convolution.
+    """
+
+    num_heads: int
+    head_dim: int
+    num_key_heads: int
+    key_head_dim: int
+    chunk: int
+    in_proj_qkvz: LinearSpec
+    in_proj_ba: LinearSpec
+    conv1d: ConvSpec
+    norm: NormSpec
+    out_proj: LinearSpec
+    cache: CacheSpec
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of heads that share a key, as a state-space layer calls them."""
+        return self.num_key_heads
+
+    @property
+    def inner_size(self) -> int:
+        """Width of v, gate and output."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def state_elements(self) -> int:
+        """Numbers all heads carry."""
+        return self.inner_size * self.key_head_dim
+
+    def num_parameters(self) -> int:
+        """A and the bias of the decay, one each per value head; the rest are nodes of their own."""
+        return 2 * self.num_heads
+
+
+#: What mixes the tokens of a layer.
+Mixer = AttentionSpec | LatentAttentionSpec | StateSpaceSpec | LinearAttentionSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FFNSpec(Node):
     """Gated (``down(act(gate(x)) * up(x))``) or plain (``down(act(up(x)))``, gate_proj None) feed-forward block."""
 
@@ -237,6 +360,13 @@ class MoESpec(Node):
         correction_bias: True if a learned fp32 bias per expert is added to the scores when experts are chosen, and only
             then (DeepSeek-V3); its weight is ``<path>.correction_bias``.
         num_groups, topk_groups: experts fall into `num_groups` equal groups, of which the `topk_groups` best take part.
+        expert_norm: router and experts read the layer's residual through norms of their own, the router's being `router_norm`
+            (Gemma 4); None: what the shared expert reads.
+        expert_output_norm, shared_output_norm: of both outputs before they are summed.
+        expert_scale: True if a learned factor per expert scales its weight.
+        ranks: ranks the experts are spread over; this one holds num_experts / ranks of them, whole.
+        exchange: True if every rank brings tokens of its own, which travel to their experts and back (all-to-all); False if
+            all ranks see the same tokens and their outputs are summed.
     """
 
     router: LinearSpec
@@ -251,10 +381,17 @@ class MoESpec(Node):
     correction_bias: bool = False
     num_groups: int = 1
     topk_groups: int = 1
+    router_norm: NormSpec | None = None
+    expert_norm: NormSpec | None = None
+    expert_output_norm: NormSpec | None = None
+    shared_output_norm: NormSpec | None = None
+    expert_scale: bool = False
+    ranks: int = 1
+    exchange: bool = False
 
     def num_parameters(self) -> int:
-        """The correction bias only; router and experts are nodes of their own."""
-        return self.num_experts if self.correction_bias else 0
+        """Correction bias and scales only; router and experts are nodes of their own."""
+        return self.num_experts * (self.correction_bias + self.expert_scale)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,16 +399,27 @@ class LayerSpec(Node):
     """One decoder layer: norm, attention, norm, MLP.
 
     `parallel`: both read the layer's input; through the first norm where there is no second one (Phi-2), each through its
-    own norm otherwise (GPT-NeoX).
+    own norm otherwise (GPT-NeoX). A layer may lack its mixer or its MLP, and then the norm before it as well (Nemotron-H).
+    `ranks`: this is one of as many tensor-parallel slices of the layer, so the output of
+    each block is summed over them.
     """
 
     input_layernorm: NormSpec | None
-    self_attn: AttentionSpec | LatentAttentionSpec
+    self_attn: Mixer | None
     attn_output_norm: NormSpec | None = None
     post_attention_layernorm: NormSpec | None
-    mlp: FFNSpec | MoESpec
+    mlp: FFNSpec | MoESpec | None
     mlp_output_norm: NormSpec | None = None
     parallel: bool = False
+    ranks: int = 1
+
+    @property
+    def cache(self) -> CacheSpec:
+        """The cache of its mixer; an empty one where it has none."""
+        return _NO_CACHE if self.self_attn is None else self.self_attn.cache
+
+
+_NO_CACHE = CacheSpec()
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +440,10 @@ class FlowSpec(Node):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec(Node):
-    """A whole decoder-only language model. `history` remembers who edited what; it takes no part in equality or hash."""
+    """A whole decoder-only language model. `history` remembers who edited what; it takes no part in equality or hash.
+
+    `ranks`: embedding and head are one of as many slices of the vocabulary (`graph.shard`).
+    """
 
     name: str
     family: str
@@ -310,6 +461,7 @@ class ModelSpec(Node):
     logit_softcap: float | None = None
     logit_scale: float = 1.0
     flow: FlowSpec = FlowSpec()
+    ranks: int = 1
     history: tuple[Written, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
     @property
@@ -363,18 +515,29 @@ class ModelSpec(Node):
         return sum(weight_nbytes(node) * count for _, node, count in owned(self))
 
     def kv_nbytes(self, tokens: int) -> int:
-        """Bytes the cache of one sequence holds after `tokens` tokens."""
-        return sum(layer.self_attn.cache.nbytes(tokens).held for layer in self.layers)
+        """Bytes the cache of one sequence holds after `tokens` tokens, recurrent states included."""
+        return sum(layer.cache.nbytes(tokens).held for layer in self.layers)
+
+    def state_nbytes(self) -> int:
+        """Of these the bytes that do not depend on tokens: the states of recurrent layers."""
+        return sum(layer.cache.state_bytes for layer in self.layers)
 
     def with_dtype(self, dtype: str, kv_dtype: str | None = None, *, keep_packed: bool = True) -> ModelSpec:
         """Return the model with float weights and activations in `dtype` and the cache in `kv_dtype`.
 
         Args:
-            dtype: ``float32 | bfloat16 | float16``.
-            kv_dtype: the same choices; None = as `dtype`.
-            keep_packed: leave block-quantized matrices as they are (True) or store them as `dtype` too.
+            dtype: ``float32 | bfloat16 | float16``; ``fp8``: activations, norms, embeddings, routers and the head in bf16, every
+                other matrix in fp8 with its input coded as fp8; ``mxfp4``: the same with mxfp4 matrices and inputs left in
+                bf16, and where the model has experts, in them alone (gpt-oss).
+            kv_dtype: a floating dtype, ``fp8``, ``int8`` or ``int4`` (``int4-g32``: groups of 32); None = as the activations.
+            keep_packed: leave matrices that are not plain floats as they are (True) or store them as `dtype` too.
+
+        Raises:
+            SpecError: a dtype of another name, or rows that do not divide into blocks.
         """
-        weights, page = float_format(dtype), PageFormat(dtype_name(kv_dtype or dtype))
+        name = weights_name(dtype)
+        weights = float_format("bf16" if name in SCALED_KINDS else name)
+        page = page_format(kv_dtype or weights.kind)
 
         def convert(node: Node) -> Node:
             updates: dict[str, object] = {}
@@ -387,37 +550,59 @@ class ModelSpec(Node):
                     updates[field.name] = tuple(cache.setdefault(item, convert(item)) for item in value)
                 elif isinstance(value, WeightFormat) and (value.is_float or not keep_packed):
                     updates[field.name] = weights
+                    if isinstance(node, LinearSpec) and field.name == "format":
+                        updates["act"] = "none"
                 elif isinstance(value, PageFormat):
                     updates[field.name] = page
             return dataclasses.replace(node, **updates)  # type: ignore[type-var]
 
         converted = convert(self)
         assert isinstance(converted, ModelSpec)
-        return dataclasses.replace(converted, act_dtype=weights.kind)
+        converted = dataclasses.replace(converted, act_dtype=weights.kind)
+        return converted._coded(name) if name in SCALED_KINDS else converted
+
+    def _coded(self, kind: str) -> ModelSpec:
+        """The matrices that checkpoints in fp8 or mxfp4 hold so, as `with_dtype` says."""
+        experts_only = kind == "mxfp4" and any(isinstance(layer.mlp, MoESpec) for layer in self.layers)
+        values = {"format": WeightFormat(kind=kind), "act": "fp8" if kind == "fp8" else "none"}
+        edits = [
+            Edit(path, field, value)
+            for path, node in self.linears()
+            if node.format.is_float and path.rpartition(".")[2] not in ("lm_head", "router", "shared_gate")
+            if not experts_only or ".experts." in path
+            for field, value in values.items()
+        ]
+        return tree.edit(self, edits, kind, ())[0]
 
 
 def weight_nbytes(node: Node) -> int:
     """Resident weight bytes of one node, its children excluded."""
-    if isinstance(node, LinearSpec | EmbeddingSpec | NormSpec):
+    if isinstance(node, LinearSpec | EmbeddingSpec | NormSpec | ConvSpec):
         return node.nbytes()
+    if isinstance(node, StateSpaceSpec | LinearAttentionSpec):
+        return node.out_proj.bias_format.nbytes(1, node.num_parameters())
     if isinstance(node, AttentionSpec) and node.sinks:
         return node.num_attention_heads * node.q_proj.bias_format.nbytes(1, 1)
-    if isinstance(node, MoESpec) and node.correction_bias:
-        return node.num_experts * ITEM_BYTES["fp32"]
+    if isinstance(node, MoESpec):
+        bias = node.num_experts * ITEM_BYTES["fp32"] if node.correction_bias else 0
+        return bias + (node.router.bias_format.nbytes(1, node.num_experts) if node.expert_scale else 0)
     if isinstance(node, FFNSpec) and isinstance(node.executor, GateFirst):
         return ITEM_BYTES["fp32"]  # the threshold
     return 0
 
 
 def owned(spec: ModelSpec) -> Iterator[tuple[str, Node, int]]:
-    """Yield (path, node, count) of every node that owns weights; a tied head owns none, experts count num_experts."""
+    """Yield (path, node, count) of every node that owns weights; what is tied owns none, experts count num_experts."""
 
     def below(node: Node, path: str, count: int) -> Iterator[tuple[str, Node, int]]:
         for name, child in tree.children(node):
             here = f"{path}.{name}" if path else name
             if here == "lm_head" and spec.tie_word_embeddings:
                 continue
-            times = count * node.num_experts if isinstance(node, MoESpec) and name == "experts" else count
+            if name == "v_proj" and isinstance(node, AttentionSpec) and node.tied_values:
+                continue
+            held = node.num_experts // node.ranks if isinstance(node, MoESpec) and name == "experts" else 1
+            times = count * held
             yield here, child, times
             yield from below(child, here, times)
 

@@ -23,6 +23,7 @@ from trimtab.runtime.step import IntArray, Step
 from trimtab.runtime.weights.packed import NUMPY_DTYPES
 from trimtab.spec.cache import HeadSpec, KVBytes, Ring
 from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.runnable import check_runnable
 from trimtab.units import format_bytes
 
 #: Runs of this many bytes or more are mapped on their own, so that freeing one lowers the process's memory at once.
@@ -119,8 +120,9 @@ class KVStore:
     """
 
     def __init__(self, spec: ModelSpec, capacity_bytes: int | None = None) -> None:
+        check_runnable(spec)
         self.spec, self.capacity_bytes = spec, capacity_bytes
-        self._groups = [_groups(layer.self_attn.cache.heads) for layer in spec.layers]
+        self._groups = [_groups(layer.cache.heads) for layer in spec.layers]
         self._hash = spec.hash
         self._seqs: dict[int, Seq] = {}
         self._ids = itertools.count()

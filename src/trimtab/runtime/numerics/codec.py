@@ -10,8 +10,9 @@ import numpy as np
 from trimtab.errors import SpecError
 from trimtab.runtime.numerics.floats import bfloat16_bits, bfloat16_to_float32, float16
 from trimtab.runtime.numerics.grid import decode_grid, encode_grid
+from trimtab.runtime.numerics.scaled import decode_scaled, encode_fp8, encode_mxfp4
 from trimtab.runtime.weights.packed import Packed
-from trimtab.spec.formats import GGUF_BLOCKS, WeightFormat
+from trimtab.spec.formats import GGUF_BLOCKS, SCALED_KINDS, WeightFormat
 
 
 def decode(packed: Packed, rows: slice | np.ndarray | None = None, out: np.ndarray | None = None) -> np.ndarray:
@@ -38,6 +39,8 @@ def decode(packed: Packed, rows: slice | np.ndarray | None = None, out: np.ndarr
         bfloat16_to_float32(buffers["data"], out)
     elif kind == "int":
         decode_grid(buffers, packed.format, cols, out)
+    elif kind in SCALED_KINDS:
+        decode_scaled(buffers, packed.format, out)
     else:
         from trimtab.runtime.kernels import dequantize_gguf
 
@@ -56,7 +59,7 @@ def encode(values: np.ndarray, format: WeightFormat, layout: str = "row") -> Pac
 
     Args:
         values: float32 [rows, cols] as they are to be stored, or [n] for a vector.
-        format: fp32 (keeps the array itself where it is contiguous), fp16, bf16 or int; all round to nearest.
+        format: fp32 (keeps the array itself where it is contiguous), fp16, bf16, fp8, mxfp4 or int; all round to nearest.
         layout: what the rows mean; nothing is transposed here.
 
     Raises:
@@ -67,6 +70,9 @@ def encode(values: np.ndarray, format: WeightFormat, layout: str = "row") -> Pac
     shape = (stored.shape[0], stored.shape[1])
     if format.kind == "int":
         return Packed(format, shape, encode_grid(stored, format), layout)
+    if format.kind in SCALED_KINDS:
+        format.buffers(*shape)  # refuses rows that do not divide
+        return Packed(format, shape, {"fp8": encode_fp8, "mxfp4": encode_mxfp4}[format.kind](stored), layout)
     if format.kind in GGUF_BLOCKS:
         raise SpecError(
             f"{format} is a block format of files: it is read, not written. Use float32, bfloat16, float16 or an int format."

@@ -11,7 +11,7 @@ from trimtab.spec.nodes import RopeSpec
 
 #: HF activation names -> ours. ``gelu_new`` and ``gelu_fast`` are one formula, the tanh approximation.
 ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu",
+    "silu": "silu", "swish": "silu", "relu": "relu", "relu2": "relu2", "gelu": "gelu",
     "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh",
 }  # fmt: skip
 
@@ -103,8 +103,10 @@ class Facts(Mapping[str, Any]):
             raise unknown("activation", str(asked), ACTIVATIONS)
         return ACTIVATIONS[asked]
 
-    def layer_types(self, layers: int, default: list[str]) -> list[str]:
-        """``sliding_attention`` or ``full_attention`` of every layer.
+    def layer_types(
+        self, layers: int, default: list[str], allowed: tuple[str, ...] = ("sliding_attention", "full_attention")
+    ) -> list[str]:
+        """What every layer is, one of `allowed`.
 
         Raises:
             SpecError: a list of another length, or another kind of layer.
@@ -115,8 +117,8 @@ class Facts(Mapping[str, Any]):
                 f"{self.name}: layer_types has {len(found)} entries for {layers} layers. Give one per layer."
             )
         for kind in found:
-            if kind not in ("sliding_attention", "full_attention"):
-                raise unknown("layer type", str(kind), ("sliding_attention", "full_attention"))
+            if kind not in allowed:
+                raise unknown("layer type", str(kind), allowed)
         return list(found)
 
     def window(self, size: int | None) -> int | None:

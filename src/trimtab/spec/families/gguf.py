@@ -192,8 +192,9 @@ def with_rope_factors(spec: ModelSpec, header: GgufHeader) -> ModelSpec:
         return spec
     layers = []
     for layer in spec.layers:
-        rope = getattr(layer.self_attn, "rope", None)
-        if rope is not None:
+        mixer = layer.self_attn
+        rope = getattr(mixer, "rope", None)
+        if mixer is not None and rope is not None:
             scaling = dict(rope.scaling)
             if every is not None:
                 scaling = {
@@ -203,7 +204,7 @@ def with_rope_factors(spec: ModelSpec, header: GgufHeader) -> ModelSpec:
                 }
             scaling |= {"rope_type": "longrope", "long_factor": long or every, "short_factor": short or long or every}
             ordered = (("rope_type", "longrope"), *sorted((k, v) for k, v in scaling.items() if k != "rope_type"))
-            attention = dataclasses.replace(layer.self_attn, rope=dataclasses.replace(rope, scaling=ordered))
+            attention = dataclasses.replace(mixer, rope=dataclasses.replace(rope, scaling=ordered))
             layer = dataclasses.replace(layer, self_attn=attention)
         layers.append(layer)
     return dataclasses.replace(spec, layers=tuple(layers))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trimtab.errors import SpecError, UnsupportedModelError
 from trimtab.spec.families.facts import Facts
-from trimtab.spec.families.parts import Parts
+from trimtab.spec.families.parts import Parts, shared
 from trimtab.spec.nodes import FFNSpec, LayerSpec, ModelSpec, MoESpec
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
@@ -45,7 +45,7 @@ def llama(facts: Facts) -> ModelSpec:
             window=window,
         )
         built.append(parts.layer(hidden, attention, _mlp(facts, parts, kind, index)))
-    return parts.model(facts, _shared(built), tie=False)
+    return parts.model(facts, shared(built), tie=False)
 
 
 _EXTRA = {
@@ -83,14 +83,14 @@ def _mlp(facts: Facts, parts: Parts, kind: str, index: int) -> FFNSpec | MoESpec
         )
     sparse = kind in ("qwen2_moe", "qwen3_moe") and index not in facts.of("mlp_only_layers", ())
     if sparse and (index + 1) % facts.of("decoder_sparse_step", 1) == 0:
-        shared = kind == "qwen2_moe"
+        always = kind == "qwen2_moe"
         return MoESpec(
             router=parts.linear(facts["num_experts"], hidden),
             experts=parts.gated(hidden, facts["moe_intermediate_size"], act),
             num_experts=facts["num_experts"],
             num_experts_per_tok=facts["num_experts_per_tok"],
-            shared=parts.gated(hidden, facts["shared_expert_intermediate_size"], act) if shared else None,
-            shared_gate=parts.linear(1, hidden) if shared else None,
+            shared=parts.gated(hidden, facts["shared_expert_intermediate_size"], act) if always else None,
+            shared_gate=parts.linear(1, hidden) if always else None,
             norm_topk_prob=bool(facts.of("norm_topk_prob", False)),
         )
     return parts.gated(hidden, facts["intermediate_size"], act, bool(facts.of("mlp_bias", False)))
@@ -138,13 +138,13 @@ def deepseek(facts: Facts) -> ModelSpec:
         scale=(nope + rotary) ** -0.5 * _mscale(dict(rope.scaling)) ** 2,
         cache=parts.cache(1, kv_rank + rotary, 0),
     )
-    shared = facts.of("n_shared_experts", 0)
+    always = facts.of("n_shared_experts", 0)
     moe = MoESpec(
         router=parts.linear(experts, hidden),
         experts=parts.gated(hidden, width, act),
         num_experts=experts,
         num_experts_per_tok=facts["num_experts_per_tok"],
-        shared=parts.gated(hidden, width * shared, act) if shared else None,
+        shared=parts.gated(hidden, width * always, act) if always else None,
         scoring=facts.of("scoring_func", "sigmoid"),
         norm_topk_prob=bool(facts.of("norm_topk_prob", True)),
         routed_scaling=float(facts.of("routed_scaling_factor", 1.0)),
@@ -220,10 +220,56 @@ def gpt_oss(facts: Facts) -> ModelSpec:
             num_experts_per_tok=facts["num_experts_per_tok"],
         )
         built.append(parts.layer(hidden, attention, moe))
-    return parts.model(facts, _shared(built), tie=False)
+    return parts.model(facts, shared(built), tie=False)
 
 
-def _shared(layers: list[LayerSpec]) -> tuple[LayerSpec, ...]:
-    """Equal layers as one object: a spec of 80 layers is built, compared and edited as fast as one of two."""
-    seen: dict[LayerSpec, LayerSpec] = {}
-    return tuple(seen.setdefault(layer, layer) for layer in layers)
+def llama4(facts: Facts) -> ModelSpec:
+    """Llama 4: most layers attend within chunks and norm rotated q and k; every fourth has no positions and sees all.
+
+    Raises:
+        SpecError: a key is missing.
+    """
+    facts.need(
+        *REQUIRED, "num_key_value_heads", "intermediate_size", "intermediate_size_mlp", "num_local_experts", "num_experts_per_tok"
+    )  # fmt: skip
+    parts, hidden, layers = Parts.rms(facts), facts["hidden_size"], facts["num_hidden_layers"]
+    heads, act, bias = facts["num_attention_heads"], facts.act("hidden_act"), bool(facts.of("attention_bias", False))
+    head_dim, every, step = (
+        facts.of("head_dim", hidden // heads),
+        facts.of("no_rope_layer_interval", 4),
+        facts.of("interleave_moe_layer_step", 1),
+    )
+    rotated = facts.of("no_rope_layers", None) or [int((i + 1) % every != 0) for i in range(layers)]
+    chunk = facts.window(facts.of("attention_chunk_size", 8192))
+    kinds = facts.layer_types(
+        layers,
+        ["chunked_attention" if rotates and chunk else "full_attention" for rotates in rotated[:layers]],
+        ("chunked_attention", "full_attention"),
+    )
+    sparse = facts.of("moe_layers", range(step - 1, layers, step))
+    expert = parts.gated(hidden, facts["intermediate_size"], act)
+    moe = MoESpec(
+        router=parts.linear(facts["num_local_experts"], hidden),
+        experts=expert,
+        num_experts=facts["num_local_experts"],
+        num_experts_per_tok=facts["num_experts_per_tok"],
+        shared=expert,
+        scoring="sigmoid",
+        norm_topk_prob=False,
+    )
+    dense = parts.gated(hidden, facts["intermediate_size_mlp"], act)
+    built = []
+    for index, (kind, rotates) in enumerate(zip(kinds, rotated, strict=False)):
+        attention = parts.attention(
+            hidden,
+            heads,
+            facts["num_key_value_heads"],
+            head_dim,
+            qkv_bias=bias,
+            o_bias=bias,
+            qk_norm="bare" if rotates and facts.of("use_qk_norm", True) else "",
+            rope=facts.rope(head_dim) if rotates else None,
+            chunk=chunk if kind == "chunked_attention" else None,
+        )
+        built.append(parts.layer(hidden, attention, moe if index in sparse else dense))
+    return parts.model(facts, shared(built), tie=False)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trimtab.spec.cache import CacheSpec, HeadSpec, PageFormat
+from trimtab.spec.cache import CacheSpec, HeadSpec, PageFormat, StateSpec
 from trimtab.spec.families.facts import Facts
 from trimtab.spec.formats import WeightFormat
 from trimtab.spec.nodes import (
     AttentionSpec,
+    ConvSpec,
     EmbeddingSpec,
     FFNSpec,
     LayerSpec,
     LinearSpec,
+    Mixer,
     ModelSpec,
     MoESpec,
     NormSpec,
@@ -50,8 +52,8 @@ class Parts:
         """One matrix [n, k]."""
         return LinearSpec(n=n, k=k, bias=bias, format=self.format, bias_format=self.format)
 
-    def norm(self, size: int) -> NormSpec:
-        """One norm."""
+    def norm(self, size: int, *, weight: bool = True) -> NormSpec:
+        """One norm; `weight` False for one without parameters."""
         return NormSpec(
             size=size,
             kind=self.norm_kind,
@@ -59,6 +61,7 @@ class Parts:
             bias=self.norm_kind == "layer",
             unit_offset=self.unit_offset,
             format=self.format,
+            weight=weight,
         )
 
     def embedding(self, n: int, k: int, *, scale: float = 1.0, offset: int = 0) -> EmbeddingSpec:
@@ -89,25 +92,32 @@ class Parts:
         scale: float | None = None,
         alibi: bool = False,
         sinks: bool = False,
+        chunk: int | None = None,
+        gated: bool = False,
     ) -> AttentionSpec:
-        """Grouped-query attention; `qk_norm` is empty, ``head`` (over each head) or ``all`` (over all heads together)."""
-        whole = qk_norm == "all"
+        """Grouped-query attention.
+
+        `qk_norm` is empty, ``head`` (over each head), ``all`` (over all heads together) or ``bare`` (over each, without weights).
+        """
+        whole, weight = qk_norm == "all", qk_norm != "bare"
         return AttentionSpec(
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            q_proj=self.linear(heads * head_dim, hidden, qkv_bias),
+            q_proj=self.linear(heads * head_dim * (2 if gated else 1), hidden, qkv_bias),
             k_proj=self.linear(kv_heads * head_dim, hidden, qkv_bias),
             v_proj=self.linear(kv_heads * head_dim, hidden, qkv_bias),
             o_proj=self.linear(hidden, heads * head_dim, o_bias),
-            q_norm=self.norm(heads * head_dim if whole else head_dim) if qk_norm else None,
-            k_norm=self.norm(kv_heads * head_dim if whole else head_dim) if qk_norm else None,
+            q_norm=self.norm(heads * head_dim if whole else head_dim, weight=weight) if qk_norm else None,
+            k_norm=self.norm(kv_heads * head_dim if whole else head_dim, weight=weight) if qk_norm else None,
             rope=rope,
             window=window,
             softcap=softcap,
             scale=head_dim**-0.5 if scale is None else scale,
             alibi=alibi,
             sinks=sinks,
+            chunk=chunk,
+            gated=gated,
             cache=self.cache(kv_heads, head_dim),
         )
 
@@ -129,15 +139,24 @@ class Parts:
             act=act,
         )
 
-    def layer(self, hidden: int, attention: AttentionSpec, mlp: FFNSpec | MoESpec) -> LayerSpec:
+    def layer(self, hidden: int, attention: Mixer, mlp: FFNSpec | MoESpec) -> LayerSpec:
         """Norm, attention, norm, MLP: the layer of Llama, GPT-2, OPT, BLOOM and most others."""
         return LayerSpec(
             input_layernorm=self.norm(hidden), self_attn=attention, post_attention_layernorm=self.norm(hidden), mlp=mlp
         )
 
+    def states(self, elements: int, conv: ConvSpec, dtype: str) -> CacheSpec:
+        """The cache of a recurrent layer: its state in `dtype`, and the inputs of the convolution but the newest."""
+        return CacheSpec(
+            states=(
+                StateSpec(elements=elements, format=self.format, dtype=dtype),
+                StateSpec(elements=conv.channels * (conv.kernel - 1), format=self.format),
+            )
+        )
+
     def model(self, facts: Facts, layers: tuple[LayerSpec, ...], *, tie: bool, **more: object) -> ModelSpec:
         """The whole model around `layers`; `tie` is the family's default where the config is silent."""
-        hidden, vocab = layers[0].self_attn.o_proj.n, int(facts["vocab_size"])
+        hidden, vocab = int(facts.first("hidden_size", "n_embd", "n_embed")), int(facts["vocab_size"])
         parts: dict[str, object] = {
             "embed_tokens": self.embedding(vocab, hidden),
             "norm": self.norm(hidden),
@@ -154,3 +173,9 @@ class Parts:
             tie_word_embeddings=bool(facts.of("tie_word_embeddings", tie)),
             **{**parts, **more},  # type: ignore[arg-type]
         )
+
+
+def shared(layers: list[LayerSpec]) -> tuple[LayerSpec, ...]:
+    """Equal layers as one object: a spec of 80 layers is built, compared and edited as fast as one of two."""
+    seen: dict[LayerSpec, LayerSpec] = {}
+    return tuple(seen.setdefault(layer, layer) for layer in layers)
