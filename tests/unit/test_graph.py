@@ -167,7 +167,7 @@ def test_linear_reads_bias_and_matrix_once_and_nothing_without_rows() -> None:
     op = op_at(spec, "layers.0.mlp.up_proj")
     assert ints(count(op, StepShape.of([3], [0]))) | {"vector_flops": 0} == {
         "flops": 2 * 3 * 128 * 32, "vector_flops": 0, "weight_read": (128 * 32 + 128) * 4, "kv_read": 0, "kv_written": 0,
-        "act_read": 3 * 32 * 4, "act_written": 3 * 128 * 4,
+        "act_read": 3 * 32 * 4, "act_written": 3 * 128 * 4, "comm": 0,
     }  # fmt: skip
     head = op_at(spec, "lm_head")
     assert count(head, StepShape.of([3], [0], logits=0)).weight_read == 0
@@ -327,7 +327,7 @@ def test_a_filter_runs_only_on_prompts_longer_than_it_keeps() -> None:
     spec = tiny().edit([Edit("flow", "filter", TokenFilter(layer=1, topk=20, pool=3))], by="test")
     found = passes(plan_of(spec, Workload(batch=2, prompt=70, gen=3), prefill_chunk=16))
     assert [(p.phase, p.step.new.ravel().tolist()) for p in found] == [
-        ("filter", [70, 70]), ("prefill", [16]), ("prefill", [4]), ("decode", [1, 1]),
+        ("filter", [70]), ("prefill", [16]), ("prefill", [4]), ("decode", [1, 1]),
     ]  # fmt: skip
     assert found[-1].step.past.ravel().tolist() == [20, 21]
     assert [p.phase for p in passes(plan_of(spec, Workload(prompt=20, gen=1)))] == ["prefill"]

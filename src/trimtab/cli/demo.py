@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,7 +41,7 @@ def register(app: typer.Typer) -> None:
         from trimtab.units import format_bytes, format_seconds
 
         workload = Workload(prompt=prompt, gen=gen)
-        dtypes = {"dtype": "float32", "kv_dtype": "float32"}
+        dtypes: dict[str, Any] = {"dtype": "float32", "kv_dtype": "float32"}
         with bars() as progress:
             ensure_calibrated(progress)
             model = load(MODEL, dtype="float32")

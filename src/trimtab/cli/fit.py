@@ -29,12 +29,17 @@ def register(app: typer.Typer) -> None:
         dtype: options.Dtype = "bfloat16",
         kv_dtype: options.KVDtype = "bfloat16",
         stack: options.Stack = None,
+        tp: options.Tp = 1,
+        pp: options.Pp = 1,
+        dp: options.Dp = 1,
+        ep: options.Ep = 1,
         json: options.Json = False,
     ) -> None:
         """Largest context for a batch, or largest batch for a context, with the sum of bytes."""
         from trimtab.api import make_plan
         from trimtab.errors import SpecError
         from trimtab.predict.fit import fit as solve
+        from trimtab.spec.parallel import Parallel
         from trimtab.spec.workload import Workload
         from trimtab.units import parse_bytes
 
@@ -43,8 +48,9 @@ def register(app: typer.Typer) -> None:
                 f"--context {context} is not possible. Allowed: 2 or more (a prompt token and a generated one)."
             )
         plan = make_plan(
-            model, on, Workload(batch=batch, gen=gen), technique or (), dtype=dtype, kv_dtype=kv_dtype, stack=stack
-        )
+            model, on, Workload(batch=batch, gen=gen), technique or (), dtype=dtype, kv_dtype=kv_dtype, stack=stack,
+            parallel=Parallel(tp=tp, pp=pp, dp=dp, ep=ep),
+        )  # fmt: skip
         result = solve(plan, parse_bytes(memory) if memory else None, context)
         if json:
             from trimtab.ui.output import print_json

@@ -18,12 +18,18 @@ from trimtab.errors import Interrupted, TrimtabError
 VERBS = {
     "demo": "The main job on the built-in model: predict, apply, measure, report.",
     "predict": "Price a model on a machine under a workload, with techniques.",
+    "plan": "Search for a plan under limits: machines, layouts, formats, techniques.",
     "fit": "Largest context and batch that fit a machine.",
     "run": "Generate text.",
     "measure": "Predicted beside measured, quality included.",
     "eval": "Quality alone: text or needles.",
     "prepare": "Resolve every `auto` of a technique and keep what was found.",
     "calibrate": "Fit a Stack to this machine.",
+    "validate": "Check predictions against recorded hardware.",
+    "fit-stack": "Fit kernel constants to recorded latencies.",
+    "import-aic": "Turn a copy of aiconfigurator-core into recorded tables.",
+    "idealize": "Idealized runtime of a model, predicted or measured from a handful of timings.",
+    "denoise": "Idealized runtime of an endpoint from a log of its timings.",
     "papers": "The ninety papers.",
     "techniques": "The techniques and their parameters.",
     "machines": "The machines and where their numbers come from.",
@@ -43,7 +49,7 @@ class LazyGroup(TyperGroup):
         """Import the verb's module and return its command."""
         if cmd_name not in VERBS:
             return None
-        module = importlib.import_module(f"trimtab.cli.{cmd_name}")
+        module = importlib.import_module(f"trimtab.cli.{cmd_name.replace('-', '_')}")
         app = typer.Typer(add_completion=False)
         module.register(app)
         command = typer.main.get_command(app)

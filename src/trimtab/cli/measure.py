@@ -42,8 +42,11 @@ def register(app: typer.Typer) -> None:
             raise SpecError("measure wants a model, for example: trimtab measure smollm2-135m -t rtn:bits=4")
         if rounds < 1:
             raise SpecError(f"rounds={rounds} is not possible. Allowed: 1 or more. Try --rounds 3.")
+        from trimtab.graph.passes import prompt_held
         from trimtab.measure.measure import agreement, compare, ensure_calibrated, prepare
         from trimtab.measure.texts import read_text
+        from trimtab.runtime.engine.generate import check_context
+        from trimtab.spec.runnable import check_runnable
         from trimtab.spec.workload import Workload
         from trimtab.techniques.materials import text_materials
         from trimtab.techniques.plan import make_plan
@@ -54,7 +57,10 @@ def register(app: typer.Typer) -> None:
         workload = Workload(batch=batch, prompt=prompt, gen=gen)
         held_out = read_text(text) if text else None
         materials = text_materials(calibration) if calibration else None
-        make_plan(model, "a100", workload, technique or (), dtype=dtype, kv_dtype=kv_dtype)  # typos before any work
+        # Typos, and what cannot run, before any work.
+        asked = make_plan(model, "a100", workload, technique or (), dtype=dtype, kv_dtype=kv_dtype)
+        check_runnable(asked.model)
+        check_context(asked.model, prompt_held(asked.model, prompt), gen)
         with bars() as progress:
             ensure_calibrated(progress)
             plan = make_plan(model, "this", workload, technique or (), dtype=dtype, kv_dtype=kv_dtype)

@@ -1,7 +1,9 @@
-"""Facts that ship with Trimtab, no code: `machines/*.toml`, `models/*.json`, `stacks/*.toml`.
+"""Facts that ship with Trimtab, no code: machines, models, stacks, kernels, recorded timings.
 
 machines: datasheet figures, one table per machine id, each number with source and confidence.
 models: shape-relevant keys of Hugging Face `config.json` files, with `_source`, `_confidence` and `_aliases`.
+recorded: timings others published, compressed, with origin and licence.
+kernels: constants fitted to recorded kernels, one file per machine.
 stacks: how well software uses a machine (efficiencies, launch costs, fusions, band of the prediction).
 """
 

@@ -26,9 +26,12 @@ def fuse(graph: Graph, stack: Stack) -> tuple[Kernel, ...]:
     A stack that fuses anything runs the experts of a layer as one grouped launch.
     """
     pairs = frozenset().union(*(FUSIONS[name] for name in stack.fused if name in FUSIONS))
+    whole = "experts" in stack.fused
     runs: list[list[Op]] = []
     for op in graph.ops:
-        joins = bool(runs) and (_last(runs[-1][-1]), _last(op)) in pairs
+        joins = bool(runs) and (
+            (_last(runs[-1][-1]), _last(op)) in pairs or (whole and _same_experts(runs[-1][-1], op))
+        )
         runs[-1].append(op) if joins else runs.append([op])
     readers: dict[str, int] = {}
     for op in graph.ops:
@@ -50,6 +53,12 @@ def _kernel(run: list[Op], readers: dict[str, int], grouped: bool) -> Kernel:
         v for op in run for v in op.writes if read_here.get(v.name, 0) < readers.get(v.name, 0) or v.name not in readers
     )
     return Kernel(tuple(run), tuple(reads), tuple(writes), grouped)
+
+
+def _same_experts(one: Op, other: Op) -> bool:
+    """Both belong to the routed experts of one layer, which a fused stack runs as one grouped kernel (``experts``)."""
+    path = one.name.rpartition(".")[0]
+    return path.endswith(".experts") and path == other.name.rpartition(".")[0]
 
 
 def _last(op: Op) -> str:

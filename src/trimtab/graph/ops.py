@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -25,23 +26,26 @@ class StepShape:
         new: [..., B] new tokens of each row.
         past: [..., B] tokens seen before; what a head still holds of them follows from its `keep`.
         logits: [...] rows of logits wanted, over all rows and copies.
-        copies: every row stands for this many equal ones.
+        copies: every row stands for this many equal ones; an array of the leading axes where passes differ in it.
+        skew: how unevenly tokens choose experts: the chance of the r-th most popular one falls as r^-skew; 0 = evenly.
         observed: counts that data decides (``layers.3.mlp.active_rows``); absent ones are taken at their expectation.
     """
 
     new: IntArray
     past: IntArray
     logits: IntArray
-    copies: int = 1
+    copies: IntArray | int = 1
     observed: Mapping[str, int] = field(default_factory=dict)
+    skew: float = 0.0
 
     @staticmethod
     def of(
         new: npt.ArrayLike | Sequence[int],
         past: npt.ArrayLike | Sequence[int],
         logits: npt.ArrayLike = 0,
-        copies: int = 1,
+        copies: npt.ArrayLike = 1,
         observed: Mapping[str, int] | None = None,
+        skew: float = 0.0,
     ) -> StepShape:
         """Build a step from array-likes: int64, or Python integers where int64 could overflow.
 
@@ -49,11 +53,13 @@ class StepShape:
         5
         """
         a, b = np.broadcast_arrays(np.asarray(new, np.int64), np.asarray(past, np.int64))
-        tokens = float(a.sum(-1).max(initial=0)) * copies
+        many = np.asarray(copies, np.int64)
+        tokens = float((a.sum(-1) * many).max(initial=0))
         longest = float((a + b).max(initial=0))
         kind = object if tokens > _MOST_TOKENS or tokens * longest > _MOST_PAIRS else np.int64
         rows = np.broadcast_to(np.asarray(logits, np.int64), a.shape[:-1])
-        return StepShape(a.astype(kind), b.astype(kind), rows.astype(kind), copies, dict(observed or {}))
+        times = many.astype(kind) if many.ndim else int(many)
+        return StepShape(a.astype(kind), b.astype(kind), rows.astype(kind), times, dict(observed or {}), skew)
 
     @property
     def tokens(self) -> IntArray:
@@ -149,6 +155,7 @@ class Counts:
         weight_read: bytes of weights.
         kv_read, kv_written: bytes of cache.
         act_read, act_written: bytes of activations.
+        comm: bytes of the values that collectives sum, gather or exchange over ranks.
     """
 
     flops: IntArray | int = 0
@@ -158,18 +165,25 @@ class Counts:
     kv_written: IntArray | int = 0
     act_read: IntArray | int = 0
     act_written: IntArray | int = 0
+    comm: IntArray | int = 0
 
     @property
     def nbytes(self) -> IntArray | int:
-        """Bytes moved in all."""
+        """Bytes moved in this device's memory in all; what travels between devices is `comm`."""
         return self.weight_read + self.kv_read + self.kv_written + self.act_read + self.act_written
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
 
-    def total(self, name: str, times: int = 1) -> int:
-        """One count summed over passes and multiplied by `times`, without overflow."""
-        return times * sum(int(value) for value in np.atleast_1d(np.asarray(getattr(self, name))).ravel())
+    def total(self, name: str, times: int = 1, weight: npt.NDArray[np.float64] | None = None) -> int:
+        """One count summed over passes and multiplied by `times`, without overflow; `weight`: passes each stands for."""
+        value = np.asarray(getattr(self, name))
+        if weight is None:
+            return times * sum(int(part) for part in np.atleast_1d(value).ravel())
+        parts = np.broadcast_to(value, weight.shape).ravel()
+        # Weights are whole numbers, or the same fraction for samples that are symmetric: whole in the sum.
+        shares = [Fraction(float(w)).limit_denominator(1 << 20) for w in weight.ravel()]
+        return times * round(sum(int(part) * share for part, share in zip(parts, shares, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -402,7 +402,7 @@ def to_toml(machine: Machine, stack: Stack, threads: Sequence[ThreadRate] = ()) 
     lines += ["", "[stack.band]", f"p10 = {stack.band[0]!r}", f"p90 = {stack.band[1]!r}"]
     for name, constants in stack.op_classes.items():
         lines += ["", f'[stack.op_class."{name}"]']
-        lines += [f"{key} = {value!r}" for key, value in dataclasses.asdict(constants).items()]
+        lines += [f"{key} = {_value(value)}" for key, value in dataclasses.asdict(constants).items() if _written(value)]
     for rate in threads:
         lines += ["", "[[threads]]"]
         lines += [f"{key} = {value!r}" for key, value in dataclasses.asdict(rate).items()]
@@ -410,6 +410,7 @@ def to_toml(machine: Machine, stack: Stack, threads: Sequence[ThreadRate] = ()) 
 
 
 def _written(value: Any) -> bool:
+    """Whether a value says more than that there is none."""
     return value is not None and value != () and value != {} and value != ""
 
 

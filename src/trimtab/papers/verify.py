@@ -10,7 +10,13 @@ from trimtab.papers.catalogue import find_paper
 from trimtab.papers.claims import Bench, Line, Row, run_lines
 
 #: Paper number -> module with ``LINES``.
-CHECKS = {52: "trimtab.papers.gemfilter", 60: "trimtab.papers.cats"}
+CHECKS = {
+    1: "trimtab.papers.roofline",
+    7: "trimtab.papers.idealized_runtime",
+    14: "trimtab.papers.frontier",
+    52: "trimtab.papers.gemfilter",
+    60: "trimtab.papers.cats",
+}
 
 
 def lines_of(asked: str) -> tuple[int, Sequence[Line]]:

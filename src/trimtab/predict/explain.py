@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from trimtab.errors import unknown
+from trimtab.predict.figures import constants
+from trimtab.spec.plan import Plan
 from trimtab.spec.report import OpRow, Report
 from trimtab.units import format_bytes, format_seconds, format_si
 
@@ -16,13 +18,16 @@ _COUNTS = {
         "the head keeps of prompt + gen tokens (of a filtered prompt, of what is left of it)."
     ),
     "kv_reserved_bytes": "As kv_bytes, in whole pages.",
+    "state_bytes": (
+        "Part of kv_bytes: recurrent states (Mamba, linear attention) of all sequences, as many bytes whatever the context."
+    ),
     "activation_bytes": (
         "Largest sum of activations alive while one kernel runs, over all passes: a value lives from the kernel that "
         "writes it to the last that reads it. Eager attention adds its scores before and after softmax."
     ),
     "reserve_bytes": "What the engine takes for itself; a constant of the stack.",
     "peak_bytes": "weight_bytes + kv_reserved_bytes + activation_bytes + reserve_bytes.",
-    "capacity_bytes": "Memory of the machine as its datasheet gives it.",
+    "capacity_bytes": "Memory of one device as its datasheet gives it, times the share the stack uses (memory_share).",
     "prefill_flops": (
         "Matrix multiplications of the whole prompt, whole batch, 2 per multiply-add; logits for the last token alone. "
         "A tiled attention skips what the causal mask hides, an eager one does not."
@@ -38,7 +43,35 @@ _COUNTS = {
     ),
     "prefill_weight_read": "Bytes of weights all passes of the prompt read.",
     "prefill_kv_read": "Bytes of cache all passes of the prompt read.",
+    "comm_bytes": (
+        "Bytes of the values one decode step sums or exchanges over ranks: two all-reduces of rows x hidden size per layer, "
+        "one of the embeddings, one gather of the logits; what an algorithm sends of them depends on the ranks."
+    ),
+    "prefill_comm_bytes": "As comm_bytes, over all passes of the prompt.",
 }
+
+_TRAINING = {
+    "weight_bytes": "Weights held by one device of the {end} stage: parameters / (tp x pp), with zero=3 / dp, 2 bytes each.",
+    "gradient_bytes": "Gradients held by one device of the {end} stage, with zero>=2 / dp.",
+    "optimizer_bytes": "Master weights and moments of one device of the {end} stage (12 bytes per parameter), with zero>=1 / dp.",
+    "activation_bytes": "Activations kept for the backward pass on the {end} stage, of every micro-batch in flight there.",
+    "working_bytes": "The largest temporary of one kernel on the {end} stage: logits, scores, gathered weights.",
+    "reserve_bytes": "What the framework takes for itself; a constant of the stack.",
+    "peak_bytes": "Sum of weights, gradients, optimizer states, activations, temporaries and reserve of the {end} stage.",
+    "model_flops": "Forward and backward matrix multiplications of a step, attention over the full square, no recomputation.",
+    "hardware_flops": "As model_flops, with what is recomputed.",
+}
+
+
+def _of_training(name: str) -> str:
+    """Text of a training count; collectives are ``comm_<kind>_bytes``, memory ends in the stage."""
+    if name.startswith("comm_"):
+        return f"Bytes the busiest device sends in a step by {name.removeprefix('comm_').removesuffix('_bytes')}."
+    stem, _, end = name.rpartition("_")
+    if end in ("first", "last"):
+        return _TRAINING.get(stem, "").format(end=end)
+    return _TRAINING.get(name, "").format(end="fullest")
+
 
 _OF_OPS: dict[str, tuple[str, Callable[[OpRow], float], Callable[[float], str]]] = {
     "ttft_s": ("prefill", lambda row: row.time_s, format_seconds),
@@ -50,8 +83,8 @@ _OF_OPS: dict[str, tuple[str, Callable[[OpRow], float], Callable[[float], str]]]
 _SUMS = {"peak_bytes": ("weight_bytes", "kv_reserved_bytes", "activation_bytes", "reserve_bytes")}
 
 
-def explain(report: Report, name: str) -> str:
-    """Explain one count or figure of a report.
+def explain(report: Report, name: str, plan: Plan | None = None) -> str:
+    """Explain one count or figure of a report; with its plan, the constants of the stack too.
 
     Raises:
         SpecError: the report has no such count or figure.
@@ -65,11 +98,14 @@ def explain(report: Report, name: str) -> str:
         )
         lines.append(f"{name} = {value} ({figure.kind}{band})")
         lines.append(figure.why)
+        if plan is not None and name in _OF_OPS:
+            lines.append(f"Constants of stack {plan.stack.name}:")
+            lines.extend(f"  {line}" for line in constants(plan.stack))
         lines.append(f"Check: {figure.check}")
     elif name in report.counts:
         value = report.counts[name]
         lines.append(f"{name} = {value}" + (f" ({format_bytes(value)})" if name.endswith(("bytes", "read")) else ""))
-        lines.append(_COUNTS.get(name, ""))
+        lines.append(_COUNTS.get(name) or _of_training(name))
         lines.extend(f"  {part:<20} {format_bytes(report.counts[part])}" for part in _SUMS.get(name, ()))
     else:
         raise unknown("count or figure", name, (*report.counts, *report.figures))

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from trimtab.graph.passes import Graphs
+from trimtab.graph.shard import shard
 from trimtab.predict.memory import UNBOUNDED, Footprint
+from trimtab.predict.notes import usable_bytes
 from trimtab.spec.plan import Plan
 from trimtab.spec.report import SCHEMA
 from trimtab.spec.workload import Workload
@@ -59,12 +62,13 @@ def fit(plan: Plan, memory_bytes: int | None = None, context: int | None = None)
 
     Args:
         plan: model, machine, stack and techniques; its workload gives the generated tokens.
-        memory_bytes: capacity; None = the machine's.
+        memory_bytes: capacity of one device; None = what the engine may use of the machine's.
         context: tokens per sequence (prompt and generated). None: largest context for the plan's batch and for powers of two.
             Given: the largest batch at this context.
     """
-    capacity = plan.machine.memory_bytes if memory_bytes is None else memory_bytes
-    footprint, gen = Footprint(plan.model, plan.stack), plan.workload.gen
+    capacity = usable_bytes(plan) if memory_bytes is None else memory_bytes
+    graphs = Graphs(shard(plan.model, plan.parallel))
+    footprint, gen = Footprint(graphs, plan.stack, plan.parallel), plan.workload.gen
     if context is not None:
         prompt, gen = max(context - gen, 1), min(gen, max(context - 1, 1))
         batch = footprint.largest_batch(prompt, gen, capacity)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from trimtab.graph.build import build, filter_graph
+from trimtab.errors import SpecError
 from trimtab.graph.count import scratch_bytes
-from trimtab.graph.fuse import fuse
-from trimtab.graph.ops import Kernel, Op, StepShape
-from trimtab.graph.passes import chunks, prompt_held
+from trimtab.graph.ops import IntArray, Kernel, Op, StepShape
+from trimtab.graph.passes import Graphs, chunks, prompt_held
+from trimtab.spec.cache import CacheSpec, KVBytes
 from trimtab.spec.machine import Stack
 from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.parallel import ALONE, Parallel
 from trimtab.spec.workload import Workload
 
 
@@ -27,11 +30,11 @@ class Live:
     keys: int
     scratch: tuple[Op, ...]
 
-    def nbytes(self, step: StepShape, attention: str) -> int:
-        """Bytes in the largest of the passes."""
+    def nbytes(self, step: StepShape, attention: str) -> IntArray:
+        """[...] bytes in the largest of the passes [..., passes]."""
         held = self.tokens * step.tokens + self.logits * step.logits + self.keys * step.keys
         held = held + sum(scratch_bytes(op, step, attention) for op in self.scratch)
-        return int(np.max(held))
+        return np.max(np.broadcast_to(held, np.shape(step.logits)), -1)
 
 
 def live(kernels: Iterable[Kernel]) -> tuple[Live, ...]:
@@ -46,7 +49,7 @@ def live(kernels: Iterable[Kernel]) -> tuple[Live, ...]:
     for index, kernel in enumerate(order):
         for value in kernel.writes:
             held[value.rows] += value.row_bytes
-        attends = tuple(op for op in kernel.ops if op.kind.startswith("attend"))
+        attends = tuple(op for op in kernel.ops if op.kind.startswith("attend") or op.kind == "scan")
         key = (*held.values(), *(id(op.node) for op in attends))
         found.setdefault(key, Live(held["tokens"], held["logits"], held["keys"], attends))
         for value in ends.get(index, ()):
@@ -56,7 +59,7 @@ def live(kernels: Iterable[Kernel]) -> tuple[Live, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of one plan at its longest.
+    """Bytes at their longest on the device that holds most; numbers, or arrays over cases.
 
     Args:
         weights: resident weights, ties once.
@@ -67,59 +70,83 @@ class Memory:
     """
 
     weights: int
-    kv_held: int
-    kv_reserved: int
-    activations: int
+    kv_held: Any
+    kv_reserved: Any
+    activations: Any
     reserve: int
 
     @property
-    def peak(self) -> int:
+    def peak(self) -> Any:
         """Everything at once."""
         return self.weights + self.kv_reserved + self.activations + self.reserve
 
 
 class Footprint:
-    """Memory of a model on a stack as a function of the workload; the graph is built once.
+    """Memory of one device as a function of the workload; the graph is built once.
 
     Args:
-        spec: the model.
+        model: the graphs of the model, or of one device's slice of it; a spec stands for its own.
         stack: its fusions, attention, chunk and reserve.
+        parallel: stages the layers are cut into, and replicas that share the sequences.
     """
 
-    def __init__(self, spec: ModelSpec, stack: Stack) -> None:
-        self.spec, self.stack = spec, stack
-        self._prefill = live(fuse(build(spec, "prefill"), stack))
-        self._filter = live(fuse(filter_graph(spec), stack)) if spec.flow.filter else ()
-        self._weights = spec.weight_nbytes()
+    def __init__(self, model: Graphs | ModelSpec, stack: Stack, parallel: Parallel = ALONE) -> None:
+        self.graphs = model if isinstance(model, Graphs) else Graphs(model)
+        self.spec, self.stack, self.parallel = self.graphs.spec, stack, parallel
+        spec = self.spec
+        self._prefill = live(self.graphs.kernels(self.graphs.prefill, stack))
+        self._filter = live(self.graphs.kernels(self.graphs.filter, stack)) if spec.flow.filter else ()
+        self.stages = stages(len(spec.layers), parallel.pp)
+        self._weights = self.graphs.weight_nbytes if parallel.pp == 1 else _largest_stage(spec, self.stages)
 
     def at(self, work: Workload) -> Memory:
         """Bytes at `prompt + gen` tokens of every sequence; of a filtered prompt at what is kept of it."""
-        held = prompt_held(self.spec, work.prompt)
-        # Equal layers are equal objects more often than not: each is asked once.
-        caches: dict[int, list] = {}
-        for layer in self.spec.layers:
-            caches.setdefault(id(layer.self_attn.cache), [layer.self_attn.cache, 0])[1] += 1
-        kv_held = kv_reserved = 0
-        for cache, times in caches.values():
-            nbytes = cache.nbytes(held + work.gen)
-            kv_held += times * work.batch * nbytes.held
-            kv_reserved += times * work.batch * nbytes.reserved
-        return Memory(self._weights, kv_held, kv_reserved, self._activations(work, held), self.stack.reserve_bytes)
+        found = self.at_batches(np.asarray(work.batch), work.prompt, work.gen)
+        return replace(
+            found,
+            kv_held=int(found.kv_held),
+            kv_reserved=int(found.kv_reserved),
+            activations=int(found.activations),
+        )
 
-    def _activations(self, work: Workload, held: int) -> int:
-        attention = self.stack.attention
-        full, last = chunks(held, self.stack.prefill_chunk)
+    def at_batches(self, batch: IntArray, prompt: int, gen: int) -> Memory:
+        """As `at`, for [...] numbers of sequences at once."""
+        share = -(-batch // self.parallel.dp)
+        held = prompt_held(self.spec, prompt)
+        # Equal layers are equal objects more often than not: each is asked once.
+        known: dict[int, KVBytes] = {}
+        layers = [
+            known.setdefault(id(x), x.nbytes(held + gen)) if id(x) not in known else known[id(x)]
+            for x in self._caches()
+        ]
+        most = max(self.stages, key=lambda stage: sum(layers[i].reserved for i in stage))
+        kv_held, kv_reserved = (sum(getattr(layers[i], name) for i in most) for name in ("held", "reserved"))
+        exact = share.astype(object) if float(np.max(share)) * kv_reserved > _MOST else share
+        activations = self._activations(-(-share // self.parallel.pp), prompt, held, gen)
+        return Memory(self._weights, kv_held * exact, kv_reserved * exact, activations, self.stack.reserve_bytes)
+
+    def _caches(self) -> Iterable[CacheSpec]:
+        return (layer.cache for layer in self.spec.layers)
+
+    def _activations(self, batch: IntArray, prompt: int, held: int, gen: int) -> IntArray:
+        attention, budget = self.stack.attention, self.stack.max_batched_tokens
+        chunk = self.stack.prefill_chunk if budget is None else budget
+        together = batch if budget is None else np.minimum(batch, max(budget // held, 1))
+        full, last = chunks(held, chunk)
         # The last chunk has the longest context and the logits, the one before it the most tokens, the last step the longest.
-        new, past = [[last]], [[held - last]]
-        if full:
-            new, past = [*new, [self.stack.prefill_chunk]], [*past, [held - last - self.stack.prefill_chunk]]  # type: ignore[operator]
-        if work.gen > 1:
-            new, past = [*new, [1]], [*past, [held + work.gen - 2]]
-        step = StepShape.of(new, past, logits=work.batch, copies=work.batch)
-        peak = max(state.nbytes(step, attention) for state in self._prefill)
-        if held < work.prompt:
-            whole = StepShape.of([[work.prompt]], [[0]])
-            peak = max(peak, *(state.nbytes(whole, attention) for state in self._filter))
+        cases = [(last, held - last, together)]
+        if full and chunk:
+            cases.append((chunk, held - last - chunk, together))
+        if gen > 1:
+            cases.append((1, held + gen - 2, batch))
+        new, past = (np.array([[int(case[which])] for case in cases]) for which in (0, 1))
+        copies = np.stack(np.broadcast_arrays(*(case[2] for case in cases)), -1)
+        shape = (*copies.shape, 1)
+        step = StepShape.of(np.broadcast_to(new, shape), np.broadcast_to(past, shape), logits=copies, copies=copies)
+        peak = functools.reduce(np.maximum, (state.nbytes(step, attention) for state in self._prefill))
+        if held < prompt:
+            whole = StepShape.of([[prompt]], [[0]])
+            peak = np.maximum(peak, max(int(state.nbytes(whole, attention)) for state in self._filter))
         return peak
 
     def largest_context(self, batch: int, capacity_bytes: int, gen: int = 1) -> int:
@@ -131,6 +158,42 @@ class Footprint:
     def largest_batch(self, prompt: int, gen: int, capacity_bytes: int) -> int:
         """Most sequences that fit; 0 if none does."""
         return _largest(lambda batch: self.at(Workload(batch=batch, prompt=prompt, gen=gen)).peak <= capacity_bytes)
+
+
+#: Products of counts above this are made in Python integers.
+_MOST = float(1 << 62)
+
+
+def stages(layers: int, pp: int) -> tuple[range, ...]:
+    """Layers of every pipeline stage, as even as possible, the longer ones in the middle of the model.
+
+    Raises:
+        SpecError: more stages than layers.
+
+    >>> stages(10, 4)
+    (range(0, 2), range(2, 5), range(5, 8), range(8, 10))
+    """
+    if pp > layers:
+        raise SpecError(f"pp={pp} cuts {layers} layers into more stages than there are. Allowed: 1 to {layers}.")
+    # The first and the last stage hold embedding and head, so they get fewer layers where it does not divide.
+    base, extra = divmod(layers, pp)
+    first = (pp - extra) // 2
+    sizes = [base + (first <= stage < first + extra) for stage in range(pp)]
+    ends = np.cumsum(sizes).tolist()
+    return tuple(range(end - size, end) for size, end in zip(sizes, ends, strict=True))
+
+
+def _largest_stage(spec: ModelSpec, cut: Sequence[range]) -> int:
+    """Weight bytes of the stage that holds most: its layers, the embedding on the first and the head on the last one."""
+    first, last = cut[0], cut[-1]
+    found = []
+    for stage in cut:
+        part = replace(spec, layers=tuple(spec.layers[i] for i in stage), tie_word_embeddings=False)
+        nbytes = part.weight_nbytes()
+        tables = sum(node.nbytes() for node in (spec.embed_tokens, spec.embed_positions, spec.embed_norm) if node)
+        top = spec.lm_head.nbytes() + (spec.norm.nbytes() if spec.norm else 0)
+        found.append(nbytes - (stage is not first) * tables - (stage is not last) * top)
+    return max(found)
 
 
 #: Contexts and batches beyond this are called unbounded (a ring cache never grows).

@@ -7,6 +7,7 @@ from typing import Any
 
 from trimtab.spec.machine import Machine, Stack
 from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.parallel import ALONE, Parallel
 from trimtab.spec.workload import Workload
 
 
@@ -20,6 +21,7 @@ class Plan:
         techniques: canonical spec strings in the order given.
         dtype, kv_dtype: of float weights and activations, of the cache.
         source: where the weights are, as it was given; empty = the model's name.
+        parallel: devices the model is spread over.
         assumed: parameters left at ``auto`` (``gemfilter:layer``), for which a shipped default stands in.
     """
 
@@ -32,6 +34,7 @@ class Plan:
     dtype: str = "bf16"
     kv_dtype: str = "bf16"
     source: str = ""
+    parallel: Parallel = ALONE
     assumed: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -45,6 +48,7 @@ class Plan:
             "techniques": list(self.techniques),
             "dtype": self.dtype,
             "kv_dtype": self.kv_dtype,
+            "parallel": self.parallel.to_dict(),
         }
 
     def command(self, verb: str) -> str:

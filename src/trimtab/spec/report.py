@@ -18,6 +18,10 @@ UNITS = {
     "answer_nll_nats": "nats",
     "tokens_per_s": "tokens/s",
     "usd_per_million_tokens": "USD/Mtoken",
+    "energy_j_per_token": "J/token",
+    "mfu": "",
+    "hfu": "",
+    "bubble_fraction": "",
 }
 
 

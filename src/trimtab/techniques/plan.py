@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trimtab.predict.search import Variant
+from trimtab.spec.cache import page_format
 from trimtab.spec.configs import load_spec
-from trimtab.spec.formats import dtype_name
-from trimtab.spec.machine import THIS, Machine, Stack, load_machine, load_stack, this_machine_path
+from trimtab.spec.formats import weights_name
+from trimtab.spec.machine import THIS, Machine, Stack, kernel_machines, load_machine, load_stack, this_machine_path
 from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.parallel import ALONE, Parallel
 from trimtab.spec.plan import Plan
 from trimtab.spec.workload import Workload
 from trimtab.techniques.base import Technique, compose
@@ -29,6 +32,7 @@ def make_plan(
     dtype: str = "bfloat16",
     kv_dtype: str = "bfloat16",
     stack: str | Stack | None = None,
+    parallel: Parallel = ALONE,
 ) -> Plan:
     """Build a Plan.
 
@@ -39,7 +43,8 @@ def make_plan(
         techniques: spec strings in order.
         dtype: of weights and activations; ``file`` keeps the blocks of a quantized file.
         kv_dtype: of the cache.
-        stack: name or Stack; default `this` on this machine, else `datasheet`.
+        parallel: devices the model is spread over.
+        stack: name or Stack; default `this` on this machine, `vllm` where kernels were recorded, else `datasheet`.
 
     Raises:
         SpecError, Conflict: unknown names, values out of range, techniques that do not fit.
@@ -52,22 +57,52 @@ def make_plan(
     if machine is None:
         machine = THIS if this_machine_path().exists() else "a100"
     found = machine if isinstance(machine, Machine) else load_machine(machine)
-    if stack is None:
-        stack = THIS if found.id == THIS else "datasheet"
+    engine = engine_of(found, stack)
     return Plan(
         base=base,
         model=compose(base, chosen),
         machine=found,
-        stack=stack if isinstance(stack, Stack) else load_stack(stack),
+        stack=engine.on(found),
         workload=workload or Workload(),
         techniques=tuple(str(technique) for technique in chosen),
-        dtype=dtype_name(weights_dtype),
-        kv_dtype=dtype_name(kv_dtype),
+        dtype=weights_name(weights_dtype),
+        kv_dtype=str(page_format(kv_dtype)),
         source=str(model) if isinstance(model, str | Path) else "",
+        parallel=parallel,
         assumed=tuple(
             f"{t.name}:{f.name}" for t in chosen for f in dataclasses.fields(t) if getattr(t, f.name) == "auto"
         ),
     )
+
+
+def engine_of(machine: Machine, stack: str | Stack | None = None) -> Stack:
+    """The stack asked for; else the one that says most about a machine: a serving engine where its kernels were recorded."""
+    if isinstance(stack, Stack):
+        return stack
+    if stack is None:
+        stack = THIS if machine.id == THIS else "vllm" if machine.id in kernel_machines() else "datasheet"
+    return load_stack(stack)
+
+
+def variants(
+    model: str | Path | ModelSpec, dtypes: Sequence[str], kv_dtypes: Sequence[str], techniques: Sequence[str] = ()
+) -> list[Variant]:
+    """A model in every combination of dtypes, plain and with each of `techniques` (``spec+spec`` are one).
+
+    Raises:
+        SpecError, Conflict: unknown names, or a technique that does not fit.
+    """
+    spec = _spec(model, as_stored=False)
+    chosen: list[tuple[Technique, ...]] = [(), *(parse_all([text]) for text in techniques)]
+    found = []
+    for dtype in dict.fromkeys(map(weights_name, dtypes)):
+        for kv_dtype in dict.fromkeys(str(page_format(kv)) for kv in kv_dtypes):
+            base = spec.with_dtype(dtype, kv_dtype, keep_packed=False)
+            found += [
+                Variant(spec=compose(base, parts), dtype=dtype, kv_dtype=kv_dtype, techniques=tuple(map(str, parts)))
+                for parts in chosen
+            ]
+    return found
 
 
 def _spec(model: str | Path | ModelSpec | Model, as_stored: bool) -> ModelSpec:

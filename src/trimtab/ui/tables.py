@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from trimtab.predict.fit import FitResult
 from trimtab.predict.predict import kinds_of_bound
@@ -23,9 +25,10 @@ def print_report(report: Report, rows: int = 12) -> None:
     """Write a prediction to stdout: the answer first, then the operators, last the command that checks it."""
     plan, counts, figures = report.plan, report.counts, report.figures
     work = plan["workload"]
+    many = f"{work['batch']} requests at a time" if work["continuous"] else f"batch {work['batch']}"
     out = [
-        f"{plan['model']} on {plan['machine']} (stack {plan['stack']}), {plan['dtype']}, cache {plan['kv_dtype']}: "
-        f"batch {work['batch']}, prompt {work['prompt']}, gen {work['gen']}",
+        f"{plan['model']} on {_devices(plan)} (stack {plan['stack']}), {plan['dtype']}, cache {plan['kv_dtype']}: "
+        f"{many}, prompt {work['prompt']}, gen {work['gen']}",
         *([f"with {' '.join(plan['techniques'])}"] if plan["techniques"] else []),
         "",
         f"Fits        {_fits(report)}",
@@ -44,6 +47,44 @@ def print_report(report: Report, rows: int = 12) -> None:
     sys.stdout.write("\n".join(out))
     print_ops(report, rows)
     sys.stdout.write(f"Check it: {figures['ttft_s'].check}\n")
+
+
+#: What of a training layout is shown.
+_LAYOUT = ("tp", "pp", "dp", "zero", "micro_batch", "global_batch", "seq_len", "recompute", "dtype")
+
+
+def print_training(report: Report, rows: int = 12) -> None:
+    """Write the prediction of a training step to stdout."""
+    counts, figures = report.counts, report.figures
+    training = report.plan["training"]
+    devices = training["tp"] * training["pp"] * training["dp"]
+    layout = ", ".join(f"{name} {training[name]}" for name in _LAYOUT)
+    out = [
+        f"{report.plan['model']} on {devices} x {report.plan['machine']} (stack {report.plan['stack']}), one training step:",
+        f"  {layout}",
+        "",
+    ]
+    for name, figure in figures.items():
+        show = _seconds if figure.unit == "s" else _number
+        out.append(f"{name:<24}{show(figure)}")
+    out += [
+        f"{'peak_bytes':<24}{format_bytes(counts['peak_bytes'])} of the fullest stage",
+        f"{'model_flops':<24}{format_si(counts['model_flops'], 'FLOP')} a step, {format_si(counts['hardware_flops'], 'FLOP')} with "
+        "recomputation",
+        *(f"Note        {note}" for note in report.notes),
+        "",
+    ]
+    sys.stdout.write("\n".join(out))
+    print_ops(report, rows)
+
+
+def _devices(plan: Mapping[str, Any]) -> str:
+    """``h100-sxm5-80gb``, or how many of them and how the model is spread."""
+    degrees = {name: value for name, value in plan["parallel"].items() if value > 1}
+    count = plan["parallel"]["tp"] * plan["parallel"]["pp"] * plan["parallel"]["dp"]
+    if not degrees:
+        return plan["machine"]
+    return f"{count} x {plan['machine']} ({' '.join(f'{name}{value}' for name, value in degrees.items())})"
 
 
 def print_ops(report: Report, rows: int = 12) -> None:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from trimtab.errors import SpecError
 from trimtab.spec.cache import Ring
-from trimtab.spec.nodes import LatentAttentionSpec, ModelSpec
+from trimtab.spec.nodes import AttentionSpec, ModelSpec
 from trimtab.spec.tree import Edit
 from trimtab.techniques.base import Stage, Technique, param
 
@@ -38,9 +38,12 @@ class StreamingLLM(Technique):
             )
 
     def check(self, spec: ModelSpec) -> None:
-        """Refuse latent attention, whose one cached vector serves every head at every position."""
-        if any(isinstance(layer.self_attn, LatentAttentionSpec) for layer in spec.layers):
-            raise SpecError(f"streaming-llm: {spec.name} has latent attention; a ring over latents is not supported.")
+        """Refuse latent attention, whose one cached vector serves every head at every position, and layers without a cache."""
+        if not all(isinstance(layer.self_attn, AttentionSpec) for layer in spec.layers):
+            raise SpecError(
+                f"streaming-llm: {spec.name} has layers without keys and values per head (latent attention or a recurrent "
+                "state); a ring over these is not supported."
+            )
 
     def edits(self, spec: ModelSpec) -> Iterable[Edit]:
         """Every KV head of every layer."""

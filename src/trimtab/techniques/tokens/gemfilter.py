@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from trimtab.errors import SpecError
 from trimtab.spec.machine import data_root
-from trimtab.spec.nodes import LatentAttentionSpec, ModelSpec, TokenFilter
+from trimtab.spec.nodes import AttentionSpec, ModelSpec, TokenFilter
 from trimtab.spec.tree import Edit
 from trimtab.techniques.base import Stage, Technique, param
 
@@ -60,14 +60,17 @@ class GemFilter(Technique):
             raise SpecError(f"gemfilter: layer={self.layer} is not possible. Allowed: 0 or more, or auto.")
 
     def check(self, spec: ModelSpec) -> None:
-        """Refuse a layer the model lacks, and latent attention."""
+        """Refuse a layer the model lacks, and layers without keys per head."""
         if self.layer != "auto" and self.layer >= spec.num_hidden_layers:
             last = spec.num_hidden_layers - 1
             raise SpecError(
                 f"gemfilter: layer={self.layer} does not exist in {spec.name}. Allowed: 0..{last} or auto. Try layer={self._depth(spec)}."
             )
-        if any(isinstance(layer.self_attn, LatentAttentionSpec) for layer in spec.layers):
-            raise SpecError(f"gemfilter: {spec.name} has latent attention, whose keys are not per head. Not supported.")
+        if not all(isinstance(layer.self_attn, AttentionSpec) for layer in spec.layers):
+            raise SpecError(
+                f"gemfilter: {spec.name} has layers without keys per head (latent attention or a recurrent state). "
+                "Not supported."
+            )
 
     def edits(self, spec: ModelSpec) -> Iterable[Edit]:
         """The flow of the prompt, nothing else."""
