@@ -8,8 +8,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trimtab.api import applied, load, make_plan, measure, predict
+    from trimtab.api import applied, find_plans, load, make_plan, measure, predict
     from trimtab.errors import TrimtabError
+    from trimtab.spec.parallel import Parallel
     from trimtab.spec.plan import Plan
     from trimtab.spec.report import Figure, Report
     from trimtab.spec.workload import Workload
@@ -18,13 +19,14 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "load": "trimtab.api", "predict": "trimtab.api", "measure": "trimtab.api", "applied": "trimtab.api",
-    "make_plan": "trimtab.api", "Plan": "trimtab.spec.plan", "Workload": "trimtab.spec.workload",
+    "make_plan": "trimtab.api", "find_plans": "trimtab.api", "Plan": "trimtab.spec.plan",
+    "Parallel": "trimtab.spec.parallel", "Workload": "trimtab.spec.workload",
     "Report": "trimtab.spec.report", "Figure": "trimtab.spec.report", "TrimtabError": "trimtab.errors",
 }  # fmt: skip
 
 __all__ = [
-    "Figure", "Plan", "Report", "TrimtabError", "Workload", "__version__",
-    "applied", "load", "make_plan", "measure", "predict",
+    "Figure", "Parallel", "Plan", "Report", "TrimtabError", "Workload", "__version__",
+    "applied", "find_plans", "load", "make_plan", "measure", "predict",
 ]  # fmt: skip
 
 

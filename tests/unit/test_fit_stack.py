@@ -25,6 +25,7 @@ from trimtab.measure.fit_stack import (
     fit_tables,
     held_out,
     read_tables,
+    residual_band,
     to_toml,
     write_files,
 )
@@ -77,7 +78,11 @@ def test_shipped_files_state_the_errors_of_their_own_constants(machine: str) -> 
         assert error.mape <= LIMITS[op_class, machine]
         assert len(measured) == table["rows"] == table["fit"]["rows_held_out"]
         assert np.sum(rows) == table["rows"] + table["fit"]["rows_fitted"]
-        assert np.quantile(measured / predicted, (0.1, 0.9)) == pytest.approx(table["band"], abs=6e-5)
+        seen = select(columns, rows & ~held_out(columns, op_class))
+        ratio = seen["lat_us"] * 1e-6 / kind.price(seen, hardware)(constants)
+        sizes = len({key for key in zip(*(seen[name].tolist() for name in kind.keys), strict=True)})
+        assert residual_band(ratio, sizes) == pytest.approx(table["band"], abs=6e-5)
+        assert table["band"][0] <= np.quantile(ratio, 0.1) and np.quantile(ratio, 0.9) <= table["band"][1]
         plain = kind.roofline(unseen, hardware)
         assert Error.of(plain(DATASHEET), measured).mape == pytest.approx(table["fit"]["mape_datasheet"], abs=6e-5)
         three = Error.of(plain(table["fit"]["three_constants"]), measured).mape
@@ -176,6 +181,14 @@ def test_a_fit_finds_the_constants_that_made_the_times() -> None:
     assert report.fitted.mape < 0.01 < report.roofline.mape < report.datasheet.mape
     assert report.band == pytest.approx((1.0, 1.0), abs=0.02)
     assert max(report.mape_by_seed) < 0.01 and report.mape_by_seed[0] == pytest.approx(report.fitted.mape)
+
+
+def test_a_band_of_few_sizes_reaches_further_out() -> None:
+    ratio = np.random.default_rng(0).normal(1, 0.1, 4000)
+    few, many = residual_band(ratio[:100], 4), residual_band(ratio, 4000)
+    assert many == pytest.approx(np.quantile(ratio, (0.1, 0.9)), abs=1e-3)
+    # 4 sizes of 100 rows count as 20 draws, whose levels for one more are 1.1 / 20 and 18.9 / 20.
+    assert few == pytest.approx(np.quantile(ratio[:100], (1.1 / 20, 18.9 / 20)))
 
 
 def test_noise_is_reported_as_it_is() -> None:

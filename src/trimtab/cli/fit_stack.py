@@ -51,8 +51,8 @@ def register(app: typer.Typer) -> None:
         )
         print_table(columns, [_row(report) for report in reports])
         typer.echo(
-            "Errors: mean of |predicted / measured - 1| on sizes held out of the fit. P10-P90: measured over predicted there. "
-            "Covered: held-out rows inside the P10-P90 of the fitted ones. Ideal too slow: rows the datasheet's roofline "
+            "Errors: mean of |predicted / measured - 1| on sizes held out of the fit. P10-P90: measured over predicted of the "
+            "fitted ones. Covered: rows held out inside it, mean over splits. Ideal too slow: rows the datasheet's roofline "
             "predicts more than 2 % above the measurement, of those beyond twice the last-level cache."
         )
         for path in written:

@@ -76,10 +76,10 @@ def register(app: typer.Typer) -> None:
                 sequence_parallel=sequence_parallel, flash=flash, dtype=dtype,
             )  # fmt: skip
         else:
-            from trimtab.api import make_plan
             from trimtab.predict.predict import predict as price
             from trimtab.spec.parallel import Parallel
             from trimtab.spec.workload import Workload
+            from trimtab.techniques.plan import make_plan
 
             work = Workload(
                 batch=concurrency or batch, prompt=prompt, gen=gen, continuous=concurrency is not None, skew=skew

@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> None:
             print_table(COLUMNS, table_rows(lines))
             typer.echo(
                 "Errors are of predicted over measured, on rows the constants were not fitted on (* = fitted on them too). In "
-                "band: within P10 and P90 of the other half of the sizes; 80 is what to expect. Roofline: MAPE of the datasheet."
+                "band: within the P10 and P90 a prediction comes with; 80 is what to expect. Roofline: MAPE of the datasheet."
             )
             failed = [line for line in lines if not line.ok]
             above = sum(line.above_measured for line in lines)

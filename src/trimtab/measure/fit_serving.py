@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import MissingDependency, SpecError
+from trimtab.measure.fit_stack import residual_band
 from trimtab.measure.recorded import Columns
 from trimtab.measure.serving_points import Array, Constants, Features, impossible, with_constants
 from trimtab.spec.machine import Stack, load_stack
@@ -162,7 +163,9 @@ def fit_stack(columns: Columns, engine: str, stack: Stack | None = None) -> Engi
     order = np.concatenate([seen[fold::_FOLDS] for fold in range(_FOLDS)])
     kinds = [kind for kind in (features.dense[order], ~features.dense[order]) if kind.any()]
     # Models with experts err otherwise than those without: the band holds for both.
-    bands = {name: _hull([_band(ratio[kind]) for kind in kinds]) for name, ratio in apart.items()}
+    bands = {
+        name: _hull([residual_band(ratio[kind], int(kind.sum())) for kind in kinds]) for name, ratio in apart.items()
+    }
 
     def errors(name: str) -> tuple[float, float, float]:
         ratio = ratios[name][unseen]
@@ -188,12 +191,6 @@ def _hull(bands: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 #: Parts the fitted half is cut into for its band.
 _FOLDS = 5
-
-
-def _band(ratio: Array) -> tuple[float, float]:
-    """P10 and P90 of measured over predicted."""
-    low, high = np.quantile(ratio, (0.1, 0.9))
-    return float(low), float(high)
 
 
 #: What of a stack's file is written by the fit: everything from this line on.

@@ -84,7 +84,7 @@ class FitReport:
         form: name of the form; `constants` are its numbers (split 0) and `three` those of the plain roofline.
         rows_fitted, rows_held_out: of split 0.
         datasheet, roofline, fitted: errors of the three predictions on the rows held out.
-        band: P10 and P90 of measured over predicted time on the rows held out.
+        band: P10 and P90 of measured over predicted time on the rows fitted (`residual_band`).
         covered: share of held-out rows inside the P10 and P90 of the rows fitted, mean over splits: 0.8 if the fit carries over
             to new sizes.
         mape_by_seed: of `fitted`, by split, the first being split 0.
@@ -222,7 +222,7 @@ def fit_class(
                 f"each are needed, of many different {' x '.join(kind.keys)}. Record more, or leave this table out."
             )
     ranges = {name: kind.ranges.get(name, RANGES[name]) for name in names if name not in kind.choices}
-    found, mapes, covered = [], [], []
+    found, mapes, bands, covered = [], [], [], []
     for hidden in splits:
         seen, unseen = select(chosen, ~hidden), select(chosen, hidden)
         price = kind.price(seen, hardware)
@@ -230,7 +230,9 @@ def fit_class(
         predicted = kind.price(unseen, hardware)(constants)
         found.append((constants, seen, unseen, predicted))
         mapes.append(Error.of(predicted, _measured(unseen)).mape)
-        covered.append(_inside(_measured(unseen) / predicted, _band(_measured(seen) / price(constants))))
+        band = residual_band(_measured(seen) / price(constants), _sizes(kind, seen))
+        bands.append(band)
+        covered.append(_inside(_measured(unseen) / predicted, band))
     constants, seen, unseen, predicted = found[0]
     three = fit_constants(
         kind.roofline(seen, hardware),
@@ -254,7 +256,7 @@ def fit_class(
         datasheet=Error.of(plain(DATASHEET), measured),
         roofline=Error.of(plain(three), measured),
         fitted=Error.of(predicted, measured),
-        band=_band(measured / predicted),
+        band=bands[0],
         covered=float(np.mean(covered)),
         mape_by_seed=tuple(mapes),
         ideal_rows=int(large.sum()),
@@ -320,9 +322,21 @@ def _measured(columns: Columns) -> Array:
     return np.asarray(columns["lat_us"], np.float64) * 1e-6
 
 
-def _band(ratio: Array) -> tuple[float, float]:
-    low, high = np.quantile(ratio, (0.1, 0.9))
+def residual_band(ratio: Array, sizes: int) -> tuple[float, float]:
+    """P10 and P90 of measured over predicted, a little further out where few different sizes were seen.
+
+    The quantiles are those that hold for another draw after n of them (conformal prediction; Vovk et al., 2005). Rows of one
+    size err partly alike, so n lies between the number of sizes and that of rows: their geometric mean.
+    """
+    count = max(round(float(np.sqrt(min(sizes, len(ratio)) * len(ratio)))), 1)
+    levels = max((0.1 * (count + 1) - 1) / count, 0.0), min(0.9 * (count + 1) / count, 1.0)
+    low, high = np.quantile(ratio, levels)
     return float(low), float(high)
+
+
+def _sizes(kind: KernelClass, columns: Columns) -> int:
+    """Different whole sizes among rows."""
+    return len(np.unique(np.stack([np.asarray(columns[key]) for key in kind.keys], axis=1), axis=0))
 
 
 def _inside(ratio: Array, band: tuple[float, float]) -> float:
@@ -364,8 +378,9 @@ def to_toml(reports: Sequence[FitReport]) -> str:
     lines = [
         f"# Constants of kernels on {reports[0].machine}, fitted to recorded latencies by `trimtab fit-stack`; formulas:",
         "# trimtab/predict/forms.py. Fitted were the rows outside held_out(table, op_class, seed=0) of",
-        "# trimtab/measure/kernel_classes.py; band (P10, P90 of measured over predicted), rows and mape (mean of",
-        "# |predicted / measured - 1|) are those of these very constants on the rows held out. Do not edit by hand.",
+        "# trimtab/measure/kernel_classes.py; rows and mape (mean of |predicted / measured - 1|) are those of these very",
+        "# constants on the rows held out, band is P10 and P90 of measured over predicted on the rows fitted, as far out as so",
+        "# few sizes ask for; covered: share of rows held out inside it, mean over splits. Do not edit by hand.",
     ]
     return "\n".join([*lines, *(line for report in reports for line in _class_lines(report)), ""])
 

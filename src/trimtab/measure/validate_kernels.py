@@ -57,6 +57,7 @@ def _case(kind: KernelClass, op_class: str, machine: Machine, software: str, row
         predicted_s=price(rows, hardware)(constants),
         datasheet_s=kind.roofline(rows, hardware)(DATASHEET),
         loose=loose,
+        band=fitted.band if own else None,
         half=held_out(rows, op_class, seed=-1),
         held_out=True,
         limits=limits_of(op_class, machine.id) if own else Limits(),

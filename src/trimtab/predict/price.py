@@ -302,11 +302,9 @@ def _fitted(op: Op, step: StepShape, stack: Stack) -> Efficiency | None:
 
 def product_dtypes(spec: ModelSpec) -> tuple[str, ...]:
     """Dtypes whose peaks a model's products ask for."""
-    found = {spec.act_dtype: None}
-    for _, node in spec.linears():
-        if node.act in _CODED:
-            found[node.act] = None
-    return tuple(found)
+    distinct = replace(spec, layers=tuple({id(layer): layer for layer in spec.layers}.values()))
+    coded = [node.act for _, node in distinct.linears() if node.act in _CODED]
+    return tuple(dict.fromkeys([spec.act_dtype, *coded]))
 
 
 def _or_as_decode(seconds: Any, op: Op, step: StepShape, stack: Stack, device: Device) -> Any:

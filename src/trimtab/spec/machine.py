@@ -235,10 +235,15 @@ def home() -> Path:
 
 
 @functools.cache
+def _machine_texts() -> tuple[str, ...]:
+    return tuple(path.read_text("utf-8") for path in sorted((data_root() / "machines").glob("*.toml")))
+
+
+@functools.cache
 def _machine_tables() -> dict[str, dict[str, Any]]:
     tables: dict[str, dict[str, Any]] = {}
-    for path in sorted((data_root() / "machines").glob("*.toml")):
-        tables.update(tomllib.loads(path.read_text("utf-8")))
+    for text in _machine_texts():
+        tables.update(tomllib.loads(text))
     return tables
 
 
@@ -262,11 +267,13 @@ def load_machine(name: str) -> Machine:
     asked = name.lower()
     if asked == THIS:
         return machine_from_table(THIS, _this_tables()["machine"])
-    tables = _machine_tables()
-    key = asked if asked in tables else aliases().get(asked)
-    if key is None:
-        raise unknown("machine", name, (*aliases(), *tables), "See `trimtab machines`.")
-    return machine_from_table(key, tables[key])
+    for text in _machine_texts():
+        if f"[{asked}]" in text or f'"{asked}"' in text:  # parse the one file that may hold it, not all of them
+            tables = tomllib.loads(text)
+            for key, table in tables.items():
+                if asked == key or asked in table.get("aliases", ()):
+                    return machine_from_table(key, table)
+    raise unknown("machine", name, (*aliases(), *_machine_tables()), "See `trimtab machines`.")
 
 
 def machine_from_table(key: str, table: Mapping[str, Any]) -> Machine:

@@ -539,6 +539,13 @@ class ModelSpec(Node):
         weights = float_format("bf16" if name in SCALED_KINDS else name)
         page = page_format(kv_dtype or weights.kind)
 
+        done: dict[int, Node] = {}  # equal layers are one object more often than not
+
+        def once(node: Node) -> Node:
+            if id(node) not in done:
+                done[id(node)] = convert(node)
+            return done[id(node)]
+
         def convert(node: Node) -> Node:
             updates: dict[str, object] = {}
             for field in dataclasses.fields(node):  # type: ignore[arg-type]
@@ -546,8 +553,7 @@ class ModelSpec(Node):
                 if isinstance(value, Node):
                     updates[field.name] = convert(value)
                 elif isinstance(value, tuple) and value and isinstance(value[0], Node):
-                    cache: dict[Node, Node] = {}
-                    updates[field.name] = tuple(cache.setdefault(item, convert(item)) for item in value)
+                    updates[field.name] = tuple(once(item) for item in value)
                 elif isinstance(value, WeightFormat) and (value.is_float or not keep_packed):
                     updates[field.name] = weights
                     if isinstance(node, LinearSpec) and field.name == "format":
@@ -565,14 +571,20 @@ class ModelSpec(Node):
         """The matrices that checkpoints in fp8 or mxfp4 hold so, as `with_dtype` says."""
         experts_only = kind == "mxfp4" and any(isinstance(layer.mlp, MoESpec) for layer in self.layers)
         values = {"format": WeightFormat(kind=kind), "act": "fp8" if kind == "fp8" else "none"}
-        edits = [
-            Edit(path, field, value)
-            for path, node in self.linears()
-            if node.format.is_float and path.rpartition(".")[2] not in ("lm_head", "router", "shared_gate")
-            if not experts_only or ".experts." in path
-            for field, value in values.items()
-        ]
-        return tree.edit(self, edits, kind, ())[0]
+
+        def coded(layer: LayerSpec) -> LayerSpec:
+            one = dataclasses.replace(self, layers=(layer,))
+            edits = [
+                Edit(path, field, value)
+                for path, node in one.linears()
+                if node.format.is_float and path.rpartition(".")[2] not in ("lm_head", "router", "shared_gate")
+                if not experts_only or ".experts." in path
+                for field, value in values.items()
+            ]
+            return tree.edit(one, edits, kind, ())[0].layers[0]  # type: ignore[attr-defined]
+
+        done = {id(layer): coded(layer) for layer in {id(layer): layer for layer in self.layers}.values()}
+        return dataclasses.replace(self, layers=tuple(done[id(layer)] for layer in self.layers))
 
 
 def weight_nbytes(node: Node) -> int:
@@ -611,10 +623,14 @@ def owned(spec: ModelSpec) -> Iterator[tuple[str, Node, int]]:
 
 @functools.lru_cache(maxsize=64)
 def _hash(spec: ModelSpec) -> str:
+    seen: dict[int, object] = {}
+
     def plain(value: object) -> object:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
-            return {"type": type(value).__name__, **fields}
+            if id(value) not in seen:
+                fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
+                seen[id(value)] = {"type": type(value).__name__, **fields}
+            return seen[id(value)]
         if isinstance(value, tuple):
             return [plain(item) for item in value]
         return value
