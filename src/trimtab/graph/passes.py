@@ -97,13 +97,8 @@ class Graphs:
 
     @functools.cached_property
     def weight_nbytes(self) -> int:
-        """Resident bytes of all weights; equal layers are asked once."""
-        rest = replace(self.spec, layers=()).weight_nbytes()
-        one = {
-            layer: replace(self.spec, layers=(layer,)).weight_nbytes() - rest
-            for layer in {id(layer): layer for layer in self.spec.layers}.values()
-        }
-        return rest + sum(one[layer] for layer in self.spec.layers)
+        """Resident bytes of all weights."""
+        return self.spec.weight_nbytes()
 
 
 def prompt_held(spec: ModelSpec, prompt: int) -> int:

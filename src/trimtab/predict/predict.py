@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.graph.count import active_rows, count_all, experts_touched
-from trimtab.graph.fuse import fuse
+from trimtab.graph.count import active_rows, count_all, count_groups, experts_touched
 from trimtab.graph.ops import Counts, StepShape
 from trimtab.graph.passes import Graphs, Pass, mean_decode_step
 from trimtab.graph.shard import shard
@@ -61,7 +60,11 @@ def predict(plan: Plan) -> Report:
 def step_counts(plan: Plan, step: StepShape, graphs: Graphs | None = None) -> Counts:
     """Counts of decode steps, summed over ops (and over the steps, if there are several)."""
     graphs = graphs or Graphs(shard(plan.model, plan.parallel))
-    counted = count_all(fuse(graphs.decode, plan.stack), step, plan.stack.attention, plan.machine.llc_bytes)
+    attention, cache = plan.stack.attention, plan.machine.llc_bytes
+    if step.observed:  # looked up by name, so every kernel stands alone
+        counted = count_all(graphs.kernels(graphs.decode, plan.stack), step, attention, cache)
+    else:
+        counted = count_groups(graphs.groups(graphs.decode, plan.stack), step, attention, cache)
     return _sum((counts, len(same.names), None) for same, counts in counted)
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from trimtab.errors import SpecError, unknown
@@ -508,11 +508,22 @@ class ModelSpec(Node):
 
     def num_parameters(self) -> int:
         """Parameters, ties counted once."""
-        return sum(node.num_parameters() * count for _, node, count in owned(self) if hasattr(node, "num_parameters"))  # type: ignore[attr-defined]
+        return self._sum_owned(lambda node: node.num_parameters() if hasattr(node, "num_parameters") else 0)  # type: ignore[attr-defined]
 
     def weight_nbytes(self) -> int:
         """Resident bytes of all weights, ties once."""
-        return sum(weight_nbytes(node) * count for _, node, count in owned(self))
+        return self._sum_owned(weight_nbytes)
+
+    def _sum_owned(self, of: Callable[[Node], int]) -> int:
+        """Sum of `of` over all nodes that own weights; layers that are one object are asked once."""
+
+        def total(layers: tuple[LayerSpec, ...]) -> int:
+            part = dataclasses.replace(self, layers=layers)
+            return sum(of(node) * count for _, node, count in owned(part))
+
+        rest = total(())
+        once = {id(layer): total((layer,)) - rest for layer in {id(layer): layer for layer in self.layers}.values()}
+        return rest + sum(once[id(layer)] for layer in self.layers)
 
     def kv_nbytes(self, tokens: int) -> int:
         """Bytes the cache of one sequence holds after `tokens` tokens, recurrent states included."""

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trimtab.predict.search import Variant
 from trimtab.spec.cache import page_format
 from trimtab.spec.configs import load_spec
 from trimtab.spec.formats import weights_name
@@ -21,6 +20,7 @@ from trimtab.techniques.registry import parse_all
 
 if TYPE_CHECKING:
     from trimtab.model.variant import Model
+    from trimtab.predict.search import Variant
 
 
 def make_plan(
@@ -92,6 +92,8 @@ def variants(
     Raises:
         SpecError, Conflict: unknown names, or a technique that does not fit.
     """
+    from trimtab.predict.search import Variant
+
     spec = _spec(model, as_stored=False)
     chosen: list[tuple[Technique, ...]] = [(), *(parse_all([text]) for text in techniques)]
     found = []
