@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.papers.frontier import gpt
-from trimtab.predict.collectives import ring, ring_bytes
 from trimtab.predict.training import comm_bytes, step_flops
 from trimtab.predict.training_memory import stage_memory
+from trimtab.predict.training_network import ring, ring_bytes
 from trimtab.predict.training_time import step_time
 from trimtab.predict.training_work import TrainingWork
 from trimtab.spec.configs import load_spec

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from trimtab.errors import SpecError
-from trimtab.predict.collectives import ring_bytes
 from trimtab.predict.energy import energy
 from trimtab.predict.money import usd_per_million_tokens
 from trimtab.predict.training_memory import StageMemory, stage_memory
+from trimtab.predict.training_network import ring_bytes
 from trimtab.predict.training_time import StepTime, hop_bytes, sends, step_time
 from trimtab.predict.training_work import TrainingWork
 from trimtab.spec.machine import Machine, Stack

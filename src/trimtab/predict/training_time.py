@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from trimtab.predict.collectives import Ring, ring
+from trimtab.predict.training_network import Ring, ring
 from trimtab.predict.training_work import Part, Product, TrainingWork
 from trimtab.spec.machine import Efficiency, Machine, Stack
 from trimtab.spec.training import ITEM, Network, TrainingSpec
