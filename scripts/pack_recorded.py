@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from trimtab.measure.recorded import known_tables, pack, packed_path, unpack
+from trimtab.measure.recorded.tables import known_tables, pack, packed_path, unpack
 
 
 def main(folder: Path, check: bool) -> int:

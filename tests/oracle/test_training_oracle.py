@@ -9,8 +9,8 @@ import pytest
 from trimtab.graph.build import build
 from trimtab.graph.ops import StepShape
 from trimtab.graph.training import all_weights, no_weights, training_flops, training_ops
-from trimtab.predict.training import step_flops
-from trimtab.predict.training_work import TrainingWork
+from trimtab.predict.training.step import step_flops
+from trimtab.predict.training.work import TrainingWork
 from trimtab.spec.configs import catalogue_entry, spec_from_config
 from trimtab.spec.nodes import LinearSpec, ModelSpec
 from trimtab.spec.training import TrainingSpec

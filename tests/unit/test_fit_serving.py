@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from trimtab.errors import SpecError
-from trimtab.measure.fit_serving import BOUNDS, MARK, EngineFit, fit_engine, held_out, to_toml, write_stack
-from trimtab.measure.recorded import Columns, load_table
-from trimtab.measure.serving_points import DENSE, Features, impossible, points, predict_points, with_constants
+from trimtab.measure.recorded.fit_serving import BOUNDS, MARK, EngineFit, fit_engine, held_out, to_toml, write_stack
+from trimtab.measure.recorded.serving_points import DENSE, Features, impossible, points, predict_points, with_constants
+from trimtab.measure.recorded.tables import Columns, load_table
 from trimtab.spec.machine import Stack, load_stack, stack_from_table
 
 PLANTED = {

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from trimtab.cli import fit_stack as verb
 from trimtab.errors import CalibrationError, HardwareError, MissingDependency, SpecError
-from trimtab.measure.fit_stack import (
+from trimtab.measure.recorded.fit_stack import (
     DATASHEET,
     THREE,
     Error,
@@ -29,8 +29,8 @@ from trimtab.measure.fit_stack import (
     to_toml,
     write_files,
 )
-from trimtab.measure.kernel_classes import KERNEL_CLASSES, RANGES, check_columns, kernel_class
-from trimtab.measure.recorded import load_table, machine_id, select
+from trimtab.measure.recorded.kernel_classes import KERNEL_CLASSES, RANGES, check_columns, kernel_class
+from trimtab.measure.recorded.tables import load_table, machine_id, select
 from trimtab.predict.forms import FORMS
 from trimtab.spec.machine import data_root, load_machine
 

@@ -30,7 +30,7 @@ from trimtab.measure.idealized import (
     read_helm,
     read_log,
 )
-from trimtab.measure.layer_floor import Generation, LayerStack, fit_layer_stack, read_generations
+from trimtab.measure.recorded.layer_floor import Generation, LayerStack, fit_layer_stack, read_generations
 from trimtab.spec.machine import load_machine
 
 GRID = Grid(prompts=(1, 64, 256, 512), outputs=(1, 2, 8, 32))

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from trimtab.errors import MissingDependency, SpecError
-from trimtab.measure import import_aic as aic
-from trimtab.measure.recorded import load_table, tables
+from trimtab.measure.recorded import import_aic as aic
+from trimtab.measure.recorded.tables import load_table, tables
 
 needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
 

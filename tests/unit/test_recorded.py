@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from trimtab.errors import SpecError
-from trimtab.measure import recorded
+from trimtab.measure.recorded import tables as recorded
 from trimtab.spec.machine import machine_ids
 
 SHIPPED = ("gemm", "attention_prefill", "attention_decode", "moe", "collectives", "e2e_serving")

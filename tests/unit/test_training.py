@@ -13,11 +13,11 @@ import pytest
 from trimtab.errors import SpecError
 from trimtab.papers.claims import Bench, run_lines
 from trimtab.papers.frontier import LINES, MPT, fit, gpt, recorded_runs
-from trimtab.predict.training import comm_bytes, predict_training, smallest_change, step_flops
-from trimtab.predict.training_memory import in_flight, kept_bytes, stage_memory
-from trimtab.predict.training_network import ring, ring_bytes
-from trimtab.predict.training_time import step_time
-from trimtab.predict.training_work import TrainingWork
+from trimtab.predict.training.memory import in_flight, kept_bytes, stage_memory
+from trimtab.predict.training.network import ring, ring_bytes
+from trimtab.predict.training.step import comm_bytes, predict_training, smallest_change, step_flops
+from trimtab.predict.training.time import step_time
+from trimtab.predict.training.work import TrainingWork
 from trimtab.spec.configs import load_spec
 from trimtab.spec.machine import load_machine
 from trimtab.spec.nodes import ModelSpec

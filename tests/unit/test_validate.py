@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from trimtab.errors import SpecError
-from trimtab.measure import llamacpp, validate_kernels
-from trimtab.measure.kernel_classes import held_out, kernel_class
-from trimtab.measure.recorded import load_table, select
-from trimtab.measure.scoreboard import LIMITS, Case, Limits, Line, as_json, judge, limits_of, passed
-from trimtab.measure.validate import validate
+from trimtab.measure.recorded import llamacpp, validate_kernels
+from trimtab.measure.recorded.kernel_classes import held_out, kernel_class
+from trimtab.measure.recorded.scoreboard import LIMITS, Case, Limits, Line, as_json, judge, limits_of, passed
+from trimtab.measure.recorded.tables import load_table, select
+from trimtab.measure.recorded.validate import validate
 from trimtab.spec.machine import Efficiency, load_machine, load_stack
 
 #: Lines that must be judged on the tables that ship.

@@ -10,7 +10,7 @@ import typer
 from trimtab.cli.options import Json
 
 if TYPE_CHECKING:
-    from trimtab.measure.fit_stack import FitReport
+    from trimtab.measure.recorded.fit_stack import FitReport
 
 Data = Annotated[
     Path | None,
@@ -35,7 +35,7 @@ def register(app: typer.Typer) -> None:
         """Fit kernel constants to recorded latencies, and check them on sizes held out of the fit."""
         import dataclasses
 
-        from trimtab.measure.fit_stack import fit_tables, read_tables, write_files
+        from trimtab.measure.recorded.fit_stack import fit_tables, read_tables, write_files
         from trimtab.ui.output import print_json, print_table
         from trimtab.ui.progress import bars
 

@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
         """Turn a copy of the aiconfigurator-core tables into a folder for `fit-stack` and `validate --data`."""
         import time
 
-        from trimtab.measure.import_aic import import_aic as run
+        from trimtab.measure.recorded.import_aic import import_aic as run
         from trimtab.ui.output import print_json, print_table
 
         start = time.perf_counter()

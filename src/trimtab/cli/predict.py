@@ -106,7 +106,7 @@ def register(app: typer.Typer) -> None:
 
 def _training(model: str, on: str | None, stack: str | None, *, gpus: int, dtype: str, **layout: Any) -> Report:
     """Price one training step."""
-    from trimtab.predict.training import predict_training
+    from trimtab.predict.training.step import predict_training
     from trimtab.spec.configs import load_spec
     from trimtab.spec.formats import weights_name
     from trimtab.spec.machine import load_machine, load_stack

@@ -26,8 +26,8 @@ def register(app: typer.Typer) -> None:
         json: Json = False,
     ) -> None:
         """Check predictions against recorded hardware; exit code 1 if an error passes its limit."""
-        from trimtab.measure.scoreboard import COLUMNS, as_json, passed, table_rows
-        from trimtab.measure.validate import validate as run
+        from trimtab.measure.recorded.scoreboard import COLUMNS, as_json, passed, table_rows
+        from trimtab.measure.recorded.validate import validate as run
         from trimtab.spec.machine import aliases
         from trimtab.ui.output import print_json, print_table
 

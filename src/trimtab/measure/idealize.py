@@ -130,7 +130,7 @@ def predicted_endpoint(plan: Plan, layer_floor_s: float = 0.0) -> Endpoint:
     Args:
         plan: model, machine and stack; its workload's prompt and gen are replaced by what is asked.
         layer_floor_s: least seconds per layer and pass, for stacks that launch from the host too slowly to keep the device
-            busy (see `trimtab.measure.layer_floor`).
+            busy (see `trimtab.measure.recorded.layer_floor`).
     """
     floor = layer_floor_s * len(plan.model.layers)
 

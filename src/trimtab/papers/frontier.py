@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.papers.claims import Bench, Line, Needs, Outcome
-from trimtab.predict.training_memory import stage_memory
-from trimtab.predict.training_time import step_time
-from trimtab.predict.training_work import TrainingWork
+from trimtab.predict.training.memory import stage_memory
+from trimtab.predict.training.time import step_time
+from trimtab.predict.training.work import TrainingWork
 from trimtab.spec.configs import spec_from_config
 from trimtab.spec.machine import Machine, Stack, load_machine
 from trimtab.spec.nodes import ModelSpec

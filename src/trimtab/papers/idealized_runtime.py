@@ -31,7 +31,7 @@ from trimtab.measure.idealized import (
     read_helm,
     read_log,
 )
-from trimtab.measure.layer_floor import fit_layer_stack, read_generations
+from trimtab.measure.recorded.layer_floor import fit_layer_stack, read_generations
 from trimtab.papers.claims import Bench, Line, Needs, Outcome
 from trimtab.spec.machine import load_machine
 

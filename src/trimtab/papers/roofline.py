@@ -147,7 +147,7 @@ def _folder(bench: Bench) -> Path | None:
 
 
 def _lines(bench: Bench) -> Sequence[Any]:
-    from trimtab.measure.validate import validate
+    from trimtab.measure.recorded.validate import validate
 
     return bench.once("validate", lambda: validate(_folder(bench)))
 

@@ -9,7 +9,7 @@ A form knows how kernels are built, a handful of constants how fast they run on 
 
 Every form grows (or stays) with each of its sizes, whatever its constants. All arguments may be arrays that broadcast; ``c``
 maps names of constants to numbers (`FORMS` lists them; those in ``_s`` are seconds, shares lie in 0..1). Nothing here knows a
-model or a machine. The constants of a device lie in ``data/kernels`` and come from `trimtab.measure.fit_stack`.
+model or a machine. The constants of a device lie in ``data/kernels`` and come from `trimtab.measure.recorded.fit_stack`.
 
 Sources: roofline, Williams et al., CACM 2009, and Yuan et al., arXiv 2402.16363; ring costs, Thakur et al., IJHPCA 2005.
 """

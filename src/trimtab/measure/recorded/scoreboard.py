@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimtab.measure.fit_stack import IDEAL_MARGIN
+from trimtab.measure.recorded.fit_stack import IDEAL_MARGIN
 
 FloatArray = npt.NDArray[np.float64]
 

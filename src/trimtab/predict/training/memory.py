@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trimtab.predict.training_work import Part, TrainingWork
+from trimtab.predict.training.work import Part, TrainingWork
 from trimtab.spec.training import ITEM, TrainingSpec
 
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from trimtab.measure.fit_serving import fit_engine, held_out
-from trimtab.measure.recorded import Columns
-from trimtab.measure.scoreboard import Case, limits_of
-from trimtab.measure.serving_points import DENSE, MACHINES, MODELS, Features, impossible, predict_points
+from trimtab.measure.recorded.fit_serving import fit_engine, held_out
+from trimtab.measure.recorded.scoreboard import Case, limits_of
+from trimtab.measure.recorded.serving_points import DENSE, MACHINES, MODELS, Features, impossible, predict_points
+from trimtab.measure.recorded.tables import Columns
 from trimtab.spec.machine import Stack, load_machine, load_stack
 
 ENGINES = ("vllm", "sglang", "trtllm")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from trimtab.graph.passes import Graphs, Pass
 from trimtab.graph.shard import shard
-from trimtab.measure.recorded import Columns
+from trimtab.measure.recorded.tables import Columns
 from trimtab.predict.memory import Footprint
 from trimtab.predict.price import Times, factor_of, main_op
 from trimtab.predict.request import Requests

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import CalibrationError, MissingDependency, SpecError, unknown
-from trimtab.measure.kernel_classes import (
+from trimtab.measure.recorded.kernel_classes import (
     KERNEL_CLASSES,
     RANGES,
     Columns,
@@ -29,7 +29,7 @@ from trimtab.measure.kernel_classes import (
     held_out,
     kernel_class,
 )
-from trimtab.measure.recorded import load_table, machine_id, read_columns, select
+from trimtab.measure.recorded.tables import load_table, machine_id, read_columns, select
 from trimtab.predict.forms import FORMS
 from trimtab.spec.machine import load_machine
 
@@ -378,7 +378,7 @@ def to_toml(reports: Sequence[FitReport]) -> str:
     lines = [
         f"# Constants of kernels on {reports[0].machine}, fitted to recorded latencies by `trimtab fit-stack`; formulas:",
         "# trimtab/predict/forms.py. Fitted were the rows outside held_out(table, op_class, seed=0) of",
-        "# trimtab/measure/kernel_classes.py; rows and mape (mean of |predicted / measured - 1|) are those of these very",
+        "# trimtab/measure/recorded/kernel_classes.py; rows and mape (mean of |predicted / measured - 1|) are those of these very",
         "# constants on the rows held out, band is P10 and P90 of measured over predicted on the rows fitted, as far out as so",
         "# few sizes ask for; covered: share of rows held out inside it, mean over splits. Do not edit by hand.",
     ]

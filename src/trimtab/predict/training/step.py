@@ -10,10 +10,10 @@ from typing import Any
 from trimtab.errors import SpecError
 from trimtab.predict.energy import energy
 from trimtab.predict.money import usd_per_million_tokens
-from trimtab.predict.training_memory import StageMemory, stage_memory
-from trimtab.predict.training_network import ring_bytes
-from trimtab.predict.training_time import StepTime, hop_bytes, sends, step_time
-from trimtab.predict.training_work import TrainingWork
+from trimtab.predict.training.memory import StageMemory, stage_memory
+from trimtab.predict.training.network import ring_bytes
+from trimtab.predict.training.time import StepTime, hop_bytes, sends, step_time
+from trimtab.predict.training.work import TrainingWork
 from trimtab.spec.machine import Machine, Stack
 from trimtab.spec.nodes import ModelSpec, MoESpec
 from trimtab.spec.report import Figure, OpRow, Report

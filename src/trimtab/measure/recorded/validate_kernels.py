@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.graph.routing import distinct_experts
-from trimtab.measure.fit_stack import DATASHEET, IDEAL_CACHES, THREE
-from trimtab.measure.kernel_classes import KERNEL_CLASSES, KernelClass, held_out
-from trimtab.measure.recorded import Columns, load_table, machine_id, select
-from trimtab.measure.scoreboard import Case, Limits, limits_of
+from trimtab.measure.recorded.fit_stack import DATASHEET, IDEAL_CACHES, THREE
+from trimtab.measure.recorded.kernel_classes import KERNEL_CLASSES, KernelClass, held_out
+from trimtab.measure.recorded.scoreboard import Case, Limits, limits_of
+from trimtab.measure.recorded.tables import Columns, load_table, machine_id, select
 from trimtab.spec.machine import Machine, Stack, load_machine, machine_ids
 
 #: Tokens up to which an expert kernel is bound by the weights of the experts it touches.

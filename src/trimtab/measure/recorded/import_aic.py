@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import MissingDependency, SpecError, unknown
-from trimtab.measure.recorded import Columns, device_name, known_tables, select
+from trimtab.measure.recorded.tables import Columns, device_name, known_tables, select
 from trimtab.spec.machine import aliases, machine_ids
 
 INSTALL = 'pip install "trimtab[aic]"'

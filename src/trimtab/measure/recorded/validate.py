@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from trimtab.errors import SpecError, unknown
-from trimtab.measure.recorded import Columns, load_table, tables
-from trimtab.measure.scoreboard import Case, Line, judge
-from trimtab.measure.validate_kernels import kernels, llmcompass, moe
-from trimtab.measure.validate_models import llama_cpp, megatron
-from trimtab.measure.validate_serving import serving
+from trimtab.measure.recorded.scoreboard import Case, Line, judge
+from trimtab.measure.recorded.tables import Columns, load_table, tables
+from trimtab.measure.recorded.validate_kernels import kernels, llmcompass, moe
+from trimtab.measure.recorded.validate_models import llama_cpp, megatron
+from trimtab.measure.recorded.validate_serving import serving
 from trimtab.spec.machine import Stack, load_stack
 
 #: Stack whose constants price recorded kernels: those of the machine, where it has some.

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from trimtab.measure import llamacpp
-from trimtab.measure.layer_floor import Generation, fit_layer_stack
-from trimtab.measure.recorded import Columns, select
-from trimtab.measure.scoreboard import Case, limits_of
+from trimtab.measure.recorded import llamacpp
+from trimtab.measure.recorded.layer_floor import Generation, fit_layer_stack
+from trimtab.measure.recorded.scoreboard import Case, limits_of
+from trimtab.measure.recorded.tables import Columns, select
 from trimtab.spec.machine import Stack, load_machine, load_stack, stack_names
 
 #: Stack with the constants of all its rows; they are judged on the same rows.

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from trimtab.predict.training_network import Ring, ring
-from trimtab.predict.training_work import Part, Product, TrainingWork
+from trimtab.predict.training.network import Ring, ring
+from trimtab.predict.training.work import Part, Product, TrainingWork
 from trimtab.spec.machine import Efficiency, Machine, Stack
 from trimtab.spec.training import ITEM, Network, TrainingSpec
 

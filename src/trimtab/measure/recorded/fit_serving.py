@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import MissingDependency, SpecError
-from trimtab.measure.fit_stack import residual_band
-from trimtab.measure.recorded import Columns
-from trimtab.measure.serving_points import Array, Constants, Features, impossible, with_constants
+from trimtab.measure.recorded.fit_stack import residual_band
+from trimtab.measure.recorded.serving_points import Array, Constants, Features, impossible, with_constants
+from trimtab.measure.recorded.tables import Columns
 from trimtab.spec.machine import Stack, load_stack
 
 Mask = npt.NDArray[np.bool_]

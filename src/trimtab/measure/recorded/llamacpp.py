@@ -22,7 +22,7 @@ from trimtab.graph.build import build
 from trimtab.graph.count import count
 from trimtab.graph.fuse import fuse
 from trimtab.graph.ops import StepShape
-from trimtab.measure.recorded import Columns, select
+from trimtab.measure.recorded.tables import Columns, select
 from trimtab.predict.price import price
 from trimtab.spec.configs import load_spec
 from trimtab.spec.formats import FP16, WeightFormat
