@@ -100,6 +100,7 @@ def test_limits_are_named_in_the_reasons() -> None:
         (Limits(usd_per_million_tokens=1e-6), "USD/Mtoken"),
         (Limits(tokens_per_s=1e9), "tokens/s at most"),
         (Limits(devices=1), "devices > 1"),
+        (Limits(memory_bytes=10**9), "per device > 954 MiB"),
     ):
         counts = [2] if limits.devices else [1]
         found = find_plans("llama-3.1-8b", ["h100"], counts=counts, concurrency=4, limits=limits)

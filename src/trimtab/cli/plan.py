@@ -46,6 +46,9 @@ def register(app: typer.Typer) -> None:
         usd_per_mtoken: Annotated[
             float | None, typer.Option("--max-usd-per-mtoken", help="Most dollars per million tokens.")
         ] = None,
+        memory: Annotated[
+            str | None, typer.Option(metavar="SIZE", help="Most memory of one device, for example 40GiB.")
+        ] = None,
         stack: options.Stack = None,
         emit: Annotated[
             str | None, typer.Option(help="Print the command that starts the winner: vllm or sglang.")
@@ -58,9 +61,11 @@ def register(app: typer.Typer) -> None:
         from trimtab.predict.emit import command_line
         from trimtab.predict.search import Limits
         from trimtab.ui.plans import found_to_dict, print_found
+        from trimtab.units import parse_bytes
 
         limits = Limits(
-            ttft_s=ttft, tpot_s=tpot, tokens_per_s=tokens_per_s, usd_per_h=usd_per_h, usd_per_million_tokens=usd_per_mtoken
+            ttft_s=ttft, tpot_s=tpot, tokens_per_s=tokens_per_s, usd_per_h=usd_per_h, usd_per_million_tokens=usd_per_mtoken,
+            memory_bytes=parse_bytes(memory) if memory else None,
         )  # fmt: skip
         found = find_plans(
             model, on or ("a100", "h100", "h200", "l40s"), prompt=prompt, gen=gen, counts=options.numbers("counts", counts),

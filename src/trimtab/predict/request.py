@@ -17,6 +17,7 @@ from trimtab.predict.memory import Footprint, Memory
 from trimtab.predict.price import FloatArray, Times, num_layers, price_groups
 from trimtab.predict.serving import continuous
 from trimtab.spec.machine import Machine, Stack
+from trimtab.spec.nodes import MoESpec
 from trimtab.spec.parallel import ALONE, Parallel
 
 
@@ -101,7 +102,8 @@ class Requests:
     def running(self, share: IntArray, memory: Memory) -> IntArray:
         """Requests of a replica whose cache fits at once; the others wait for a place."""
         fixed = memory.weights + memory.activations + memory.reserve
-        each = np.maximum(memory.kv_reserved // share, 1)
+        tokens = max(round(self.stack.serving.held * self.gen), 1)
+        each = np.maximum(self.footprint.at_batches(np.asarray(self.parallel.dp), self.prompt, tokens).kv_reserved, 1)
         return np.clip((self.usable_bytes - fixed) // each, 1, share)
 
     def prefill_s(self) -> FloatArray:
@@ -144,8 +146,10 @@ class Requests:
 
     def _band(self, done: tuple[tuple[Pass, Times], ...], figure: str) -> tuple[Any, Any]:
         """P10 and P90 factors of a figure: those of whole servers, else the kernels' together, else the stack's."""
-        known = self.stack.bands.get(figure)
-        if known is not None:
+        bands = self.stack.bands
+        experts = any(isinstance(layer.mlp, MoESpec) for layer in self.graphs.spec.layers)
+        known = (experts and bands.get(f"{figure}.experts")) or bands.get(figure)
+        if known:
             return known
         if not self.stack.measured:
             return self.stack.band

@@ -36,6 +36,7 @@ class Limits:
         usd_per_h: most dollars per hour of all devices.
         usd_per_million_tokens: most dollars.
         devices: most devices.
+        memory_bytes: most bytes on one device.
     """
 
     ttft_s: float | None = None
@@ -44,6 +45,7 @@ class Limits:
     usd_per_h: float | None = None
     usd_per_million_tokens: float | None = None
     devices: int | None = None
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +213,9 @@ def _checks(
     usable = requests.usable_bytes
     peak = table["peak_bytes"]
     yield (lambda at: f"does not fit by {format_bytes(int(peak[at] - usable))} per device."), peak <= usable
+    cap = limits.memory_bytes
+    if cap is not None:
+        yield (lambda at: f"{format_bytes(int(peak[at]))} per device > {format_bytes(cap)}."), peak <= cap
     if limits.devices is not None:
         count = requests.parallel.devices
         yield (lambda at: f"{count} devices > {limits.devices}."), np.full(peak.shape, count <= limits.devices)

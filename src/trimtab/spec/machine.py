@@ -141,10 +141,13 @@ class Serving:
     Args:
         interference: share of a prefill pass by which it holds up the decode steps of the others.
         queue: share of the prefills of the requests that came with it that a request waits for.
+        held: share of its tokens-to-come for which a request needs a place in the cache, on average: 1 where an engine
+            admits no request it might have to interrupt, 0.5 where places are given token by token.
     """
 
     interference: float = 1.0
     queue: float = 0.5
+    held: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +171,8 @@ class Stack:
             ``gathered``, if there, prices rows that a gate picks out of a matrix (else ``gemv``).
         kernels: True if constants fitted to the machine's recorded kernels (``data/kernels``) go before `op_classes`.
         devices: op classes and overheads fitted for one machine, by its id.
-        band: P10 and P90 of measured over predicted time of a request; `bands` by figure goes first.
+        band: P10 and P90 of measured over predicted time of a request; `bands` by figure goes first, for models with experts
+            as ``tpot_s.experts``.
         serving: how requests hold each other up.
         bandwidth_by_working_set: (working set in bytes, bytes/s) ascending; empty = the machine's one bandwidth.
         fused: names of fusions this stack performs (``qkv``, ``norm_residual``, ``rope``, ``act``, ``experts``).

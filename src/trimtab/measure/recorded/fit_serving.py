@@ -44,7 +44,7 @@ _STEP = (
 _FIRST_TOKEN = ("overhead_per_prefill_s", "queue")
 
 #: Strength of the pull, per unit of a factor and per unit of the search of an overhead.
-_PULL, _PULL_OVERHEAD = 0.20, 0.06
+_PULL, _PULL_OVERHEAD = 0.40, 0.06
 
 #: Columns that name a serving point.
 _NAMED_BY = (
@@ -161,16 +161,20 @@ def fit_stack(columns: Columns, engine: str, stack: Stack | None = None) -> Engi
         trial = _ratios(features, fit_engine(features, np.setdiff1d(seen, left_out)))
         apart = {name: np.concatenate([known, trial[name][left_out]]) for name, known in apart.items()}
     order = np.concatenate([seen[fold::_FOLDS] for fold in range(_FOLDS)])
-    kinds = [kind for kind in (features.dense[order], ~features.dense[order]) if kind.any()]
-    # Models with experts err otherwise than those without: the band holds for both.
+    # Models with experts err otherwise than those without, so they have bands of their own.
     bands = {
-        name: _hull([residual_band(ratio[kind], int(kind.sum())) for kind in kinds]) for name, ratio in apart.items()
+        f"{name}{kind}": residual_band(ratio[rows], len(np.unique(features.point[order][rows])))
+        for name, ratio in apart.items()
+        for kind, rows in (("", features.dense[order]), (".experts", ~features.dense[order]))
+        if rows.any()
     }
 
     def errors(name: str) -> tuple[float, float, float]:
         ratio = ratios[name][unseen]
         error = np.abs(1 / ratio - 1)
-        inside = (ratio >= bands[name][0]) & (ratio <= bands[name][1])
+        kinds = np.where(features.dense[unseen], name, f"{name}.experts")
+        low, high = np.array([bands.get(str(kind), bands[name]) for kind in kinds]).T
+        inside = (ratio >= low) & (ratio <= high)
         return float(error.mean()), float(np.median(error)), float(inside.mean())
 
     mine = np.array([str(name) == engine for name in columns["backend"]])
@@ -183,10 +187,6 @@ def fit_stack(columns: Columns, engine: str, stack: Stack | None = None) -> Engi
 def _ratios(features: Features, c: Constants) -> dict[str, Array]:
     """Measured over predicted of every row."""
     return {"tpot_s": features.tpot_s / features.tpot(c), "ttft_s": features.ttft_s / features.ttft(c)}
-
-
-def _hull(bands: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    return min(low for low, _ in bands), max(high for _, high in bands)
 
 
 #: Parts the fitted half is cut into for its band.
@@ -224,6 +224,7 @@ def to_toml(fit: EngineFit) -> str:
     lines += ["", "[overheads]", *(f"{name} = {c[name]:.4g}" for name in (*_STEP[3:6], "overhead_per_prefill_s"))]
     lines += ["", "[factors]", *(f"{name} = {c[name]:.4g}" for name in ("gemm", "attention", "moe", "link"))]
     lines += ["", "[serving]", *(f"{name} = {c[name]:.4g}" for name in ("interference", "queue"))]
+    lines.append(f"held = {fit.stack.serving.held:g}")
     for name, (low, high) in fit.stack.bands.items():
-        lines += ["", f"[bands.{name}]", f"p10 = {low:.4g}", f"p90 = {high:.4g}"]
+        lines += ["", f'[bands."{name}"]', f"p10 = {low:.4g}", f"p90 = {high:.4g}"]
     return "\n".join(lines) + "\n"

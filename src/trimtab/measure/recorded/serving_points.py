@@ -22,7 +22,7 @@ from trimtab.predict.memory import Footprint
 from trimtab.predict.price import Times, factor_of, main_op
 from trimtab.predict.request import Requests
 from trimtab.spec.configs import load_spec
-from trimtab.spec.machine import FACTORS, GRAPH_SHARE, Serving, Stack, load_machine, load_stack
+from trimtab.spec.machine import FACTORS, GRAPH_SHARE, Stack, load_machine, load_stack
 from trimtab.spec.parallel import Parallel
 
 Array = npt.NDArray[np.float64]
@@ -37,9 +37,10 @@ MODELS = {
 }
 MACHINES = {"h100_sxm": "h100", "h200_sxm": "h200"}
 
-#: Precision of a row -> weights. The cache is fp8 where the engine's fp8 checkpoints come with scales for it, else 16-bit.
+#: Precision of a row -> weights. The cache is fp8 where the engine quantizes it with fp8 weights (rows say nothing of it; with
+#: 16-bit caches TensorRT-LLM would err twice as much), else 16-bit, as vLLM and SGLang do unless asked.
 WEIGHTS = {"fp8": "fp8", "fp4": "mxfp4"}
-FP8_CACHE = frozenset({"trtllm", "vllm"})
+FP8_CACHE = frozenset({"trtllm"})
 
 #: Models without experts, on which an engine's constants are fitted; the factor on experts then comes from the others.
 DENSE = frozenset({"llama-3.1-70b", "llama-3.1-8b", "qwen3-32b"})
@@ -105,7 +106,8 @@ def _key(columns: Columns, row: int) -> tuple[Any, ...] | None:
         dp, ep = 1, 1
     elif dp > 1:  # experts cut over replicas move and read what experts spread over them would
         ep = devices
-    kv = "fp8" if engine in FP8_CACHE and precision == "fp8" else "bfloat16"
+    own_scales = str(columns["model_path"][row]).startswith("nvidia/")  # such checkpoints bring scales for an fp8 cache
+    kv = "fp8" if precision == "fp8" and (engine in FP8_CACHE or own_scales) else "bfloat16"
     return (
         model, MACHINES[str(columns["system"][row])], engine, WEIGHTS[precision], kv, tp, dp, min(ep, devices),
         int(number["isl"]), int(number["osl"]),
@@ -147,6 +149,7 @@ class Features:
                 before = _Kernels.of(prefill, len(point.rows), 1.0)
                 parts.append((point, decode, before, running, share / running, count, len(requests.graphs.spec.layers)))
         self.rows = np.concatenate([p.rows for p, *_ in parts])
+        self.point = np.concatenate([np.full(len(part[0].rows), i) for i, part in enumerate(parts)])
         self.models = [p.model for p, *_ in parts for _ in p.rows]
         self.decode = _Kernels.join([part[1] for part in parts])
         self.prefill = _Kernels.join([part[2] for part in parts])
@@ -232,7 +235,7 @@ def without_overheads(stack: Stack) -> Stack:
     """The stack with its kernels alone."""
     return replace(
         stack, factors={}, graph_saving_s=0.0, overhead_per_step_s=0.0, overhead_per_layer_s=0.0,
-        overhead_per_sequence_s=0.0, overhead_per_prefill_s=0.0, serving=Serving(interference=0.0, queue=0.0),
+        overhead_per_sequence_s=0.0, overhead_per_prefill_s=0.0, serving=replace(stack.serving, interference=0.0, queue=0.0),
     )  # fmt: skip
 
 
@@ -245,7 +248,7 @@ def with_constants(stack: Stack, c: Constants) -> Stack:
         overhead_per_step_s=c["overhead_per_step_s"],
         overhead_per_sequence_s=c["overhead_per_sequence_s"],
         overhead_per_prefill_s=c["overhead_per_prefill_s"],
-        serving=Serving(interference=c["interference"], queue=c["queue"]),
+        serving=replace(stack.serving, interference=c["interference"], queue=c["queue"]),
     )
 
 
@@ -295,7 +298,8 @@ def impossible(columns: Columns) -> npt.NDArray[np.bool_]:
     ttft, tpot = (np.asarray(columns[name], float) / 1e3 for name in ("silicon_ttft_ms", "silicon_tpot_ms"))
     ideal, graphs = load_stack("ideal"), {}
     for point in points(columns):
-        requests = requests_of(point, ideal, graphs)
+        # Whatever the cache was held in, its bytes are not what makes a row impossible.
+        requests = requests_of(replace(point, kv="fp8" if point.weights == "fp8" else point.kv), ideal, graphs)
         share = -(-point.concurrency // point.parallel.dp)
         step = sum((times.time_s * each.weight).sum(-1) for each, times in requests.timed(None, share)) / (
             point.gen - 1

@@ -43,10 +43,12 @@ def serving(columns: Columns, device: str | None, stack: Stack) -> Iterator[Case
                 chosen = mine & rows
                 if chosen.any():
                     op_class = f"{name.upper()}{label}"
+                    bands = stacks[engine].bands
+                    band = bands.get(f"{name}_s.experts" if label else f"{name}_s", bands[f"{name}_s"])
                     yield Case(
                         table="e2e_serving", device=device or "h100, h200", stack=engine, op_class=op_class,
                         measured_s=measured[name][chosen], predicted_s=predicted[name][chosen],
-                        band=stacks[engine].bands[f"{name}_s"], held_out=True,
+                        band=band, held_out=True,
                         limits=limits_of(op_class, ""), note=note,
                     )  # fmt: skip
         if device is None and importlib.util.find_spec("scipy") is not None:
