@@ -168,7 +168,7 @@ def _llama(techniques: tuple[str, ...], prompt: int) -> Any:
     from trimtab.spec.workload import Workload
     from trimtab.techniques.plan import make_plan
 
-    return predict(make_plan("llama-3.1-8b", "a100", Workload(prompt=prompt, gen=50), techniques))
+    return predict(make_plan("llama-3.1-8b", "a100", Workload(prompt=prompt, gen=50), techniques, stack="datasheet"))
 
 
 def predicts_speed(bench: Bench) -> Outcome:
