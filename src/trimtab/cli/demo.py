@@ -68,7 +68,7 @@ def register(app: typer.Typer) -> None:
             elsewhere=elsewhere, band=band,
         )  # fmt: skip
         print_table(
-            ("elsewhere (from datasheets)", ">TTFT", ">TPOT", ">memory"),
+            ("elsewhere (predicted)", ">TTFT", ">TPOT", ">memory"),
             [
                 (
                     str(each.plan["machine"]),

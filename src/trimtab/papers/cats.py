@@ -220,7 +220,9 @@ def _l40s(model: str, techniques: tuple[str, ...], batch: int) -> Any:
     from trimtab.techniques.plan import make_plan
 
     workload = Workload(batch=batch, prompt=32, gen=256)
-    return predict(make_plan(model, "l40s", workload, techniques, dtype="float32", kv_dtype="float32", stack="datasheet"))
+    return predict(
+        make_plan(model, "l40s", workload, techniques, dtype="float32", kv_dtype="float32", stack="datasheet")
+    )
 
 
 def predicted_throughput(bench: Bench) -> Outcome:
