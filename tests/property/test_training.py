@@ -8,13 +8,13 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.papers.frontier import gpt
 from trimtab.predict.training.memory import stage_memory
 from trimtab.predict.training.network import ring, ring_bytes
 from trimtab.predict.training.step import comm_bytes, step_flops
 from trimtab.predict.training.time import step_time
 from trimtab.predict.training.work import TrainingWork
 from trimtab.spec.configs import load_spec
+from trimtab.spec.families.sizes import gpt
 from trimtab.spec.machine import load_machine
 from trimtab.spec.nodes import ModelSpec
 from trimtab.spec.training import Network, TrainingSpec, load_training_stack

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -30,7 +31,8 @@ from trimtab.measure.idealized import (
     read_helm,
     read_log,
 )
-from trimtab.measure.recorded.layer_floor import Generation, LayerStack, fit_layer_stack, read_generations
+from trimtab.measure.recorded.megatron import generations
+from trimtab.measure.recorded.tables import load_table
 from trimtab.spec.machine import load_machine
 
 GRID = Grid(prompts=(1, 64, 256, 512), outputs=(1, 2, 8, 32))
@@ -370,74 +372,16 @@ def test_predicted_endpoint_equals_the_prediction() -> None:
     fitted = fit_runtime(profile(run, Grid(prompts=(1, 128, 512), outputs=(1, 8, 16), trials=1)))
     assert fitted.r_squared is not None and fitted.r_squared > 0.999
     assert fitted.token_s == pytest.approx(tpot, rel=0.02)
-    floored = predicted_endpoint(plan, layer_floor_s=0.01)
-    assert floored(1, 2) == pytest.approx(2 * 44 * 0.01)
-
-
-# --- the stack term ----------------------------------------------------------------------------------------------------
-
-
-def test_layer_stack_is_recovered_from_its_own_times() -> None:
-    a100 = load_machine("a100")
-    truth = LayerStack(compute_efficiency=0.5, bandwidth_efficiency=0.8, layer_s={1: 0.7e-3, 8: 0.9e-3})
-    p, o = (a.ravel().astype(float) for a in np.meshgrid([1, 256, 1024, 1920], [1, 4, 32]))
-
-    def rows(hidden: int, layers: int, tp: int) -> Generation:
-        shape = Generation(
-            model="x", hidden=hidden, layers=layers, tp=tp, prompt_tokens=p, output_tokens=o, seconds=np.ones_like(p)
-        )
-        seconds = truth.time_s(shape, a100)
-        return Generation(
-            model="x", hidden=hidden, layers=layers, tp=tp, prompt_tokens=p, output_tokens=o, seconds=seconds
-        )
-
-    found = fit_layer_stack([rows(1024, 24, 1), rows(12288, 96, 8)], a100)
-    assert found.compute_efficiency == pytest.approx(0.5, abs=0.001)
-    assert found.layer_s == pytest.approx({1: 0.7e-3, 8: 0.9e-3}, abs=6e-6)
-    with pytest.raises(SpecError, match="tp=4 has no fitted layer time. Allowed: 1, 8"):
-        found.pass_time_s(rows(1024, 24, 1).__class__(**{**_fields(rows(1024, 24, 8)), "tp": 4}), 1, a100)
-    with pytest.raises(SpecError, match="No recorded generation"):
-        fit_layer_stack([], a100)
-
-
-def _fields(row: Generation) -> dict:
-    return {name: getattr(row, name) for name in row.__slots__}
-
-
-def test_bytes_bind_where_they_outlast_the_floor() -> None:
-    """A wide model on one device decodes at bandwidth, not at the floor: 12 h^2 L fp16 weights over bw x eb."""
-    a100 = load_machine("a100")
-    stack = LayerStack(compute_efficiency=0.5, bandwidth_efficiency=0.8, layer_s={1: 0.75e-3})
-    one = np.ones(1)
-    wide = Generation(model="x", hidden=12288, layers=2, tp=1, prompt_tokens=one, output_tokens=one, seconds=one)
-    nbytes = 2 * 12 * 12288**2 * 2
-    assert stack.pass_time_s(wide, 1, a100) == pytest.approx(nbytes / (a100.memory_bandwidth_bytes_per_s * 0.8))
-
-
-def test_recorded_stack_predicts_two_models_from_two_others(shared_data: Path) -> None:
-    rows = read_generations(shared_data / "analyze" / "megatron_a100_generation.csv")
-    assert sum(len(each.seconds) for each in rows.values()) == 1080
-    a100, fitted_on = load_machine("a100"), [rows["openai_ada"], rows["openai_davinci"]]
-    held = [rows["ai21_j1_large"], rows["gpt_neox_20b"]]
-    stacks = [fit_layer_stack(fitted_on, a100, floor=floor) for floor in (True, False)]
-    errors = [float(np.median(np.concatenate([stack.error(each, a100) for each in held]))) for stack in stacks]
-    assert errors[0] <= 0.12
-    assert errors[1] >= 3 * errors[0]
+    eager = dataclasses.replace(plan, stack=dataclasses.replace(plan.stack, floor_per_layer_s=0.01))
+    assert predicted_endpoint(eager)(1, 2) == pytest.approx(2 * 44 * 0.01, rel=0.02)
 
 
 def test_recorded_fits_are_lines(shared_data: Path) -> None:
     """g in ms of the four recorded models, as published."""
-    rows = read_generations(shared_data / "analyze" / "megatron_a100_generation.csv")
+    rows = generations(load_table("megatron_a100_generation", shared_data / "analyze"))
     wanted = {"openai_ada": 18.6, "ai21_j1_large": 23.7, "gpt_neox_20b": 33.2, "openai_davinci": 81.5}
     for name, each in rows.items():
         columns = zip(each.prompt_tokens.astype(int), each.output_tokens.astype(int), each.seconds, strict=True)
         found = fit_runtime([Sample(*row) for row in columns])
         assert found.token_s == pytest.approx(wanted[name] / 1e3, rel=0.005)
         assert found.r_squared is not None and found.r_squared > 0.998
-
-
-def test_generations_refuse_other_files(tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    path.write_text("model,hidden\nx,1\n")
-    with pytest.raises(SpecError, match="no column layers, tp"):
-        read_generations(path)

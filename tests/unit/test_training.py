@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 
 from trimtab.errors import SpecError
+from trimtab.measure.recorded.training_runs import MPT, fit_gemm
 from trimtab.papers.claims import Bench, run_lines
-from trimtab.papers.frontier import LINES, MPT, fit, gpt, recorded_runs
+from trimtab.papers.frontier import LINES, recorded_runs
 from trimtab.predict.training.memory import in_flight, kept_bytes, stage_memory
 from trimtab.predict.training.network import ring, ring_bytes
 from trimtab.predict.training.step import comm_bytes, predict_training, smallest_change, step_flops
 from trimtab.predict.training.time import step_time
 from trimtab.predict.training.work import TrainingWork
 from trimtab.spec.configs import load_spec
+from trimtab.spec.families.sizes import gpt
 from trimtab.spec.machine import load_machine
 from trimtab.spec.nodes import ModelSpec
 from trimtab.spec.training import Network, TrainingSpec, default_network, layout_on, load_training_stack
@@ -67,7 +69,7 @@ def test_shipped_constants_are_the_fit(bench: Bench) -> None:
     for machine in ("h100", "a100", "a100-sxm4-40gb"):
         stack = load_training_stack("fsdp", load_machine(machine))
         group = [run for run in recorded_runs(bench) if run.machine.id == load_machine(machine).id]
-        assert fit(group, stack) == pytest.approx(stack.op_classes["gemm"].compute_efficiency, abs=0.02)
+        assert fit_gemm(group, stack) == pytest.approx(stack.op_classes["gemm"].compute_efficiency, abs=0.02)
 
 
 def test_mpt_parameters_are_those_recorded(shared_data: Path) -> None:

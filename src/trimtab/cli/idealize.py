@@ -40,9 +40,6 @@ def register(app: typer.Typer) -> None:
         random_weights: Annotated[
             bool, typer.Option("--random-weights", help="Measure the architecture alone, without its weights.")
         ] = False,
-        layer_floor: Annotated[
-            float, typer.Option(help="Least milliseconds per layer and pass of the predicted stack.")
-        ] = 0.0,
         devices: Annotated[int, typer.Option(help="Devices a request occupies, for dollars and energy.")] = 1,
         price: Annotated[
             str | None,
@@ -73,8 +70,8 @@ def register(app: typer.Typer) -> None:
         if rule not in INTERPS:
             raise SpecError(f"interp={rule} is not known. Allowed: {', '.join(INTERPS)}.")
         asked_price = None if price in (None, "auto") else _number(price)
-        if devices < 1 or layer_floor < 0:
-            raise SpecError(f"devices={devices}, layer-floor={layer_floor:g}: allowed are 1 or more and 0 or more.")
+        if devices < 1:
+            raise SpecError(f"devices={devices} is not possible. Allowed: 1 or more.")
         if measured and on not in (None, THIS):
             raise SpecError(f"--measure runs on this machine, not on {on}. Leave --on out, or use --predict.")
         if random_weights and (not measured or technique):
@@ -97,7 +94,7 @@ def register(app: typer.Typer) -> None:
                 plan = planned(THIS)
             hourly = usd_per_h(plan.machine, asked_price) if price or plan.machine.usd_per_h is not None else None
             once = replace(grid, trials=1)  # a prediction does not vary
-            found["predicted"] = fit_runtime(profile(predicted_endpoint(plan, layer_floor / 1e3), once))
+            found["predicted"] = fit_runtime(profile(predicted_endpoint(plan), once))
             if measured:
                 from trimtab.techniques.apply import load
 

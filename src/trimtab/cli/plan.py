@@ -58,11 +58,16 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Find the plans no other plan beats in TTFT, TPOT and price, under limits."""
         from trimtab.api import find_plans
-        from trimtab.predict.emit import command_line
+        from trimtab.errors import SpecError, unknown
+        from trimtab.predict.emit import ENGINES, command_line
         from trimtab.predict.search import Limits
         from trimtab.ui.plans import found_to_dict, print_found
         from trimtab.units import parse_bytes
 
+        if concurrency < 1:
+            raise SpecError(f"concurrency={concurrency} is not possible. Allowed: a whole number of 1 or more.")
+        if emit is not None and emit not in ENGINES:
+            raise unknown("engine", emit, ENGINES)
         limits = Limits(
             ttft_s=ttft, tpot_s=tpot, tokens_per_s=tokens_per_s, usd_per_h=usd_per_h, usd_per_million_tokens=usd_per_mtoken,
             memory_bytes=parse_bytes(memory) if memory else None,

@@ -62,14 +62,22 @@ def register(app: typer.Typer) -> None:
         """Price a model on a machine; nothing is loaded or run."""
         from dataclasses import replace
 
-        from trimtab.errors import unknown
+        from trimtab.errors import SpecError, unknown
 
         if phase not in ("serve", "train"):
             raise unknown("phase", phase, ("serve", "train"))
+        if concurrency is not None and concurrency < 1:
+            raise SpecError(f"concurrency={concurrency} is not possible. Allowed: a whole number of 1 or more.")
         if compat is not None:
             return _compat(compat, model, on, batch, prompt, gen, explain, json)
         plan = None
         if phase == "train":
+            alien = {"-t": technique, "--concurrency": concurrency, "--dp": dp > 1, "--ep": ep > 1, "--skew": skew}
+            given = [option for option, value in alien.items() if value]
+            if given:
+                raise SpecError(
+                    f"{', '.join(given)} says nothing about a training step. Leave it out with --phase train."
+                )
             report = _training(
                 model, on, stack, gpus=gpus, tp=tp, pp=pp, micro_batch=micro_batch, global_batch=global_batch,
                 seq_len=seq_len, zero=zero, schedule=schedule, chunks=chunks, recompute=recompute,
@@ -82,7 +90,7 @@ def register(app: typer.Typer) -> None:
             from trimtab.techniques.plan import make_plan
 
             work = Workload(
-                batch=concurrency or batch, prompt=prompt, gen=gen, continuous=concurrency is not None, skew=skew
+                batch=batch if concurrency is None else concurrency, prompt=prompt, gen=gen, continuous=concurrency is not None, skew=skew
             )  # fmt: skip
             plan = make_plan(
                 model, on, work, technique or (), dtype=dtype, kv_dtype=kv_dtype, stack=stack,
@@ -110,12 +118,12 @@ def _training(model: str, on: str | None, stack: str | None, *, gpus: int, dtype
     from trimtab.spec.configs import load_spec
     from trimtab.spec.formats import weights_name
     from trimtab.spec.machine import load_machine, load_stack
-    from trimtab.spec.training import layout_on, load_training_stack, training_stacks
+    from trimtab.spec.training import TRAINING_STACKS, layout_on, load_training_stack
 
     machine = load_machine(on or "a100")
     chosen = None
     if stack is not None:
-        chosen = load_training_stack(stack, machine) if stack in training_stacks() else load_stack(stack).on(machine)
+        chosen = load_training_stack(stack, machine) if stack in TRAINING_STACKS else load_stack(stack).on(machine)
     training = layout_on(gpus, dtype=weights_name(dtype), **layout)
     return predict_training(load_spec(model), training, machine, chosen, gpus=gpus)
 

@@ -124,20 +124,18 @@ def random_model(spec: ModelSpec, seed: int = 0) -> Model:
     return Model(Variant(spec, random_weights(spec, seed)))
 
 
-def predicted_endpoint(plan: Plan, layer_floor_s: float = 0.0) -> Endpoint:
+def predicted_endpoint(plan: Plan) -> Endpoint:
     """A request priced from the graph, without any run: F is the prefill, g the mean decode step over the contexts passed.
 
     Args:
-        plan: model, machine and stack; its workload's prompt and gen are replaced by what is asked.
-        layer_floor_s: least seconds per layer and pass, for stacks that launch from the host too slowly to keep the device
-            busy (see `trimtab.measure.recorded.layer_floor`).
+        plan: model, machine and stack (``hf-eager`` for a host that launches kernel by kernel); its workload's prompt and gen
+            are replaced by what is asked.
     """
-    floor = layer_floor_s * len(plan.model.layers)
 
     def run(prompt_tokens: int, output_tokens: int) -> float:
         work = dataclasses.replace(plan.workload, prompt=prompt_tokens, gen=max(output_tokens, 1))
         figures = predict(dataclasses.replace(plan, workload=work)).figures
         first, further = (figures[name].value for name in ("ttft_s", "tpot_s"))
-        return max(first or 0.0, floor) + max(output_tokens - 1, 0) * max(further or 0.0, floor)
+        return (first or 0.0) + max(output_tokens - 1, 0) * (further or 0.0)
 
     return run

@@ -102,6 +102,20 @@ class Bench:
 
         return self.once("model", lambda: load("smollm2-135m"))
 
+    @property
+    def tables(self) -> Path:
+        """The folder of recorded tables: the data folder itself, or ``analyze`` in it or beside it.
+
+        Raises:
+            Needs: none of them holds recorded tables.
+        """
+        from trimtab.measure.recorded.tables import known_tables
+
+        for folder in (self.data, self.data / "analyze", self.data.parent / "analyze") if self.data else ():
+            if any((folder / table.path).is_file() for table in known_tables().values()):
+                return folder
+        raise Needs("data")
+
     def text(self, name: str) -> str:
         """A text of the optional data folder.
 

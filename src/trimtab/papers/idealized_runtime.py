@@ -31,9 +31,10 @@ from trimtab.measure.idealized import (
     read_helm,
     read_log,
 )
-from trimtab.measure.recorded.layer_floor import fit_layer_stack, read_generations
+from trimtab.measure.recorded.megatron import fit, generations
+from trimtab.measure.recorded.tables import load_table
 from trimtab.papers.claims import Bench, Line, Needs, Outcome
-from trimtab.spec.machine import load_machine
+from trimtab.spec.machine import load_machine, load_stack
 
 FULL = Grid(prompts=(1, 16, 32, 64, 128, 256, 384, 512), outputs=(1, 2, 4, 8, 16, 32), trials=3)
 HELD_OUT = 20
@@ -44,15 +45,6 @@ _SMALL = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0, "tie_word_embeddings": True,
 }  # fmt: skip
-
-
-def _file(bench: Bench, name: str) -> Path:
-    """A recorded table: in the data folder, in `analyze` below it, or in `analyze` beside it."""
-    folders = [bench.data, bench.data / "analyze", bench.data.parent / "analyze"] if bench.data else []
-    for folder in folders:
-        if (folder / name).exists():
-            return folder / name
-    raise Needs("data")
 
 
 @contextlib.contextmanager
@@ -269,21 +261,24 @@ def architecture_only(bench: Bench) -> Outcome:
 
 
 def recorded_models(bench: Bench) -> Outcome:
-    """Efficiency and t_layer fitted on two recorded models; the two others, with and without the floor per layer."""
-    rows = read_generations(_file(bench, "megatron_a100_generation.csv"))
-    a100, seen = load_machine("a100"), [rows["openai_ada"], rows["openai_davinci"]]
+    """An eager stack fitted on two recorded models; the two others, with and without what its host takes per layer."""
+    rows = generations(load_table("megatron_a100_generation", bench.tables))
+    a100, eager, seen = load_machine("a100"), load_stack("hf-eager"), [rows["openai_ada"], rows["openai_davinci"]]
     held = {"j1-large": rows["ai21_j1_large"], "NeoX-20B": rows["gpt_neox_20b"]}
-    with_floor, without = (fit_layer_stack(seen, a100, floor=floor) for floor in (True, False))
-    errors = [{n: s.error(r, a100) for n, r in held.items()} for s in (with_floor, without)]
+    stacks = [fit(seen, a100, eager, floor=floor) for floor in (True, False)]
+    errors = [{n: r.error(a100, stack) for n, r in held.items()} for stack in stacks]
     ours, bare = (float(np.median(np.concatenate(list(each.values())))) for each in errors)
     long = np.concatenate([each.output_tokens >= 16 for each in held.values()])
     at_length = [float(np.median(np.concatenate(list(each.values()))[long])) for each in errors]
     by_model = "; ".join(
         f"{name} {np.median(errors[0][name]):.1%} against {np.median(errors[1][name]):.1%}" for name in held
     )
-    constants = ", ".join(f"t_layer(tp={tp}) {t * 1e3:.3f} ms" for tp, t in with_floor.layer_s.items())
+    share = stacks[0].op_classes["gemm"].compute_efficiency
     return Outcome(
-        predicted=f"ec {with_floor.compute_efficiency:.2f}, {constants}, from ada and davinci",
+        predicted=(
+            f"ec {share:.2f}, {stacks[0].floor_per_layer_s * 1e3:.3f} ms per layer and "
+            f"{stacks[0].floor_per_collective_s * 1e3:.3f} ms per collective, from ada and davinci"
+        ),
         measured=(
             f"median error over the {len(long)} rows of both {ours:.1%}, with t_layer = 0 {bare:.1%} ({bare / ours:.1f}x); "
             f"o >= 16: {at_length[0]:.1%} against {at_length[1]:.1%}; {by_model}"
@@ -294,7 +289,7 @@ def recorded_models(bench: Bench) -> Outcome:
 
 def helm_parity(bench: Bench) -> Outcome:
     """HELM's rule over its whole table: scale the next longer profiled prompt; compared with it written as a plain loop."""
-    path = _file(bench, "helm_inference_idealized_runtimes.json")
+    path = bench.tables / "helm_inference_idealized_runtimes.json"
     tables, found = json.loads(path.read_text("utf-8")), read_helm(path)
     worst, cases = 0.0, 0
     for name, table in tables.items():

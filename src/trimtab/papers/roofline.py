@@ -140,10 +140,11 @@ def _rss(bench: Bench) -> Outcome:
 
 
 def _folder(bench: Bench) -> Path | None:
-    """The data folder that holds recorded tables, if there is one."""
-    if bench.data is None:
+    """The folder of recorded tables, if there is one; what ships is judged without."""
+    try:
+        return bench.tables
+    except Needs:
         return None
-    return next((path for path in (bench.data, bench.data / "analyze") if (path / "gpu_ops").is_dir()), None)
 
 
 def _lines(bench: Bench) -> Sequence[Any]:

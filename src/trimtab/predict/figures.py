@@ -18,7 +18,10 @@ from trimtab.units import format_si
 
 def figures(plan: Plan, costs: Costs) -> dict[str, Figure]:
     """Figures of a plan from its costs (one case): see `predict.predict` for their names."""
-    work, stack, check = plan.workload, plan.stack, plan.command("measure")
+    work, stack = plan.workload, plan.stack
+    # What runs on one machine is measured there; servers are checked against recorded ones.
+    server = work.continuous or plan.parallel.devices > 1
+    check = "trimtab validate --table e2e_serving" if server else plan.command("measure")
     ttft, tpot, rate = (_number(getattr(costs, name)) for name in ("ttft_s", "tpot_s", "tokens_per_s"))
     request = _number(costs.request_s)
     assert ttft is not None and request is not None

@@ -15,7 +15,7 @@ import numpy as np
 from trimtab.errors import SpecError
 from trimtab.predict import forms
 from trimtab.predict.kernels import constants_of
-from trimtab.spec.machine import Efficiency, Machine, Stack
+from trimtab.spec.machine import Efficiency, Machine
 
 #: Kind of op -> messages a ring sends, as a multiple of P - 1.
 _ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
@@ -59,8 +59,3 @@ def link_of(machine: Machine, ranks: int) -> float:
             f"{ranks} devices do not share a node of {machine.id}. Allowed: up to {machine.node_devices}; use pp or dp beyond."
         )
     return machine.link_bytes_per_s_per_dir
-
-
-def collective_constants(kind: str, stack: Stack) -> Efficiency:
-    """Constants of a collective on a stack."""
-    return stack.efficiency(kind)

@@ -22,7 +22,7 @@ from trimtab.graph.count import count_groups, expert_rows, experts_touched
 from trimtab.graph.ops import Counts, Group, Kernel, Op, StepShape, group
 from trimtab.predict.forms import Device
 from trimtab.predict.kernels import ADAPTERS, constants_of, device_of, few_queries
-from trimtab.predict.links import collective_constants, collective_s, link_of
+from trimtab.predict.links import collective_s, link_of
 from trimtab.spec.machine import GRAPH_SHARE, Efficiency, Machine, Stack
 from trimtab.spec.nodes import ModelSpec
 
@@ -134,8 +134,13 @@ def price_groups(groups: Sequence[Group], layers: int, step: StepShape, machine:
         stack.overhead_per_step_s + layers * stack.overhead_per_layer_s + stack.overhead_per_sequence_s * sequences
     )
     busy = sum((p.times * p.time_s for p in priced), np.zeros(shape))
-    if stack.floor_per_layer_s:
-        overhead = np.maximum(overhead, layers * stack.floor_per_layer_s - busy)
+    floor = layers * stack.floor_per_layer_s
+    if stack.floor_per_collective_s:
+        floor += stack.floor_per_collective_s * sum(
+            p.times for p in priced if main_op(p.group.kernel).kind in COLLECTIVES
+        )
+    if floor:
+        overhead = np.maximum(overhead, floor - busy)
     overhead = np.broadcast_to(np.asarray(overhead, np.float64), shape)
     return Times(priced, busy + overhead, overhead)
 
@@ -204,7 +209,7 @@ def _price(item: Group, counts: Counts, rates: _Rates) -> Priced:
 def _communicate(item: Group, op: Op, counts: Counts, rates: _Rates) -> Priced:
     """A collective over the ranks of its node."""
     shape, ranks = rates.shape, op.node.ranks  # type: ignore[attr-defined]
-    constants = collective_constants(op.kind, rates.stack)
+    constants = rates.stack.efficiency(op.kind)
     nbytes = _real(counts.comm, shape)
     time = collective_s(op.kind, nbytes, ranks, link_of(rates.machine, ranks), constants)
     time = np.where(nbytes > 0, time, 0.0)

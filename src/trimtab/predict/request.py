@@ -12,7 +12,7 @@ import numpy as np
 
 from trimtab.graph.ops import IntArray
 from trimtab.graph.passes import Graphs, Pass, request_passes
-from trimtab.predict.links import collective_constants, collective_s, link_of
+from trimtab.predict.links import collective_s, link_of
 from trimtab.predict.memory import Footprint, Memory
 from trimtab.predict.price import FloatArray, Times, num_layers, price_groups
 from trimtab.predict.serving import continuous
@@ -141,7 +141,7 @@ class Requests:
         if pp == 1:
             return 0.0
         nbytes = rows * self.graphs.spec.hidden_size * self.graphs.spec.act_bytes
-        constants = collective_constants("send", self.stack)
+        constants = self.stack.efficiency("send")
         return pp * np.asarray(collective_s("send", nbytes, 2, link_of(self.machine, 2), constants))
 
     def _band(self, done: tuple[tuple[Pass, Times], ...], figure: str) -> tuple[Any, Any]:

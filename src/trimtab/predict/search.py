@@ -37,6 +37,9 @@ class Limits:
         usd_per_million_tokens: most dollars.
         devices: most devices.
         memory_bytes: most bytes on one device.
+
+    Raises:
+        SpecError: a limit of 0 or less.
     """
 
     ttft_s: float | None = None
@@ -46,6 +49,12 @@ class Limits:
     usd_per_million_tokens: float | None = None
     devices: int | None = None
     memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise SpecError(f"The limit {name}={value:g} is not possible. Allowed: more than 0, or none.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -166,7 +166,8 @@ class Stack:
         overhead_per_step_s, overhead_per_sequence_s: host time of every pass, and of every sequence in it.
         overhead_per_prefill_s: host time of a request before its first pass.
         overhead_per_layer_s: added for every layer of a pass.
-        floor_per_layer_s: a pass takes at least this for every layer: a host that launches kernels one by one.
+        floor_per_layer_s, floor_per_collective_s: a pass takes at least this for every layer and for every collective: a host
+            that launches kernels one by one.
         op_classes: efficiency by op class (`OP_CLASSES`), optionally by dtype or weight format as ``gemm.bf16``;
             ``gathered``, if there, prices rows that a gate picks out of a matrix (else ``gemv``).
         kernels: True if constants fitted to the machine's recorded kernels (``data/kernels``) go before `op_classes`.
@@ -194,6 +195,7 @@ class Stack:
     overhead_per_prefill_s: float = 0.0
     overhead_per_layer_s: float = 0.0
     floor_per_layer_s: float = 0.0
+    floor_per_collective_s: float = 0.0
     op_classes: Mapping[str, Efficiency]
     kernels: bool = False
     devices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -331,7 +333,7 @@ def stack_from_table(name: str, table: Mapping[str, Any]) -> Stack:
 _PLAIN = (
     "description", "attention", "prefill_chunk", "max_batched_tokens", "reserve_bytes", "memory_share", "graph_saving_s",
     "overhead_per_step_s", "overhead_per_sequence_s", "overhead_per_prefill_s", "overhead_per_layer_s", "floor_per_layer_s",
-    "kernels", "kind", "source",
+    "floor_per_collective_s",     "kernels", "kind", "source",
 )  # fmt: skip
 
 

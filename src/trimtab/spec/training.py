@@ -193,11 +193,6 @@ class TrainingSpec:
         return asdict(self)
 
 
-def training_stacks() -> tuple[str, ...]:
-    """Names `load_training_stack` takes."""
-    return TRAINING_STACKS
-
-
 def layout_on(gpus: int, *, tp: int = 1, pp: int = 1, global_batch: int | None = None, **fields: Any) -> TrainingSpec:
     """Return the layout that uses all of `gpus` devices: dp is what tp and pp leave.
 
@@ -210,7 +205,10 @@ def layout_on(gpus: int, *, tp: int = 1, pp: int = 1, global_batch: int | None =
     Raises:
         SpecError: tp * pp does not divide the devices, or as `TrainingSpec`.
     """
-    if min(gpus, tp, pp) < 1 or gpus % (tp * pp):
+    for name, value in (("gpus", gpus), ("tp", tp), ("pp", pp)):
+        if value < 1:
+            raise SpecError(f"{name}={value} is not possible. Allowed: a whole number of 1 or more.")
+    if gpus % (tp * pp):
         fits = [n for n in range(1, gpus + 1) if gpus % n == 0]
         raise SpecError(
             f"tp * pp = {tp} * {pp} does not divide {gpus} devices. Allowed products: {', '.join(map(str, fits))}."

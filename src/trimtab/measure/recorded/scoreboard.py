@@ -57,7 +57,11 @@ LIMITS: dict[str, Mapping[str, Limits]] = {
     "TPOT": {"": Limits(mape=0.22)},
     "TPOT, fitted on a fifth": {"": Limits(mape=0.12)},
     "Megatron generation": {"": Limits(median=0.12)},
+    "Megatron generation, as shipped": {"": Limits(median=0.12)},
     "Megatron generation, no time per layer": {"": Limits(median=0.12)},
+    # 5 points of the 45 that are usual; the note has the points.
+    "FSDP training step": {"": Limits(mape=0.11)},
+    "Megatron training step": {"": Limits(largest=0.12)},
 }
 LIMITS["llama.cpp decode, as shipped"] = LIMITS["llama.cpp decode"]
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from trimtab.measure.recorded import llamacpp
-from trimtab.measure.recorded.layer_floor import Generation, fit_layer_stack
+from trimtab.measure.recorded.megatron import fit, generations
 from trimtab.measure.recorded.scoreboard import Case, limits_of
-from trimtab.measure.recorded.tables import Columns, select
+from trimtab.measure.recorded.tables import Columns
+from trimtab.measure.recorded.training_runs import by_machine, mean_error, mpt_runs, seqsel_run
+from trimtab.predict.training.time import step_time
 from trimtab.spec.machine import Stack, load_machine, load_stack, stack_names
+from trimtab.spec.training import default_network, load_training_stack
 
 #: Stack with the constants of all its rows; they are judged on the same rows.
 SHIPPED = "llama.cpp"
@@ -78,38 +82,73 @@ def _by_device(
 
 
 def megatron(columns: Columns, device: str | None, stack: Stack) -> Iterator[Case]:
-    """Seconds per layer fitted on two models, judged on the others; without that floor the form must not do."""
-    machine = load_machine(_MEGATRON_MACHINE)
+    """An eager stack fitted on two models and judged on the others; as shipped; and without what its host takes per layer."""
+    machine, eager = load_machine(_MEGATRON_MACHINE), load_stack("hf-eager")
     if device not in (None, machine.id):
         return
-    rows = {str(name): _generation(select(columns, columns["model"] == name)) for name in np.unique(columns["model"])}
+    rows = generations(columns)
     fitted = [rows[name] for name in _MEGATRON_FITTED if name in rows]
     judged = [found for name, found in rows.items() if name not in _MEGATRON_FITTED]
     if not fitted or not judged:
         return
-    measured = np.concatenate([found.seconds for found in judged])
-    for op_class, floor in (("Megatron generation", True), ("Megatron generation, no time per layer", False)):
-        constants = fit_layer_stack(fitted, machine, floor=floor)
+    stacks = {
+        "Megatron generation": fit(fitted, machine, eager),
+        "Megatron generation, as shipped": eager,
+        "Megatron generation, no time per layer": fit(fitted, machine, eager, floor=False),
+    }
+    for op_class, each in stacks.items():
         yield Case(
             table="megatron_a100_generation",
             device=machine.id,
             stack="Megatron 2022",
             op_class=op_class,
-            measured_s=measured,
-            predicted_s=np.concatenate([constants.time_s(found, machine) for found in judged]),
+            measured_s=np.concatenate([found.seconds for found in judged]),
+            predicted_s=np.concatenate([found.time_s(machine, each) for found in judged]),
+            band=each.band if each is eager else None,
             held_out=True,
             limits=limits_of(op_class, machine.id),
-            contrast=not floor,
+            contrast="no time" in op_class,
         )
 
 
-def _generation(rows: Columns) -> Generation:
-    return Generation(
-        model=str(rows["model"][0]),
-        hidden=int(rows["hidden"][0]),
-        layers=int(rows["layers"][0]),
-        tp=int(rows["tp"][0]),
-        prompt_tokens=rows["prompt_tokens"].astype(float),
-        output_tokens=rows["output_tokens"].astype(float),
-        seconds=rows["seconds"].astype(float),
+def mpt(columns: Columns, device: str | None, stack: Stack) -> Iterator[Case]:
+    """Seconds of a training step, by the MFU recorded of it, with the shipped constant of each GPU; fitted on these rows."""
+    for name, group in by_machine(mpt_runs(columns)).items():
+        if device in (None, name):
+            shipped = load_training_stack("fsdp", group[0].machine)
+            points = mean_error(group, shipped)
+            yield Case(
+                table="mpt_training",
+                device=name,
+                stack="fsdp",
+                op_class="FSDP training step",
+                measured_s=np.array([run.recorded_step_s for run in group]),
+                predicted_s=np.array([run.step_s(shipped) for run in group]),
+                band=shipped.band,
+                limits=limits_of("FSDP training step", name),
+                note=f"MPT; MFU off by {points:.1f} points",
+            )
+
+
+def seqsel(table: Mapping[str, Any], device: str | None, stack: Stack) -> Iterator[Case]:
+    """Seconds of Megatron's published training steps, one GEMM efficiency for all; fitted on these four."""
+    machine = load_machine(_MEGATRON_MACHINE)
+    if device not in (None, machine.id):
+        return
+    shipped, network = load_training_stack("megatron", machine), default_network(machine)
+    steps = [
+        (seconds, step_time(*seqsel_run(table, name, mode), machine, shipped, network).step_s)
+        for name, modes in table["tab5_batch_seconds_A100_80GB"].items()
+        for mode, seconds in modes.items()
+    ]
+    measured, predicted = np.array(steps).T
+    yield Case(
+        table="megatron_seqsel",
+        device=machine.id,
+        stack="megatron",
+        op_class="Megatron training step",
+        measured_s=measured,
+        predicted_s=predicted,
+        limits=limits_of("Megatron training step", machine.id),
+        note="Megatron, arXiv 2205.05198",
     )
