@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import SpecError
 from trimtab.spec.machine import Machine, Stack, load_machine
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 from trimtab.spec.parallel import ALONE, Parallel
 from trimtab.spec.plan import Plan
 from trimtab.spec.report import Report

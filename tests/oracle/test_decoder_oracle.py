@@ -241,7 +241,8 @@ def test_routing_of_deepseek(groups: tuple[int, int]) -> None:
     from trimtab.model.ffn import MoE
     from trimtab.runtime.weights.packed import Weights, packed_float
     from trimtab.spec.formats import FP32
-    from trimtab.spec.nodes import FFNSpec, LinearSpec, MoESpec
+    from trimtab.spec.leaves import LinearSpec
+    from trimtab.spec.nodes import FFNSpec, MoESpec
 
     total, kept = groups
     config = transformers.DeepseekV3Config(

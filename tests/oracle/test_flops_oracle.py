@@ -16,7 +16,8 @@ from trimtab.graph.build import build
 from trimtab.graph.count import count
 from trimtab.graph.ops import StepShape
 from trimtab.spec.configs import catalogue_entry, spec_from_config
-from trimtab.spec.nodes import LinearAttentionSpec, ModelSpec, MoESpec, StateSpaceSpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import LinearAttentionSpec, MoESpec, StateSpaceSpec
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

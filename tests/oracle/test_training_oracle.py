@@ -12,7 +12,8 @@ from trimtab.graph.training import all_weights, no_weights, training_flops, trai
 from trimtab.predict.training.step import step_flops
 from trimtab.predict.training.work import TrainingWork
 from trimtab.spec.configs import catalogue_entry, spec_from_config
-from trimtab.spec.nodes import LinearSpec, ModelSpec
+from trimtab.spec.leaves import LinearSpec
+from trimtab.spec.model import ModelSpec
 from trimtab.spec.training import TrainingSpec
 from trimtab.spec.tree import walk
 

@@ -16,7 +16,7 @@ from trimtab.predict.training.work import TrainingWork
 from trimtab.spec.configs import load_spec
 from trimtab.spec.families.sizes import gpt
 from trimtab.spec.machine import load_machine
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 from trimtab.spec.training import Network, TrainingSpec, load_training_stack
 
 MODELS = {name: load_spec(name) for name in ("gpt2", "smollm2-360m", "llama-2-7b", "mixtral-8x7b")} | {

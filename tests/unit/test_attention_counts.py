@@ -12,7 +12,7 @@ from trimtab.graph.count import QUERY_TILE, count
 from trimtab.graph.ops import Op, StepShape
 from trimtab.spec.cache import Ring
 from trimtab.spec.configs import load_spec, spec_from_config
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 from trimtab.spec.tree import Edit
 
 HEADS, KV_HEADS, SIZE = 6, 2, 8

@@ -25,7 +25,7 @@ from trimtab.predict.compat import (
 from trimtab.spec.configs import load_spec
 from trimtab.spec.formats import WeightFormat
 from trimtab.spec.machine import load_machine
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 from trimtab.spec.tree import Edit
 from trimtab.ui.compat import compat_json, print_faults, print_viewer
 

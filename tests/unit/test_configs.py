@@ -14,7 +14,8 @@ import pytest
 from trimtab.errors import SpecError, UnsupportedModelError
 from trimtab.spec import tree
 from trimtab.spec.configs import NOT_BUILT, active_parameters, config_from_gguf, load_spec, model_ids, spec_from_config
-from trimtab.spec.nodes import AttentionSpec, FFNSpec, LatentAttentionSpec, MoESpec, RopeSpec
+from trimtab.spec.leaves import RopeSpec
+from trimtab.spec.nodes import AttentionSpec, FFNSpec, LatentAttentionSpec, MoESpec
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -34,7 +34,9 @@ from trimtab.runtime.weights.random import random_weights
 from trimtab.spec.cache import All, Ring
 from trimtab.spec.configs import load_spec
 from trimtab.spec.formats import BF16, FP32, WeightFormat
-from trimtab.spec.nodes import EmbeddingSpec, FFNSpec, GateFirst, LinearSpec, ModelSpec, NormSpec, RopeSpec
+from trimtab.spec.leaves import EmbeddingSpec, LinearSpec, NormSpec, RopeSpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import FFNSpec, GateFirst
 from trimtab.spec.tree import Edit
 
 #: Logits of the random models here are about 10 in size: 1e-4 is float32 noise, a wrong mask shows from 1e-2 on.

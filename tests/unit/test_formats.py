@@ -13,7 +13,7 @@ from trimtab.runtime.numerics import decode, encode
 from trimtab.spec.cache import PageFormat, page_format
 from trimtab.spec.configs import load_spec
 from trimtab.spec.formats import WeightFormat, weights_name
-from trimtab.spec.nodes import LinearSpec
+from trimtab.spec.leaves import LinearSpec
 from trimtab.spec.runnable import check_runnable
 from trimtab.spec.tree import Edit
 

@@ -15,7 +15,7 @@ from trimtab.runtime.engine.generate import Output, Session, generate
 from trimtab.runtime.engine.sampling import SamplingParams
 from trimtab.runtime.step import Recorder, Step
 from trimtab.spec.configs import spec_from_config
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 
 VOCABULARY, CONTEXT = 26, 60
 END = 25

@@ -15,7 +15,8 @@ from trimtab.graph.passes import chunks, mean_decode_step, passes
 from trimtab.spec.cache import Ring
 from trimtab.spec.configs import load_spec, model_ids, spec_from_config
 from trimtab.spec.machine import load_machine, load_stack
-from trimtab.spec.nodes import GateFirst, ModelSpec, TokenFilter, owned
+from trimtab.spec.model import ModelSpec, owned
+from trimtab.spec.nodes import GateFirst, TokenFilter
 from trimtab.spec.plan import Plan
 from trimtab.spec.tree import Edit
 from trimtab.spec.workload import Workload
@@ -112,7 +113,7 @@ def test_every_model_of_the_catalogue_that_has_a_spec_builds_and_counts() -> Non
 
 
 def _bytes(node: Any) -> int:
-    from trimtab.spec.nodes import weight_nbytes
+    from trimtab.spec.model import weight_nbytes
 
     return weight_nbytes(node)
 

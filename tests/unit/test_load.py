@@ -19,7 +19,7 @@ from trimtab.runtime.weights.random import random_weights
 from trimtab.runtime.weights.safetensors import SafetensorsFolder
 from trimtab.spec.configs import load_spec
 from trimtab.spec.families.sources import wanted
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 10,

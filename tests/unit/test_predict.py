@@ -23,7 +23,7 @@ from trimtab.predict.memory import UNBOUNDED, Footprint, live
 from trimtab.predict.predict import predict
 from trimtab.predict.price import bandwidth, price
 from trimtab.spec.machine import Efficiency, Machine, Stack, load_machine, load_stack
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 from trimtab.spec.plan import Plan
 from trimtab.spec.report import Report
 from trimtab.spec.workload import Workload

@@ -14,7 +14,8 @@ from trimtab.graph.count import count, expert_rows, experts_touched
 from trimtab.graph.ops import StepShape
 from trimtab.graph.routing import busiest_rank, distinct_experts, expert_shares
 from trimtab.spec.configs import load_spec
-from trimtab.spec.nodes import FFNSpec, LinearSpec, MoESpec
+from trimtab.spec.leaves import LinearSpec
+from trimtab.spec.nodes import FFNSpec, MoESpec
 
 _MATRIX = LinearSpec(n=32, k=32)
 MOE = MoESpec(

@@ -22,7 +22,7 @@ from trimtab.predict.training.work import TrainingWork
 from trimtab.spec.configs import load_spec
 from trimtab.spec.families.sizes import gpt
 from trimtab.spec.machine import load_machine
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 from trimtab.spec.training import Network, TrainingSpec, default_network, layout_on, load_training_stack
 
 A100 = load_machine("a100")

@@ -6,6 +6,8 @@ from typing import Literal
 
 from trimtab.errors import SpecError
 from trimtab.graph.ops import Graph, Op, Value
+from trimtab.spec.leaves import LinearSpec
+from trimtab.spec.model import ModelSpec
 from trimtab.spec.nodes import (
     AttentionSpec,
     FFNSpec,
@@ -13,9 +15,7 @@ from trimtab.spec.nodes import (
     LatentAttentionSpec,
     LayerSpec,
     LinearAttentionSpec,
-    LinearSpec,
     Mixer,
-    ModelSpec,
     MoESpec,
     StateSpaceSpec,
 )

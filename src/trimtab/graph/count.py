@@ -24,15 +24,9 @@ from trimtab.graph.ops import Counts, Group, IntArray, Kernel, Op, StepShape, gr
 from trimtab.graph.routing import busiest_rank, distinct_experts
 from trimtab.spec.cache import CacheSpec, HeadSpec, Keep
 from trimtab.spec.formats import ITEM_BYTES
-from trimtab.spec.nodes import (
-    FFNSpec,
-    GateFirst,
-    LinearAttentionSpec,
-    LinearSpec,
-    MoESpec,
-    StateSpaceSpec,
-    weight_nbytes,
-)
+from trimtab.spec.leaves import LinearSpec
+from trimtab.spec.model import weight_nbytes
+from trimtab.spec.nodes import FFNSpec, GateFirst, LinearAttentionSpec, MoESpec, StateSpaceSpec
 
 #: How attention runs.
 ATTENTIONS = ("eager", "tiled")

@@ -14,7 +14,8 @@ from trimtab.graph.fuse import fuse
 from trimtab.graph.ops import Graph, Group, IntArray, Kernel, StepShape, group
 from trimtab.graph.shard import shard
 from trimtab.spec.machine import Stack
-from trimtab.spec.nodes import LatentAttentionSpec, ModelSpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import LatentAttentionSpec
 from trimtab.spec.plan import Plan
 from trimtab.spec.workload import Workload
 

@@ -14,14 +14,14 @@ from dataclasses import replace
 from trimtab.errors import SpecError
 from trimtab.graph.shard_recurrent import slice_recurrent
 from trimtab.spec.formats import MX_BLOCK
+from trimtab.spec.leaves import LinearSpec
+from trimtab.spec.model import ModelSpec
 from trimtab.spec.nodes import (
     AttentionSpec,
     FFNSpec,
     LatentAttentionSpec,
     LayerSpec,
     LinearAttentionSpec,
-    LinearSpec,
-    ModelSpec,
     MoESpec,
     StateSpaceSpec,
 )

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from trimtab.spec.cache import CacheSpec
-from trimtab.spec.nodes import LinearAttentionSpec, LinearSpec, StateSpaceSpec
+from trimtab.spec.leaves import LinearSpec
+from trimtab.spec.nodes import LinearAttentionSpec, StateSpaceSpec
 
 Recurrent = StateSpaceSpec | LinearAttentionSpec
 

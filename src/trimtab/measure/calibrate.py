@@ -30,7 +30,8 @@ from trimtab.runtime.weights.random import random_weights
 from trimtab.spec.configs import spec_from_config
 from trimtab.spec.formats import WeightFormat
 from trimtab.spec.machine import Efficiency, Machine, Stack, this_machine_path
-from trimtab.spec.nodes import GateFirst, ModelSpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import GateFirst
 from trimtab.spec.tree import Edit
 from trimtab.units import MIB
 

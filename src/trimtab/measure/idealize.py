@@ -16,7 +16,7 @@ import numpy as np
 from trimtab.errors import CapacityError, SpecError
 from trimtab.measure.idealized import Grid, Sample
 from trimtab.predict.predict import predict
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 from trimtab.spec.plan import Plan
 from trimtab.units import format_bytes
 

@@ -19,7 +19,9 @@ from trimtab.model.taps import tapped
 from trimtab.model.tensors import DTYPES
 from trimtab.runtime.step import IntArray, Step
 from trimtab.runtime.weights.packed import Weights
-from trimtab.spec.nodes import AttentionSpec, FFNSpec, LayerSpec, ModelSpec, NormSpec
+from trimtab.spec.leaves import NormSpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import AttentionSpec, FFNSpec, LayerSpec
 from trimtab.spec.runnable import check_runnable
 
 if TYPE_CHECKING:

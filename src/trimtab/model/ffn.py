@@ -20,7 +20,8 @@ from trimtab.runtime.kernels import ACTS, RowMatrix, gate_first
 from trimtab.runtime.numerics import decode
 from trimtab.runtime.step import Step
 from trimtab.runtime.weights.packed import Packed, Weights
-from trimtab.spec.nodes import FFNSpec, GateFirst, LinearSpec, MoESpec
+from trimtab.spec.leaves import LinearSpec
+from trimtab.spec.nodes import FFNSpec, GateFirst, MoESpec
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,

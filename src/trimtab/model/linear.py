@@ -17,7 +17,7 @@ from trimtab.runtime.kernels import IntRows, int_gemv, int_gemv_t
 from trimtab.runtime.numerics import decode
 from trimtab.runtime.step import Step
 from trimtab.runtime.weights.packed import Packed, Weights
-from trimtab.spec.nodes import EmbeddingSpec, LinearSpec, NormSpec
+from trimtab.spec.leaves import EmbeddingSpec, LinearSpec, NormSpec
 
 #: Tokens up to which an integer matrix is multiplied in its packed form; above, decoding it once is cheaper.
 PACKED_TOKENS = 8

@@ -15,7 +15,7 @@ import torch
 
 from trimtab.errors import UnsupportedModelError
 from trimtab.runtime.step import Step
-from trimtab.spec.nodes import RopeSpec
+from trimtab.spec.leaves import RopeSpec
 
 SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 

@@ -17,7 +17,7 @@ from trimtab.runtime.engine.generate import Output, Session, generate
 from trimtab.runtime.engine.sampling import SamplingParams
 from trimtab.runtime.step import IntArray, Recorder, Step
 from trimtab.runtime.weights.packed import Weights
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 
 if TYPE_CHECKING:
     from trimtab.runtime.cache.store import KVStore

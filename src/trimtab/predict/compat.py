@@ -20,7 +20,8 @@ from trimtab.graph.build import build
 from trimtab.graph.count import count
 from trimtab.graph.ops import Counts, Op, StepShape
 from trimtab.spec.machine import Machine
-from trimtab.spec.nodes import AttentionSpec, FFNSpec, ModelSpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import AttentionSpec, FFNSpec
 
 #: Fault -> what is wrong, in the order in which they are mended.
 FAULTS = {

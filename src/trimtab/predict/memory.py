@@ -16,7 +16,7 @@ from trimtab.graph.ops import IntArray, Kernel, Op, StepShape
 from trimtab.graph.passes import Graphs, chunks, prompt_held
 from trimtab.spec.cache import CacheSpec, KVBytes
 from trimtab.spec.machine import Stack
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 from trimtab.spec.parallel import ALONE, Parallel
 from trimtab.spec.workload import Workload
 

@@ -9,8 +9,10 @@ from trimtab.graph.passes import Graphs, prompt_held
 from trimtab.graph.shard import shard, tp_choices
 from trimtab.predict.memory import UNBOUNDED, Footprint, Memory
 from trimtab.predict.price import product_dtypes
+from trimtab.spec.leaves import LinearSpec
 from trimtab.spec.machine import Machine, kernel_machines
-from trimtab.spec.nodes import LinearSpec, MoESpec, owned
+from trimtab.spec.model import owned
+from trimtab.spec.nodes import MoESpec
 from trimtab.spec.plan import Plan
 from trimtab.units import format_bytes
 

@@ -18,7 +18,8 @@ from trimtab.predict.memory import Memory
 from trimtab.predict.notes import notes, usable_bytes
 from trimtab.predict.price import Times
 from trimtab.predict.request import Requests
-from trimtab.spec.nodes import FFNSpec, GateFirst, ModelSpec, MoESpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import FFNSpec, GateFirst, MoESpec
 from trimtab.spec.plan import Plan
 from trimtab.spec.report import OpRow, Report
 

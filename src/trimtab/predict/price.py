@@ -24,7 +24,7 @@ from trimtab.predict.forms import Device
 from trimtab.predict.kernels import ADAPTERS, constants_of, device_of, few_queries
 from trimtab.predict.links import collective_s, link_of
 from trimtab.spec.machine import GRAPH_SHARE, Efficiency, Machine, Stack
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 
 FloatArray = npt.NDArray[np.float64]
 

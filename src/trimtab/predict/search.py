@@ -18,7 +18,7 @@ from trimtab.graph.shard import shard
 from trimtab.predict.memory import Footprint
 from trimtab.predict.request import Costs, Requests
 from trimtab.spec.machine import Machine, Stack
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 from trimtab.spec.parallel import Parallel
 from trimtab.units import format_bytes, format_seconds
 

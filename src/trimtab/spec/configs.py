@@ -15,7 +15,8 @@ from typing import Any
 from trimtab.errors import SpecError, UnsupportedModelError, did_you_mean, unknown
 from trimtab.spec import tree
 from trimtab.spec.families.facts import Facts
-from trimtab.spec.nodes import ModelSpec, MoESpec, owned
+from trimtab.spec.model import ModelSpec, owned
+from trimtab.spec.nodes import MoESpec
 
 #: The built-in model: id, and the GGUF file inside the package that carries it.
 BUILT_IN = "smollm2-135m"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.spec.machine import Machine, Stack
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 from trimtab.spec.parallel import ALONE, Parallel
 from trimtab.spec.workload import Workload
 

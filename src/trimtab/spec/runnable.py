@@ -5,16 +5,9 @@ from __future__ import annotations
 from trimtab.errors import UnsupportedModelError
 from trimtab.spec import tree
 from trimtab.spec.cache import HeadSpec
-from trimtab.spec.nodes import (
-    AttentionSpec,
-    FFNSpec,
-    LatentAttentionSpec,
-    LinearAttentionSpec,
-    LinearSpec,
-    ModelSpec,
-    NormSpec,
-    StateSpaceSpec,
-)
+from trimtab.spec.leaves import LinearSpec, NormSpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import AttentionSpec, FFNSpec, LatentAttentionSpec, LinearAttentionSpec, StateSpaceSpec
 
 #: Blocks that the decoder does not have.
 _LAYERS: dict[type, str] = {

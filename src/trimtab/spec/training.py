@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from trimtab.errors import SpecError, UnsupportedModelError, unknown
 from trimtab.spec.machine import Machine, Stack, data_root, stack_from_table
-from trimtab.spec.nodes import AttentionSpec, FFNSpec, LatentAttentionSpec, ModelSpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import AttentionSpec, FFNSpec, LatentAttentionSpec
 
 SCHEDULES = ("1f1b", "gpipe", "interleaved")
 RECOMPUTES = ("none", "selective", "full")

@@ -13,7 +13,9 @@ from trimtab.runtime.numerics import transcode
 from trimtab.runtime.text.builtin import builtin_text, split
 from trimtab.runtime.weights.load import open_model, read_tokenizer
 from trimtab.spec.formats import GGUF_BLOCKS
-from trimtab.spec.nodes import LinearSpec, ModelSpec, MoESpec
+from trimtab.spec.leaves import LinearSpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import MoESpec
 from trimtab.techniques.base import Technique, compose
 from trimtab.techniques.materials import Materials
 from trimtab.techniques.registry import parse_all

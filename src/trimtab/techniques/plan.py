@@ -11,7 +11,7 @@ from trimtab.spec.cache import page_format
 from trimtab.spec.configs import load_spec
 from trimtab.spec.formats import weights_name
 from trimtab.spec.machine import THIS, Machine, Stack, kernel_machines, load_machine, load_stack, this_machine_path
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 from trimtab.spec.parallel import ALONE, Parallel
 from trimtab.spec.plan import Plan
 from trimtab.spec.workload import Workload

@@ -6,7 +6,7 @@ from typing import Any
 
 from trimtab.predict.compat import ABSENT, ALL, Case, Fault, analyze, faults, request_faults
 from trimtab.spec.machine import Machine
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 from trimtab.ui.output import print_table
 from trimtab.units import format_seconds, format_si
 

@@ -27,7 +27,7 @@ from trimtab.predict.price import price
 from trimtab.spec.configs import load_spec
 from trimtab.spec.formats import FP16, WeightFormat
 from trimtab.spec.machine import Stack, load_machine
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 from trimtab.spec.tree import Edit
 
 FloatArray = npt.NDArray[np.float64]

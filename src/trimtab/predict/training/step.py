@@ -15,7 +15,8 @@ from trimtab.predict.training.network import ring_bytes
 from trimtab.predict.training.time import StepTime, hop_bytes, sends, step_time
 from trimtab.predict.training.work import TrainingWork
 from trimtab.spec.machine import Machine, Stack
-from trimtab.spec.nodes import ModelSpec, MoESpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import MoESpec
 from trimtab.spec.report import Figure, OpRow, Report
 from trimtab.spec.training import ITEM, Network, TrainingSpec, default_network, load_training_stack
 from trimtab.units import GIB, format_bytes, format_si

@@ -16,7 +16,8 @@ from trimtab.graph.count import scratch_bytes
 from trimtab.graph.ops import StepShape, Value
 from trimtab.graph.shard import shard
 from trimtab.graph.training import PRODUCTS, TrainingOp, all_weights, no_weights, training_ops
-from trimtab.spec.nodes import LayerSpec, ModelSpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import LayerSpec
 from trimtab.spec.parallel import Parallel
 from trimtab.spec.training import ITEM, MASK, TrainingSpec
 from trimtab.spec.tree import Node, walk

@@ -22,7 +22,7 @@ from trimtab.runtime.numerics import bfloat16_bits, bfloat16_to_float32
 from trimtab.runtime.step import IntArray, Step
 from trimtab.runtime.weights.packed import NUMPY_DTYPES
 from trimtab.spec.cache import HeadSpec, KVBytes, Ring
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 from trimtab.spec.runnable import check_runnable
 from trimtab.units import format_bytes
 

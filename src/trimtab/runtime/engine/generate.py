@@ -14,7 +14,7 @@ import numpy as np
 from trimtab.errors import SpecError
 from trimtab.runtime.engine.sampling import SamplingParams, StopChecker, sample
 from trimtab.runtime.step import IntArray, Recorder, Step
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 
 if TYPE_CHECKING:
     from trimtab.runtime.cache.store import KVStore, Seq

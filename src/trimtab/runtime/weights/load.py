@@ -24,7 +24,9 @@ from trimtab.spec.families.gguf import spelling_of
 from trimtab.spec.families.names import HUGGING_FACE, Spelling
 from trimtab.spec.families.sources import Source, Want, sources, wanted, with_stored_formats
 from trimtab.spec.formats import FP32, WeightFormat
-from trimtab.spec.nodes import AttentionSpec, EmbeddingSpec, LinearSpec, ModelSpec, NormSpec
+from trimtab.spec.leaves import EmbeddingSpec, LinearSpec, NormSpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import AttentionSpec
 
 if TYPE_CHECKING:
     from trimtab.runtime.text.tokenizer import Tokenizer

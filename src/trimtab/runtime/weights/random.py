@@ -8,16 +8,9 @@ from trimtab.runtime.numerics import encode
 from trimtab.runtime.weights.packed import Packed, Weights
 from trimtab.spec import tree
 from trimtab.spec.formats import FP32
-from trimtab.spec.nodes import (
-    AttentionSpec,
-    EmbeddingSpec,
-    FFNSpec,
-    GateFirst,
-    LinearSpec,
-    ModelSpec,
-    MoESpec,
-    NormSpec,
-)
+from trimtab.spec.leaves import EmbeddingSpec, LinearSpec, NormSpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import AttentionSpec, FFNSpec, GateFirst, MoESpec
 
 
 def random_weights(spec: ModelSpec, seed: int = 0) -> Weights:

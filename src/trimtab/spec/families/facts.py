@@ -7,7 +7,7 @@ from typing import Any
 
 from trimtab.errors import SpecError, unknown
 from trimtab.spec.formats import WeightFormat, float_format
-from trimtab.spec.nodes import RopeSpec
+from trimtab.spec.leaves import RopeSpec
 
 #: HF activation names -> ours. ``gelu_new`` and ``gelu_fast`` are one formula, the tanh approximation.
 ACTIVATIONS = {

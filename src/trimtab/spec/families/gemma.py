@@ -8,7 +8,9 @@ from trimtab.errors import UnsupportedModelError
 from trimtab.spec.families.facts import Facts
 from trimtab.spec.families.llama import REQUIRED
 from trimtab.spec.families.parts import Parts
-from trimtab.spec.nodes import AttentionSpec, FFNSpec, LayerSpec, ModelSpec, MoESpec, RopeSpec
+from trimtab.spec.leaves import RopeSpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import AttentionSpec, FFNSpec, LayerSpec, MoESpec
 
 
 def gemma2(facts: Facts) -> ModelSpec:

@@ -10,7 +10,7 @@ from trimtab.errors import SpecError, UnsupportedModelError, did_you_mean
 from trimtab.spec.families.names import Spelling, gguf_spelling
 from trimtab.spec.families.sources import sources, with_stored_biases, with_stored_formats
 from trimtab.spec.gguf_header import GgufHeader
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 
 #: general.architecture -> model_type of a Hugging Face config.
 ARCHITECTURES = {

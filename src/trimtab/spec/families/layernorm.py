@@ -5,7 +5,8 @@ from __future__ import annotations
 from trimtab.errors import UnsupportedModelError
 from trimtab.spec.families.facts import Facts
 from trimtab.spec.families.parts import Parts
-from trimtab.spec.nodes import LayerSpec, ModelSpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import LayerSpec
 
 
 def gpt2(facts: Facts) -> ModelSpec:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from trimtab.errors import SpecError, UnsupportedModelError
 from trimtab.spec.families.facts import Facts
 from trimtab.spec.families.parts import Parts, shared
-from trimtab.spec.nodes import FFNSpec, LayerSpec, ModelSpec, MoESpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import FFNSpec, LayerSpec, MoESpec
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 

@@ -7,19 +7,9 @@ from dataclasses import dataclass
 from trimtab.spec.cache import CacheSpec, HeadSpec, PageFormat, StateSpec
 from trimtab.spec.families.facts import Facts
 from trimtab.spec.formats import WeightFormat
-from trimtab.spec.nodes import (
-    AttentionSpec,
-    ConvSpec,
-    EmbeddingSpec,
-    FFNSpec,
-    LayerSpec,
-    LinearSpec,
-    Mixer,
-    ModelSpec,
-    MoESpec,
-    NormSpec,
-    RopeSpec,
-)
+from trimtab.spec.leaves import ConvSpec, EmbeddingSpec, LinearSpec, NormSpec, RopeSpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import AttentionSpec, FFNSpec, LayerSpec, Mixer, MoESpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,17 +6,9 @@ from trimtab.errors import SpecError, UnsupportedModelError, unknown
 from trimtab.spec.families.facts import Facts
 from trimtab.spec.families.parts import Parts, shared
 from trimtab.spec.formats import dtype_name
-from trimtab.spec.nodes import (
-    AttentionSpec,
-    ConvSpec,
-    FFNSpec,
-    LayerSpec,
-    LinearAttentionSpec,
-    ModelSpec,
-    MoESpec,
-    NormSpec,
-    StateSpaceSpec,
-)
+from trimtab.spec.leaves import ConvSpec, NormSpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import AttentionSpec, FFNSpec, LayerSpec, LinearAttentionSpec, MoESpec, StateSpaceSpec
 
 #: Layers of Nemotron-H by the letter of ``hybrid_override_pattern``, with the name that newer configs give them.
 _NEMOTRON_LAYERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}

@@ -6,7 +6,7 @@ import functools
 
 from trimtab.spec.families.facts import Facts
 from trimtab.spec.families.layernorm import gpt2
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 
 
 @functools.cache

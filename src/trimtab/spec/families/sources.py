@@ -14,7 +14,9 @@ from trimtab.errors import SpecError, UnsupportedModelError
 from trimtab.spec import tree
 from trimtab.spec.families.names import Spelling
 from trimtab.spec.formats import FLOAT_KINDS, GGUF_BLOCKS, WeightFormat
-from trimtab.spec.nodes import AttentionSpec, EmbeddingSpec, LinearSpec, ModelSpec, MoESpec, NormSpec
+from trimtab.spec.leaves import EmbeddingSpec, LinearSpec, NormSpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import AttentionSpec, MoESpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from trimtab.errors import SpecError
 from trimtab.spec.cache import Ring
-from trimtab.spec.nodes import AttentionSpec, ModelSpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import AttentionSpec
 from trimtab.spec.tree import Edit
 from trimtab.techniques.base import Stage, Technique, param
 

@@ -12,7 +12,7 @@ import numpy as np
 from trimtab.errors import CalibrationError
 from trimtab.runtime.files import write_atomically
 from trimtab.runtime.weights.packed import Packed, fingerprint, packed_float
-from trimtab.spec.nodes import ModelSpec
+from trimtab.spec.model import ModelSpec
 
 if TYPE_CHECKING:
     from trimtab.model.observers import QuantileSketch

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from trimtab.errors import SpecError
-from trimtab.spec.nodes import FFNSpec, GateFirst, ModelSpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import FFNSpec, GateFirst
 from trimtab.spec.tree import Edit
 from trimtab.techniques.base import Stage, Technique, param
 

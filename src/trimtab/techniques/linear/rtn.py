@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from trimtab.errors import SpecError
 from trimtab.spec.formats import WeightFormat
-from trimtab.spec.nodes import LinearSpec, ModelSpec
+from trimtab.spec.leaves import LinearSpec
+from trimtab.spec.model import ModelSpec
 from trimtab.spec.tree import Edit
 from trimtab.techniques.base import Stage, Technique, param
 

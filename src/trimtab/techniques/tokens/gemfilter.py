@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from trimtab.errors import SpecError
 from trimtab.spec.machine import data_root
-from trimtab.spec.nodes import AttentionSpec, ModelSpec, TokenFilter
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import AttentionSpec, TokenFilter
 from trimtab.spec.tree import Edit
 from trimtab.techniques.base import Stage, Technique, param
 
