@@ -7,9 +7,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Tests run in two processes with one thread each: two thread pools on two cores slow each other down more than a
 # second process gains. One file stays in one process, so that expensive fixtures are built once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
-CPP_SOURCES := $(wildcard src/trimtab/runtime/kernels/cpp/*.* src/trimtab/runtime/kernels/cpp/isa/*.*)
+CPP_SOURCES := $(wildcard src/trimtab/runtime/kernels/cpp/*.* src/trimtab/runtime/kernels/cpp/*/*.*)
 
-.PHONY: setup demo test test-all lint format bench clean
+.PHONY: setup demo test test-all lint format bench bench-peers clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -49,6 +49,10 @@ format: setup
 
 bench: setup
 	@for file in $(wildcard benchmarks/*.py); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+bench-peers: setup
+	@PYTHON="$(PYTHON)" bash benchmarks/peers/setup.sh
+	$(BIN)/python benchmarks/decode.py
 
 clean:
 	rm -rf build $(STAMP)

@@ -13,6 +13,9 @@ from trimtab.errors import SpecError
 #: Bytes of one element by dtype name. `u8` holds packed codes; `bf16` travels as uint16 in numpy.
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "u8": 1, "int64": 8, "int32": 4}
 
+#: The layout the native program multiplies: 16 rows side by side, columns in units of 32; see `runtime/kernels/cpp/native/tiles.h`.
+TILE_ROWS, UNIT_COLS = 16, 32
+
 #: HF and torch spellings accepted wherever a dtype is asked for.
 DTYPE_ALIASES = {
     "float32": "fp32", "fp32": "fp32", "f32": "fp32", "float": "fp32",
@@ -36,6 +39,10 @@ GGUF_BLOCKS = {
     "q8_0": (32, 34), "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24),
     "q4_k": (256, 144), "q5_k": (256, 176), "q6_k": (256, 210),
 }  # fmt: skip
+
+
+#: Block formats whose scales are themselves coded: (bits of a code, elements that share a scale, scales coded with a minimum).
+SUPER_BLOCKS = {"q4_k": (4, 32, True), "q5_k": (5, 32, True), "q6_k": (6, 16, False)}
 
 
 def dtype_name(asked: str) -> str:
@@ -101,20 +108,25 @@ class WeightFormat:
         bits: bits of one code, 2..8; only for ``int``.
         group: elements along a stored row that share one scale; only for ``int``.
         sym: ``int`` only. True: ``w = scale * (code - 2**(bits-1))``. False: ``w = scale * code + minimum``.
+        tiled: True for the layout of the native program: rows and columns are padded to whole tiles, and a group is a
+            multiple of 16 or the whole row. Floats, ``int``, ``q4_k``, ``q5_k`` and ``q6_k`` have one.
 
     Raises:
-        SpecError: unknown kind, bits outside 2..8 or a group below 1.
+        SpecError: unknown kind, bits outside 1..8, a group below 1, or a kind or group that has no tiles.
     """
 
     kind: str
     bits: int = 0
     group: int = 0
     sym: bool = True
+    tiled: bool = False
 
     def __post_init__(self) -> None:
+        if self.tiled and not self.is_float and self.kind not in ("int", *SUPER_BLOCKS):
+            raise SpecError(f"{self.kind} weights have no tiled layout. Those with one: floats, int, {', '.join(SUPER_BLOCKS)}.")
         if self.kind == "int":
-            if not 2 <= self.bits <= 8:
-                raise SpecError(f"int weights: bits={self.bits} is not possible. Allowed: 2..8. Try bits=4.")
+            if not 1 <= self.bits <= 8:
+                raise SpecError(f"int weights: bits={self.bits} is not possible. Allowed: 1..8. Try bits=4.")
             if self.group < 1:
                 raise SpecError(f"int weights: group={self.group} is not possible. Allowed: 1 or more. Try group=32.")
         elif self.kind not in (*FLOAT_KINDS, *SCALED_KINDS, *GGUF_BLOCKS):
@@ -133,6 +145,8 @@ class WeightFormat:
         Raises:
             SpecError: `cols` does not divide into groups or blocks.
         """
+        if self.tiled:
+            return self._tiles(rows, cols)
         if self.is_float:
             return (Buffer("data", self.kind, (rows, cols)),)
         if self.kind == "int":
@@ -157,14 +171,36 @@ class WeightFormat:
             raise SpecError(f"{self.kind} stores blocks of {elements}: a row of {cols} does not divide.")
         return (Buffer("blocks", "u8", (rows, cols // elements * nbytes)),)
 
+    def _tiles(self, rows: int, cols: int) -> tuple[Buffer, ...]:
+        tiles = -(-rows // TILE_ROWS)
+        if self.kind == "bf16":
+            return (Buffer("data", "bf16", (tiles, -(-cols // 2), TILE_ROWS, 2)),)
+        if self.is_float:
+            return (Buffer("data", self.kind, (tiles, cols, TILE_ROWS)),)
+        units = -(-cols // UNIT_COLS)
+        if self.kind == "int":
+            if cols % self.group or (self.group % 16 and self.group != cols):
+                raise SpecError(f"{self} on rows of {cols}: tiles need groups of 16, 32, 48, ... that divide the row, or one group.")
+            groups = (tiles, cols // self.group, TILE_ROWS)
+            found = [Buffer("codes", "u8", (tiles, units, 64 * self.bits)), Buffer("scale", "fp16", groups)]
+            return (*found, *(() if self.sym else (Buffer("minimum", "fp16", groups),)))
+        bits, group, minimum = SUPER_BLOCKS[self.kind]
+        if cols % 256:
+            raise SpecError(f"{self.kind} stores blocks of 256: a row of {cols} does not divide.")
+        blocks, kinds = cols // 256, 2 if minimum else 1
+        return (
+            Buffer("codes", "u8", (tiles, units, 64 * bits)),
+            Buffer("scale", "fp16", (tiles, blocks, kinds, TILE_ROWS)),
+            Buffer("sub", "u8", (tiles, blocks, kinds, 256 // group, TILE_ROWS)),
+        )
+
     def nbytes(self, rows: int, cols: int) -> int:
         """Bytes of a stored [rows, cols] matrix: the sum over its buffers."""
         return sum(buffer.nbytes for buffer in self.buffers(rows, cols))
 
     def __str__(self) -> str:
-        if self.kind != "int":
-            return self.kind
-        return f"int{self.bits}-g{self.group}{'' if self.sym else '-asym'}"
+        name = self.kind if self.kind != "int" else f"int{self.bits}-g{self.group}{'' if self.sym else '-asym'}"
+        return f"{name}-tiled" if self.tiled else name
 
 
 FP32 = WeightFormat(kind="fp32")

@@ -49,12 +49,13 @@ class GroupView:
 class _Run:
     """Pages of one row: [G, capacity, H] for keys and for values; shared by forks until one of them writes."""
 
-    __slots__ = ("k", "owners", "v")
+    __slots__ = ("address", "k", "owners", "v")
 
     def __init__(self, heads: int, head: HeadSpec, capacity: int) -> None:
         self.k = _allocate((heads, capacity, head.head_dim), head.k_format.kind)
         self.v = _allocate((heads, capacity, head.v_head_dim), head.v_format.kind)
         self.owners = 1
+        self.address = (self.k.ctypes.data, self.v.ctypes.data, capacity)
 
     @property
     def capacity(self) -> int:
@@ -249,6 +250,32 @@ class KVStore:
                 found.append(view)
             views.append(found)
         return views
+
+    def place(self, step: Step) -> IntArray:
+        """Make room for the new tokens of every row; the caller writes their keys and values itself.
+
+        Only for layers whose heads are alike and keep every token.
+
+        Returns:
+            int64 [layers, B, 3]: address of the keys, of the values, tokens a head has room for; both are [G, room, H].
+
+        Raises:
+            CapacityError: the pages do not fit.
+        """
+        table = np.empty((len(self._groups), len(step.seqs), 3), np.int64)
+        for index, seq in enumerate(step.seqs):
+            self._check(seq)
+            first, end = int(step.cu[index]), int(step.cu[index + 1])
+            at = step.positions[first:end]
+            for layer, (rows, groups) in enumerate(zip(seq._rows, self._groups, strict=True)):
+                row, (heads, head) = rows[0], groups[0]
+                count = row.held + end - first
+                if row.run.owners != 1 or count > row.run.capacity:
+                    self._own(row, len(heads), head, count)
+                row.positions[row.held : count] = at
+                row.held, row.seen = count, row.seen + end - first
+                table[layer, index] = row.run.address
+        return table
 
     def _write_all(
         self, row: _Row, heads: tuple[int, ...], head: HeadSpec, k: np.ndarray, v: np.ndarray, at: IntArray

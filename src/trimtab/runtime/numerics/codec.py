@@ -28,6 +28,16 @@ def decode(packed: Packed, rows: slice | np.ndarray | None = None, out: np.ndarr
         a copy, unless `out` is given.
     """
     kind, cols = packed.format.kind, packed.shape[1]
+    if packed.format.tiled:
+        from trimtab.runtime.numerics.tiles import decode_tiles
+
+        whole = np.empty(packed.shape, np.float32)
+        decode_tiles(packed, whole)
+        chosen = whole if rows is None else whole[rows]
+        if out is None:
+            return chosen
+        out[...] = chosen
+        return out
     buffers = packed.buffers if rows is None else {name: buffer[rows] for name, buffer in packed.buffers.items()}
     count = packed.shape[0] if rows is None else next(iter(buffers.values())).shape[0]
     if kind == "fp32" and out is None:

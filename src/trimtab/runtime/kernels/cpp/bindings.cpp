@@ -113,7 +113,12 @@ std::tuple<int64_t, int64_t, int64_t, int64_t> bound_gate_first(const Rows& gate
 
 }  // namespace
 
+namespace trimtab {
+void bind_native(nb::module_& m);  // native/bind.cpp
+}
+
 NB_MODULE(_core, m) {
+    trimtab::bind_native(m);
     nb::class_<Rows>(m, "Rows");
     m.def("f32_rows", [](Array<const float, 2> data) { return floats<float>(Kind::f32, data); });
     m.def("bf16_rows", [](Array<const uint16_t, 2> data) { return floats<uint16_t>(Kind::bf16, data); });

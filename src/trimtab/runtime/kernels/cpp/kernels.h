@@ -66,7 +66,7 @@ int available_isas(const char** out);  // names, best last; returns how many (at
 int64_t int_gemv(const Matrix& w, const float* x, int64_t tokens, int threads, float* y);
 int64_t int_gemv_t(const Matrix& w_t, const float* x, int64_t tokens, int threads, float* y);
 
-enum class Act : int { silu, gelu_tanh, gelu };
+enum class Act : int { silu, gelu_tanh, gelu, relu, none };
 
 struct GateFirst {
     int64_t rows_touched = 0, gate_bytes = 0, up_bytes = 0, down_bytes = 0;

@@ -48,6 +48,27 @@ inline float half(uint16_t bits) {
 #endif
 }
 
+// The half nearest to x, ties to even.
+inline uint16_t half_bits(float x) {
+#ifdef __F16C__
+    return static_cast<uint16_t>(_cvtss_sh(x, 0));
+#else
+    uint32_t word;
+    memcpy(&word, &x, 4);
+    const uint32_t sign = word >> 16 & 0x8000u, rest = word & 0x7fffffffu;
+    if (rest > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00);  // NaN
+    if (rest >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to 65536 or more
+    if (rest < 0x38800000u) {  // subnormal: adding 2^-1 * 2^-13 units lines the bits up and rounds
+        float magnitude;
+        memcpy(&magnitude, &rest, 4);
+        magnitude += 0.5f;
+        memcpy(&word, &magnitude, 4);
+        return static_cast<uint16_t>(sign | (word - 0x3f000000u));
+    }
+    return static_cast<uint16_t>(sign | ((rest - 0x38000000u + 0xfff + (rest >> 13 & 1)) >> 13));
+#endif
+}
+
 inline F8 load_half(const uint16_t* from) {
 #ifdef __F16C__
     return reinterpret_cast<F8>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));

@@ -1,0 +1,149 @@
+// One vector register of this instruction set as `rows` floats, `rows` int32 or 4 * `rows` bytes, and the few operations
+// the kernels need. Written with the vector extension of GCC and Clang; intrinsics only where the extension has no word.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "isa/vec.h"
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int lanes = 16;
+#else
+constexpr int lanes = 8;
+#endif
+
+typedef float FV __attribute__((vector_size(4 * lanes)));
+typedef int32_t IV __attribute__((vector_size(4 * lanes)));
+typedef uint32_t UV __attribute__((vector_size(4 * lanes)));
+typedef int16_t SV __attribute__((vector_size(4 * lanes)));
+typedef uint16_t WV __attribute__((vector_size(4 * lanes)));
+typedef int8_t CV __attribute__((vector_size(4 * lanes)));
+typedef uint8_t BV __attribute__((vector_size(4 * lanes)));
+typedef uint16_t HV __attribute__((vector_size(2 * lanes)));
+
+template <class To, class From>
+inline To as(From v) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &v, sizeof to);
+    return to;
+}
+
+inline FV splat_f(float x) { return FV{} + x; }
+inline IV splat_i(int32_t x) { return IV{} + x; }
+inline FV to_float(IV v) { return __builtin_convertvector(v, FV); }
+inline void store_f(float* to, FV v) { memcpy(to, &v, sizeof v); }
+
+inline FV load_halves(const uint16_t* from) {
+#if defined(__AVX512F__)
+    return as<FV>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__F16C__)
+    return as<FV>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+    FV v;
+    for (int i = 0; i < lanes; ++i) v[i] = half(from[i]);
+    return v;
+#endif
+}
+
+inline FV load_bf16s(const uint16_t* from) {
+    return as<FV>(__builtin_convertvector(load<HV>(from), UV) << 16);
+}
+
+inline FV load_u8s(const uint8_t* from) {
+    typedef uint8_t Narrow __attribute__((vector_size(lanes)));
+    return __builtin_convertvector(__builtin_convertvector(load<Narrow>(from), IV), FV);
+}
+
+inline FV load_i8s(const int8_t* from) {
+    typedef int8_t Narrow __attribute__((vector_size(lanes)));
+    return __builtin_convertvector(__builtin_convertvector(load<Narrow>(from), IV), FV);
+}
+
+inline float sum_of(FV v) {
+#ifdef __AVX512F__
+    typedef float Half __attribute__((vector_size(32)));
+    Half lo, hi;
+    memcpy(&lo, &v, 32), memcpy(&hi, reinterpret_cast<const char*>(&v) + 32, 32);
+    return total(lo + hi);
+#else
+    return total(v);
+#endif
+}
+
+inline FV max_of(FV a, FV b) { return a > b ? a : b; }
+
+inline float largest(FV v) {
+    float most = v[0];
+    for (int i = 1; i < lanes; ++i) most = v[i] > most ? v[i] : most;
+    return most;
+}
+
+// exp for x <= about 88, within 2 ulp; anything below -87.3 gives 0. Source: Cephes expf (argument reduction by ln 2,
+// polynomial of degree 5), Moshier.
+inline FV exp_of(FV x) {
+    const FV low = splat_f(-87.33654f);
+    const IV under = x < low;
+    x = x > splat_f(88.7f) ? splat_f(88.7f) : x;
+    x = under ? low : x;
+    const FV magic = splat_f(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+    const FV n = x * 1.44269504088896341f + magic;
+    const FV whole = n - magic;
+    FV r = x - whole * 0.693359375f;
+    r = r - whole * -2.12194440e-4f;
+    FV p = splat_f(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const FV y = p * (r * r) + r + 1.0f;
+    const IV power = (as<IV>(n) - as<IV>(magic) + 127) << 23;
+    const FV result = y * as<FV>(power);
+    return under ? FV{} : result;
+}
+
+// Sums of products of neighbouring bytes, unsigned times signed, as int16; the caller keeps them in range.
+inline SV pairs(BV u, CV s) {
+#if defined(__AVX512BW__)
+    return as<SV>(_mm512_maddubs_epi16(as<__m512i>(u), as<__m512i>(s)));
+#elif defined(__AVX2__)
+    return as<SV>(_mm256_maddubs_epi16(as<__m256i>(u), as<__m256i>(s)));
+#else
+    const SV even = as<SV>(u) & 0xff, odd = as<SV>(as<WV>(u) >> 8);
+    return even * (as<SV>(as<WV>(s) << 8) >> 8) + odd * (as<SV>(s) >> 8);
+#endif
+}
+
+// As `pairs`, signed times signed, for |s| <= 127.
+inline SV signed_pairs(CV w, CV s) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i a = as<__m256i>(w);
+    return as<SV>(_mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(as<__m256i>(s), a)));
+#else
+    const SV even = as<SV>(as<WV>(w) << 8) >> 8, odd = as<SV>(w) >> 8;
+    return even * (as<SV>(as<WV>(s) << 8) >> 8) + odd * (as<SV>(s) >> 8);
+#endif
+}
+
+// Sums of neighbouring int16 as int32.
+inline IV fold(SV v) {
+#if defined(__AVX512BW__)
+    return as<IV>(_mm512_madd_epi16(as<__m512i>(v), _mm512_set1_epi16(1)));
+#elif defined(__AVX2__)
+    return as<IV>(_mm256_madd_epi16(as<__m256i>(v), _mm256_set1_epi16(1)));
+#else
+    return (as<IV>(as<UV>(v) << 16) >> 16) + (as<IV>(v) >> 16);
+#endif
+}
+
+inline CV splat_4(const int8_t* x) { return as<CV>(splat_i(load<int32_t>(x))); }
+
+inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 3); }
+
+}  // namespace

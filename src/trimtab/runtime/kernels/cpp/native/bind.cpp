@@ -1,0 +1,215 @@
+// Python bindings of the native program. Shapes are checked by trimtab/runtime/native; the GIL is released while a step runs.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include "native/program.h"
+
+namespace nb = nanobind;
+
+namespace trimtab {
+namespace {
+
+template <class T, int N>
+using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+using Bytes = Array<const uint8_t, 1>;
+using Halves = Array<const uint16_t, 1>;
+using Floats = Array<const float, 1>;
+
+// A program, and the arrays its kernels point into.
+struct Bound {
+    explicit Bound(int threads) : program(threads) {}
+    Program program;
+    std::vector<nb::object> keep;
+
+    const float* floats(const std::optional<Floats>& array) {
+        if (!array) return nullptr;
+        keep.push_back(nb::cast(*array));
+        return array->data();
+    }
+};
+
+struct BoundTiles {
+    Tiles tiles;
+    std::vector<nb::object> keep;
+};
+
+BoundTiles make_tiles(int coding, int scales, int bits, int64_t rows, int64_t cols, int64_t group, Bytes data,
+                      std::optional<Bytes> scale, std::optional<Bytes> minimum, std::optional<Bytes> sub) {
+    BoundTiles b;
+    b.tiles.coding = static_cast<Coding>(coding), b.tiles.scales = static_cast<Scales>(scales);
+    b.tiles.bits = bits, b.tiles.rows = rows, b.tiles.cols = cols, b.tiles.group = group;
+    b.tiles.data = data.data();
+    b.keep.push_back(nb::cast(data));
+    if (scale) b.tiles.scale = reinterpret_cast<const uint16_t*>(scale->data()), b.keep.push_back(nb::cast(*scale));
+    if (minimum) b.tiles.minimum = reinterpret_cast<const uint16_t*>(minimum->data()), b.keep.push_back(nb::cast(*minimum));
+    if (sub) b.tiles.sub = sub->data(), b.keep.push_back(nb::cast(*sub));
+    return b;
+}
+
+// Codes [rows, cols] of one byte each into tiles, and back: rows a multiple of 16, cols of 32.
+void pack_tiles(Array<const uint8_t, 2> codes, int bits, Array<uint8_t, 1> out) {
+    const int64_t rows = static_cast<int64_t>(codes.shape(0)), cols = static_cast<int64_t>(codes.shape(1));
+    const uint8_t* from = codes.data();
+    uint8_t* to = out.data();
+    nb::gil_scoped_release release;
+    for (int64_t tile = 0; tile < rows / 16; ++tile)
+        for (int64_t u = 0; u < cols / 32; ++u) {
+            uint8_t* unit = to + (tile * (cols / 32) + u) * 64 * bits;
+            const uint8_t* source = from + tile * 16 * cols + u * 32;
+            int shift = 0;
+            for (int part : {8, 4, 2, 1}) {
+                if (!(bits & part)) continue;
+                const int per = 8 / part, mask = (1 << part) - 1;
+                for (int v = 0; v < part; ++v)
+                    for (int r = 0; r < 16; ++r)
+                        for (int j = 0; j < 4; ++j) {
+                            int byte = 0;
+                            for (int i = 0; i < per; ++i)
+                                byte |= (source[r * cols + (v * per + i) * 4 + j] >> shift & mask) << (i * part);
+                            unit[v * 64 + r * 4 + j] = static_cast<uint8_t>(byte);
+                        }
+                unit += 64 * part, shift += part;
+            }
+        }
+}
+
+void unpack_tiles(Array<const uint8_t, 1> packed, int bits, Array<uint8_t, 2> out) {
+    const int64_t rows = static_cast<int64_t>(out.shape(0)), cols = static_cast<int64_t>(out.shape(1));
+    const uint8_t* from = packed.data();
+    uint8_t* to = out.data();
+    nb::gil_scoped_release release;
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t k = 0; k < cols; ++k) {
+            const uint8_t* unit = from + (row / 16 * (cols / 32) + k / 32) * 64 * bits;
+            const int64_t four = k % 32 / 4, byte = row % 16 * 4 + k % 4;
+            int code = 0, shift = 0;
+            for (int part : {8, 4, 2, 1}) {
+                if (!(bits & part)) continue;
+                const int64_t per = 8 / part;
+                code |= (unit[four / per * 64 + byte] >> (four % per * part) & ((1 << part) - 1)) << shift;
+                unit += 64 * part, shift += part;
+            }
+            to[row * cols + k] = static_cast<uint8_t>(code);
+        }
+}
+
+// y [T, N] = x [T, K] @ W.T with the codes of the activations made on the way: one product, outside a program.
+int64_t multiply(const BoundTiles& w, Array<const float, 2> x, int threads, Array<float, 2> y) {
+    nb::gil_scoped_release release;
+    Program program(threads);
+    const int64_t tokens = static_cast<int64_t>(x.shape(0)), cols = w.tiles.cols;
+    const int source = program.add_values(cols, false), out = program.add_values(w.tiles.rows, false);
+    Product product;
+    product.w = w.tiles, product.values = out;
+    program.linear("product", source, nullptr, {product}, Store::set, Act::none);
+    Step step;
+    const int64_t starts[] = {0, tokens}, past[] = {0};
+    step.tokens = tokens, step.rows = 1, step.starts = starts, step.past = past;
+    program.run_on(step, source, x.data(), out, y.data());
+    return program.kernels()[0]->weight_read;
+}
+
+Norm make_norm(Bound& b, bool layer, float eps, int64_t size, std::optional<Floats> weight, std::optional<Floats> bias) {
+    Norm norm;
+    norm.layer = layer, norm.eps = eps, norm.size = size;
+    norm.weight = b.floats(weight), norm.bias = b.floats(bias);
+    return norm;
+}
+
+}  // namespace
+
+void bind_native(nb::module_& m) {
+    nb::class_<BoundTiles>(m, "Tiles")
+        .def_prop_ro("tile_bytes", [](const BoundTiles& b) { return b.tiles.tile_bytes() * b.tiles.tiles(); });
+    m.def("tiles", &make_tiles, nb::arg("coding"), nb::arg("scales"), nb::arg("bits"), nb::arg("rows"), nb::arg("cols"),
+          nb::arg("group"), nb::arg("data"), nb::arg("scale").none(), nb::arg("minimum").none(), nb::arg("sub").none());
+    m.def("pack_tiles", &pack_tiles);
+    m.def("unpack_tiles", &unpack_tiles);
+    m.def("multiply", &multiply);
+    nb::class_<Norm>(m, "Norm");
+    nb::class_<Bound>(m, "Program")
+        .def(nb::init<int>(), nb::arg("threads"))
+        .def("values", [](Bound& b, int64_t width, bool logits) { return b.program.add_values(width, logits); })
+        .def("norm", &make_norm, nb::arg("layer"), nb::arg("eps"), nb::arg("size"), nb::arg("weight").none(),
+             nb::arg("bias").none())
+        .def("rope",
+             [](Bound& b, const std::vector<float>& inverse, const std::vector<float>& longer, int64_t original, float scale) {
+                 Rope rope;
+                 rope.inverse = inverse, rope.inverse_long = longer, rope.original = original, rope.scale = scale;
+                 return b.program.add_rope(std::move(rope));
+             })
+        .def("embed",
+             [](Bound& b, const std::string& name, const BoundTiles& table, float scale, int values) {
+                 b.keep.insert(b.keep.end(), table.keep.begin(), table.keep.end());
+                 b.program.embed(name, table.tiles, scale, values);
+             })
+        .def("positions",
+             [](Bound& b, const std::string& name, const BoundTiles& table, int64_t offset, int values) {
+                 b.keep.insert(b.keep.end(), table.keep.begin(), table.keep.end());
+                 b.program.positions(name, table.tiles, offset, values);
+             })
+        .def("linear",
+             [](Bound& b, const std::string& name, int source, const Norm* norm,
+                const std::vector<std::tuple<const BoundTiles*, int, int64_t, std::optional<Floats>, float, float>>& products,
+                int store, int act) {
+                 std::vector<Product> made;
+                 for (const auto& [tiles, values, column, bias, scale, softcap] : products) {
+                     Product product;
+                     product.w = tiles->tiles, product.values = values, product.column = column;
+                     product.bias = b.floats(bias), product.scale = scale, product.softcap = softcap;
+                     b.keep.insert(b.keep.end(), tiles->keep.begin(), tiles->keep.end());
+                     made.push_back(product);
+                 }
+                 b.program.linear(name, source, norm, std::move(made), static_cast<Store>(store), static_cast<Act>(act));
+             },
+             nb::arg("name"), nb::arg("source"), nb::arg("norm").none(), nb::arg("products"), nb::arg("store"), nb::arg("act"))
+        .def("norm_add", [](Bound& b, const std::string& name, int source, const Norm& norm,
+                            int values) { b.program.norm_add(name, source, norm, values); })
+        .def("attend",
+             [](Bound& b, const std::string& name, int layer, int qkv, int out, int rope, int64_t heads, int64_t kv_heads,
+                int64_t head_dim, int64_t window, int coding, const Norm* q_norm, const Norm* k_norm, float scale, float softcap,
+                std::optional<std::tuple<float, float, float>> unified) {
+                 Attention a;
+                 a.layer = layer, a.qkv = qkv, a.out = out, a.rope = rope, a.heads = heads, a.kv_heads = kv_heads;
+                 a.head_dim = head_dim, a.window = window, a.coding = static_cast<Coding>(coding);
+                 if (q_norm) a.has_q_norm = true, a.q_norm = *q_norm;
+                 if (k_norm) a.has_k_norm = true, a.k_norm = *k_norm;
+                 a.scale = scale, a.softcap = softcap;
+                 if (unified) a.unified = true, a.phi = std::get<0>(*unified), a.low = std::get<1>(*unified), a.high = std::get<2>(*unified);
+                 b.program.attend(name, a);
+             },
+             nb::arg("name"), nb::arg("layer"), nb::arg("qkv"), nb::arg("out"), nb::arg("rope"), nb::arg("heads"),
+             nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("window"), nb::arg("coding"), nb::arg("q_norm").none(),
+             nb::arg("k_norm").none(), nb::arg("scale"), nb::arg("softcap"), nb::arg("unified").none())
+        .def("run",
+             [](Bound& b, Array<const int64_t, 1> ids, Array<const int64_t, 1> starts, Array<const int64_t, 1> past,
+                Array<const int64_t, 1> reach, Array<const int64_t, 1> logits_rows, Array<const int64_t, 3> cache, int values,
+                bool timed, Array<float, 2> out) {
+                 Step step;
+                 step.tokens = static_cast<int64_t>(ids.shape(0)), step.rows = static_cast<int64_t>(past.shape(0));
+                 step.logits = static_cast<int64_t>(logits_rows.shape(0));
+                 step.ids = ids.data(), step.starts = starts.data(), step.past = past.data();
+                 step.logits_rows = logits_rows.data(), step.cache = cache.data();
+                 float* to = out.data();
+                 const size_t bytes = out.nbytes();
+                 nb::gil_scoped_release release;
+                 b.program.run(step, reach.data(), timed);
+                 if (bytes) memcpy(to, b.program.values(values).data, bytes);
+             })
+        .def("metered",
+             [](const Bound& b) {
+                 std::vector<std::tuple<std::string, int64_t, int64_t, int64_t, int64_t, double>> found;
+                 for (const auto& k : b.program.kernels())
+                     found.emplace_back(k->name, k->weight_read, k->kv_read, k->kv_written, k->flops, k->seconds);
+                 return found;
+             })
+        .def_prop_ro("recomputed", [](const Bound& b) { return b.program.recomputed.load(); })
+        .def_prop_ro("arena_bytes", [](const Bound& b) { return b.program.arena_bytes(); })
+        .def_prop_ro("threads", [](const Bound& b) { return b.program.threads(); });
+}
+
+}  // namespace trimtab

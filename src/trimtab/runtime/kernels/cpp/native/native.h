@@ -1,0 +1,61 @@
+// What the native program calls in the instruction-set specific files. Legend: T tokens, N query heads, G KV heads, H head
+// size, Q queries that share a KV head (of several tokens and heads), S keys.
+#pragma once
+#include <cstdint>
+
+#include "kernels.h"
+#include "native/tiles.h"
+
+namespace trimtab {
+
+struct Norm {
+    bool layer = false;  // LayerNorm, else RMSNorm
+    float eps = 0;
+    int64_t size = 0;
+    const float* weight = nullptr;  // unit offset already added
+    const float* bias = nullptr;
+};
+
+// Keys and values of one KV head of one sequence in pages of `page` tokens, [page, H] each.
+struct Pages {
+    Coding coding = Coding::f32;  // f32, f16 or bf16
+    const uint8_t* const* k = nullptr;
+    const uint8_t* const* v = nullptr;
+    int64_t page = 0, head_dim = 0;
+};
+
+// Queries over keys [first, last): partial sums, largest score and sum of weights of each query, to be merged or divided.
+struct Attend {
+    Pages pages;
+    int64_t first = 0, last = 0;
+    int queries = 0;                 // at most max_queries
+    const float* const* q = nullptr; // [queries] -> [H]
+    const int64_t* low = nullptr;    // [queries] a query sees keys [low, high)
+    const int64_t* high = nullptr;
+    float scale = 1, softcap = 0;    // softcap 0: none
+    bool unified = false;            // subtract phi instead of the running maximum
+    float phi = 0;
+    float* largest = nullptr;        // [queries] out: running maximum (unified: the largest score)
+    float* weight = nullptr;         // [queries] out: sum of exp(score - maximum or phi)
+    float* out = nullptr;            // [queries, H] out: sum of exp(...) * v
+};
+constexpr int max_queries = 16;
+
+struct TileKernels {
+    // out [tokens, 16] = rows of `tile` times tokens t0 .. t0 + tokens - 1 of the input.
+    void (*dot_tile)(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out);
+    void (*norm)(const Norm& norm, const float* x, float* y);
+    // Codes of row t of `in`, of `cols` values.
+    void (*quantize)(const Input& in, int64_t t, const float* x, int64_t cols);
+    // gate = act(gate) * up, or act(gate) where up is null; `count` is a multiple of 16.
+    void (*activate)(Act act, float* gate, const float* up, int64_t count);
+    void (*attend)(const Attend& a);
+    // A row of keys or values into the coding of a page.
+    void (*encode)(Coding coding, const float* x, int64_t count, uint8_t* out);
+    // Rotate pairs (i, i + half) of x by cos, sin [half].
+    void (*rotate)(float* x, const float* cos, const float* sin, int64_t half);
+};
+
+const TileKernels& tile_kernels();  // of the instruction set in use
+
+}  // namespace trimtab

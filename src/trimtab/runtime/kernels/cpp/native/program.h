@@ -1,0 +1,136 @@
+// A model lowered to fused kernels: one step over packed tokens without leaving C++. Legend: T new tokens of all rows, B rows,
+// D hidden size, N query heads, G KV heads, H head size, R rows of logits, V vocabulary.
+#pragma once
+#include <atomic>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "native/native.h"
+#include "native/workers.h"
+
+namespace trimtab {
+
+// Floats of every token [T, width], grown to the largest step seen and never shrunk.
+struct Values {
+    int64_t width = 0;
+    bool logits = false;  // one row for each row of logits, not for each token
+    float* data = nullptr;
+};
+
+// One forward pass as the caller describes it.
+struct Step {
+    int64_t tokens = 0, rows = 0, logits = 0;
+    const int64_t* ids = nullptr;          // [T]
+    const int64_t* starts = nullptr;       // [B + 1] offsets of each row's tokens
+    const int64_t* past = nullptr;         // [B] tokens each row has in the cache
+    const int64_t* logits_rows = nullptr;  // [R] tokens whose logits are wanted
+    // [layers, B, 3]: address of keys, of values, tokens a head has room for: [G, room, H] each
+    const int64_t* cache = nullptr;
+};
+
+// A piece of attention work: queries of one row over keys of one KV head.
+struct Piece {
+    int64_t row, first_token, tokens, first_key, last_key, slot;  // slot: place of its partial sums, -1 if it sees all keys
+};
+
+class Program;
+
+// What a kernel sees of the step that runs.
+struct Context {
+    const Program& program;
+    const Step& step;
+    char* shared;             // scratch of all workers together
+    char* own;                // scratch of each worker, own_bytes apart
+    int64_t own_bytes;
+    float* partial;           // partial sums of attention by slot and query head
+    std::atomic<int64_t> next{0};  // job counter of the kernel that runs
+};
+
+struct Kernel {
+    std::string name;
+    std::atomic<int64_t> weight_read{0}, kv_read{0}, kv_written{0}, flops{0};  // of the last step, all workers
+    double seconds = 0;  // of worker 0 in the last step, if timed
+    virtual ~Kernel() = default;
+    virtual int64_t scratch_bytes(int64_t /*tokens*/) const { return 0; }
+    virtual void run(Context& context, Worker& worker) = 0;
+};
+
+enum class Store : int { set, add, gated };
+
+struct Product {
+    Tiles w;
+    int input = 0;            // index of the inputs of its kernel
+    int values = 0;           // where outputs go
+    int64_t column = 0;       // first column there
+    const float* bias = nullptr;
+    float scale = 1, softcap = 0;
+};
+
+struct Rope {
+    std::vector<float> inverse, inverse_long;  // frequencies; the long ones hold for rows that outgrow `original` tokens
+    int64_t original = 0;
+    float scale = 1;
+    float* table = nullptr;  // cosines, then sines: [T, 2, half] of the step that runs
+    int64_t half() const { return static_cast<int64_t>(inverse.size()); }
+};
+
+struct Attention {
+    int layer = 0, qkv = 0, out = 0, rope = -1;  // qkv: queries, keys, values of a token side by side; rope -1: none
+    int64_t heads = 0, kv_heads = 0, head_dim = 0, window = 0;             // window 0: none
+    Coding coding = Coding::f32;
+    bool has_q_norm = false, has_k_norm = false;
+    Norm q_norm, k_norm;
+    float scale = 1, softcap = 0;
+    bool unified = false;  // one maximum phi for all keys; rows whose scores leave phi + [low, high] are computed again
+    float phi = 0, low = 0, high = 0;
+};
+
+class Program {
+  public:
+    explicit Program(int threads) : workers_(threads) {}
+
+    int add_values(int64_t width, bool logits);
+    int add_rope(Rope rope);
+    void embed(const std::string& name, const Tiles& table, float scale, int values);
+    void positions(const std::string& name, const Tiles& table, int64_t offset, int values);
+    // Products of one input, which is normed first where there is a norm. gated: they come in pairs (gate, up).
+    void linear(const std::string& name, int source, const Norm* norm, std::vector<Product> products, Store store, Act act);
+    void norm_add(const std::string& name, int source, const Norm& norm, int values);
+    void attend(const std::string& name, const Attention& attention);
+
+    // Runs one step; `reach` [B] is the length each row will have in the end, which chooses its rope.
+    void run(const Step& step, const int64_t* reach, bool timed);
+    // Runs one step on given values [T, width] instead of what an embedding yields, and copies out others.
+    void run_on(const Step& step, int source, const float* x, int out, float* y);
+
+    const Values& values(int index) const { return values_[static_cast<size_t>(index)]; }
+    const Rope& rope(int index) const { return ropes_[static_cast<size_t>(index)]; }
+    const std::vector<Piece>& pieces() const { return pieces_; }
+    const std::vector<std::unique_ptr<Kernel>>& kernels() const { return kernels_; }
+    int64_t arena_bytes() const;
+    int threads() const { return workers_.count(); }
+    std::atomic<int64_t> recomputed{0};  // rows of attention computed again, since the program was built
+
+  private:
+    struct Arena {
+        char* data = nullptr;
+        int64_t bytes = 0;
+        ~Arena();
+        char* grow(int64_t wanted);  // contents are lost; std::bad_alloc if the system refuses
+    };
+
+    void lay_out(const Step& step);
+    void cut(const Step& step);
+    void turn(const Step& step, const int64_t* reach, Worker& worker);
+
+    Workers workers_;
+    std::vector<Values> values_;
+    std::vector<Rope> ropes_;
+    std::vector<std::unique_ptr<Kernel>> kernels_;
+    Arena values_arena_, scratch_arena_, partial_arena_, rope_arena_;
+    int64_t heads_ = 0, per_kv_ = 0, head_dim_ = 0, slots_ = 0;  // largest over attention kernels
+    std::vector<Piece> pieces_;
+};
+
+}  // namespace trimtab

@@ -1,0 +1,73 @@
+// Matrices in tiles of 16 rows, the layout the native program multiplies. Legend: T tokens, K inputs, N outputs.
+//
+// A tile holds 16 rows of W [N, K] side by side, so that one vector register carries the same columns of 8 or 16 rows
+// and no product needs a sum across a register. Rows beyond N and columns beyond K are zero.
+//
+//   f32, f16   data [tiles, K, 16]
+//   bf16       data [tiles, ceil(K / 2), 16, 2]
+//   ints       codes [tiles, Kp / 32, 64 * bits], Kp = K rounded up to 32: units of 32 columns. A unit is its 4-bit part,
+//              then its 2-bit part, then its 1-bit part, as the binary digits of `bits` say (8 bits: whole bytes). In the
+//              f-bit part every 64-byte vector holds 32 / f columns: byte 4 r + j keeps, from its lowest f bits up,
+//              columns j, 4 + j, 8 + j, ... of row r.
+//   ternary    see ternary.h
+#pragma once
+#include <cstdint>
+
+namespace trimtab {
+
+constexpr int tile_rows = 16, unit_cols = 32;
+
+enum class Coding : int { f32, f16, bf16, ints };
+// How the scales of ints are kept, each for 16 rows: half: fp16 [tiles, groups, 16], minimum alike. q4_k: fp16
+// [tiles, K / 256, 2, 16] times uint8 [tiles, K / 256, 2, 8, 16]. q6_k: fp16 [tiles, K / 256, 16] times int8
+// [tiles, K / 256, 16, 16].
+enum class Scales : int { half, q4_k, q6_k };
+
+struct Tiles {
+    Coding coding = Coding::f32;
+    Scales scales = Scales::half;
+    int bits = 0;
+    const uint8_t* data = nullptr;
+    const uint16_t* scale = nullptr;
+    const uint16_t* minimum = nullptr;  // null: w = scale * (code - 2^(bits-1)), else scale * code + minimum
+    const uint8_t* sub = nullptr;
+    int64_t rows = 0, cols = 0, group = 0;  // group: columns that share a scale, a multiple of 16
+
+    int64_t tiles() const { return (rows + tile_rows - 1) / tile_rows; }
+    int64_t padded() const {
+        return coding == Coding::ints ? (cols + unit_cols - 1) / unit_cols * unit_cols
+               : coding == Coding::bf16 ? (cols + 1) / 2 * 2
+                                        : cols;
+    }
+    int64_t groups() const { return coding == Coding::ints ? (padded() + group - 1) / group : 0; }
+    // Columns of an input that share one activation scale.
+    int64_t act_group() const { return group % 64 == 0 ? 64 : group % 32 == 0 ? 32 : 16; }
+    int64_t data_bytes() const {  // of one tile
+        switch (coding) {
+            case Coding::f32: return padded() * 64;
+            case Coding::f16:
+            case Coding::bf16: return padded() * 32;
+            default: return padded() * 2 * bits;
+        }
+    }
+    int64_t tile_bytes() const {
+        if (coding != Coding::ints) return data_bytes();
+        if (scales == Scales::q4_k) return data_bytes() + padded() / 256 * (2 * 32 + 2 * 8 * 16);
+        if (scales == Scales::q6_k) return data_bytes() + padded() / 256 * (32 + 16 * 16);
+        return data_bytes() + groups() * 32 * (minimum ? 2 : 1);
+    }
+};
+
+// T rows of activations as a product wants them. Floats: x [T, stride]. Ints: codes, one scale per act_group columns, and
+// per weight group the scaled sum of its codes (what a zero point or a minimum multiplies).
+struct Input {
+    bool ints = false;
+    int64_t stride = 0;  // columns of a row, padded
+    int64_t act_group = 0, group = 0;
+    float* x = nullptr;
+    int8_t* codes = nullptr;
+    float* scale = nullptr;  // [T, stride / act_group]
+    float* sum = nullptr;    // [T, ceil(stride / group)]
+};
+
+}  // namespace trimtab

@@ -1,0 +1,89 @@
+#include "native/workers.h"
+
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <climits>
+
+namespace trimtab {
+namespace {
+
+// About 20 us: longer than the wait between the kernels of a step, shorter than what a user would call load.
+constexpr int spins = 4000;
+
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Returns when `word` is no longer `seen`.
+void await(const std::atomic<uint32_t>& word, uint32_t seen, std::atomic<uint32_t>& sleepers) {
+    for (int i = 0; i < spins; ++i) {
+        if (word.load(std::memory_order_acquire) != seen) return;
+        pause();
+    }
+    sleepers.fetch_add(1, std::memory_order_seq_cst);
+    while (word.load(std::memory_order_seq_cst) == seen)
+        syscall(SYS_futex, reinterpret_cast<const uint32_t*>(&word), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+    sleepers.fetch_sub(1, std::memory_order_relaxed);
+}
+
+// Changes `word`, and calls the system only if somebody sleeps on it.
+void advance(std::atomic<uint32_t>& word, const std::atomic<uint32_t>& sleepers) {
+    word.fetch_add(1, std::memory_order_seq_cst);
+    if (sleepers.load(std::memory_order_seq_cst) > 0)
+        syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
+
+}  // namespace
+
+Workers::Workers(int count) : count_(count) {
+    for (int id = 1; id < count; ++id) threads_.emplace_back([this, id] { serve(id); });
+}
+
+Workers::~Workers() {
+    stop_ = true;
+    advance(start_, sleepers_);
+    for (auto& thread : threads_) thread.join();
+}
+
+void Workers::serve(int id) {
+    uint32_t seen = 0;
+    for (;;) {
+        await(start_, seen, sleepers_);
+        ++seen;
+        if (stop_) return;
+        Worker worker{id, count_, this};
+        work_(context_, worker);
+        barrier();
+    }
+}
+
+void Workers::run(Work work, void* context) {
+    Worker worker{0, count_, this};
+    if (count_ == 1) return work(context, worker);
+    work_ = work, context_ = context;
+    advance(start_, sleepers_);
+    work(context, worker);
+    barrier();
+}
+
+void Workers::barrier() {
+    const uint32_t phase = phase_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(count_)) {
+        arrived_.store(0, std::memory_order_relaxed);
+        advance(phase_, sleepers_);
+        return;
+    }
+    await(phase_, phase, sleepers_);
+}
+
+void Worker::wait() {
+    if (count > 1) team->barrier();
+}
+
+}  // namespace trimtab

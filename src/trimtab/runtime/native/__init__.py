@@ -1,0 +1,8 @@
+"""The native program: a model lowered to fused C++ kernels over tiled weights. No torch."""
+
+from __future__ import annotations
+
+from trimtab.runtime.native.lower import lower, lowered_spec
+from trimtab.runtime.native.program import NativeProgram
+
+__all__ = ["NativeProgram", "lower", "lowered_spec"]

@@ -1,0 +1,298 @@
+"""From a spec and its weights to a program: which ops become one kernel, and which buffers they are bound to.
+
+Legend: T tokens, D hidden size, N query heads, G KV heads, H head size, F neurons, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from trimtab.errors import SpecError, UnsupportedModelError
+from trimtab.runtime.kernels import _core
+from trimtab.runtime.native.arena import Arena
+from trimtab.runtime.native.program import NativeProgram
+from trimtab.runtime.numerics import decode
+from trimtab.runtime.numerics.tiles import tile, tiled_format
+from trimtab.runtime.rope import frequencies
+from trimtab.runtime.weights.packed import Packed, Weights
+from trimtab.spec import tree
+from trimtab.spec.cache import All
+from trimtab.spec.formats import FP32, SUPER_BLOCKS, UNIT_COLS, WeightFormat
+from trimtab.spec.leaves import EmbeddingSpec, LinearSpec, NormSpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import NO_FLOW, AttentionSpec, Dense, FFNSpec, LayerSpec
+from trimtab.spec.tree import Node
+
+#: Hugging Face names of activations -> index in `Act` of `cpp/kernels.h`.
+ACTS = {
+    "silu": 0, "swish": 0, "gelu_tanh": 1, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "relu": 3,
+}  # fmt: skip
+_NONE = 4
+_CODINGS = {"fp32": 0, "fp16": 1, "bf16": 2}
+_INTS = 3
+_SCALES = {"q4_k": 1, "q5_k": 1, "q6_k": 2}
+_SET, _ADD, _GATED = 0, 1, 2
+
+
+def lowered_spec(spec: ModelSpec) -> ModelSpec:
+    """The model as the native program holds it: matrices in tiles, norms and biases in fp32, activations in fp32.
+
+    Raises:
+        UnsupportedModelError: names the first node that has no native kernel.
+    """
+    for path, node in tree.walk(spec):
+        missing = _missing(path, node)
+        if missing:
+            raise UnsupportedModelError(f"{missing} ({path}) has no native kernel.")
+    if spec.flow != NO_FLOW:
+        raise UnsupportedModelError("A token filter before the prompt has no native kernel.")
+    if spec.norm is None or spec.embed_norm is not None:
+        raise UnsupportedModelError("A model without a last norm, or with one after the embedding, has no native kernel.")
+    done: dict[int, Node] = {}
+
+    def once(node: Node) -> Node:
+        if id(node) not in done:
+            done[id(node)] = convert(node)
+        return done[id(node)]
+
+    def convert(node: Node) -> Node:
+        updates: dict[str, object] = {}
+        for field in dataclasses.fields(node):  # type: ignore[arg-type]
+            value = getattr(node, field.name)
+            if isinstance(value, Node):
+                updates[field.name] = convert(value)
+            elif isinstance(value, tuple) and value and isinstance(value[0], Node):
+                updates[field.name] = tuple(once(item) for item in value)
+        if isinstance(node, LinearSpec):
+            updates |= {"format": _tiled(node.format, node.k), "bias_format": FP32}
+        elif isinstance(node, EmbeddingSpec):
+            updates["format"] = _tiled(node.format, node.k)
+        elif isinstance(node, NormSpec):
+            updates["format"] = FP32
+        return dataclasses.replace(node, **updates)  # type: ignore[type-var]
+
+    converted = convert(spec)
+    assert isinstance(converted, ModelSpec)
+    return dataclasses.replace(converted, act_dtype="fp32", history=spec.history)
+
+
+def _tiled(format: WeightFormat, cols: int) -> WeightFormat:
+    try:
+        return tiled_format(format, cols)
+    except SpecError as error:
+        raise UnsupportedModelError(str(error)) from None
+
+
+def _missing(path: str, node: Node) -> str:
+    """What of a node has no native kernel; empty = it has."""
+    if isinstance(node, LayerSpec):
+        if not isinstance(node.self_attn, AttentionSpec):
+            return f"A {type(node.self_attn).__name__} layer"
+        if not isinstance(node.mlp, FFNSpec):
+            return "A mixture of experts"
+        if node.parallel or node.ranks > 1 or node.input_layernorm is None or node.post_attention_layernorm is None:
+            return "A layer whose blocks run side by side"
+    if isinstance(node, AttentionSpec):
+        return _missing_attention(node)
+    if isinstance(node, FFNSpec):
+        if not isinstance(node.executor, Dense):
+            return "A feed-forward block that skips rows"
+        if node.act not in ACTS:
+            return f"The activation {node.act}"
+    if isinstance(node, LinearSpec):
+        if node.layout != "row":
+            return "A matrix stored transposed"
+        if node.act != "none":
+            return f"A product with its input coded as {node.act}"
+        try:
+            tiled_format(node.format, node.k)
+        except SpecError:
+            return f"A matrix in {node.format} with rows of {node.k}"
+    if isinstance(node, NormSpec) and not node.weight:
+        return "A norm without weights"
+    return ""
+
+
+def _missing_attention(node: AttentionSpec) -> str:
+    heads = node.cache.heads
+    if node.alibi or node.sinks or node.gated or node.tied_values or node.v_norm is not None or node.chunk is not None:
+        return "Attention with ALiBi, sinks, gates, tied values, a norm of values or chunks"
+    if len(set(heads)) != 1 or not isinstance(heads[0].keep, All):
+        return "A cache whose heads differ or forget tokens"
+    head = heads[0]
+    if head.k_format != head.v_format or head.k_format.kind not in _CODINGS:
+        return f"A cache in {head.k_format} and {head.v_format}"
+    if node.head_dim % 16 or node.head_dim > 512 or head.v_head_dim != node.head_dim:
+        return f"A head of {node.head_dim} elements, not a multiple of 16 up to 512,"
+    for norm in (node.q_norm, node.k_norm):
+        if norm is not None and norm.size != node.head_dim:
+            return "A norm over all heads together"
+    return ""
+
+
+def lower(spec: ModelSpec, weights: Weights, threads: int = 0, release: Callable[[str], None] | None = None) -> NativeProgram:
+    """Build the program of a model.
+
+    Args:
+        spec: the model; matrices in any format that has tiles.
+        weights: of `spec`. Every matrix is copied into tiles, so the caller may drop them afterwards.
+        threads: workers, the caller's thread among them; 0 = as many as this process may run on.
+        release: called with the path of every weight that was copied, so that its pages can be given back.
+
+    Raises:
+        UnsupportedModelError: something has no native kernel.
+        CapacityError: the weights do not fit into memory.
+    """
+    native = lowered_spec(spec)
+    count = threads or len(os.sched_getaffinity(0))
+    builder = _Builder(native, weights, count, release or (lambda path: None))
+    return builder.build()
+
+
+class _Builder:
+    """Adds kernels in the order of the graph."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights, threads: int, release: Callable[[str], None]) -> None:
+        self.spec, self.weights, self.release = spec, weights, release
+        self.program = _core.Program(threads)
+        self.arena = Arena(sum(f.nbytes(*shape) for _, f, shape in _matrices(spec)))
+        self.tiles: dict[str, _core.Tiles] = {}
+        self.ropes: dict[object, int] = {}
+        self.kept: list[np.ndarray] = []
+        self.nbytes = 0
+
+    def build(self) -> NativeProgram:
+        spec, program = self.spec, self.program
+        widest = max(spec.hidden_size, 1)
+        h = program.values(widest, False)
+        shapes = [layer.self_attn for layer in spec.layers]
+        qkv = program.values(max((a.num_attention_heads + 2 * a.num_key_value_heads) * a.head_dim for a in shapes), False)
+        attended = program.values(max(a.num_attention_heads * a.head_dim for a in shapes), False)
+        hidden = program.values(max(layer.mlp.intermediate_size for layer in spec.layers), False)
+        side = -1
+        if any(layer.attn_output_norm or layer.mlp_output_norm for layer in spec.layers):
+            side = program.values(widest, False)
+        logits = program.values(spec.vocab_size, True)
+        table = self.table("embed_tokens", spec.embed_tokens)
+        program.embed("embed_tokens", table, spec.embed_tokens.scale, h)
+        if spec.embed_positions is not None:
+            at = spec.embed_positions
+            program.positions("embed_positions", self.table("embed_positions", at), at.offset, h)
+        for index, layer in enumerate(spec.layers):
+            self.layer(index, layer, h, qkv, attended, hidden, side)
+        head = spec.lm_head
+        tied = spec.tie_word_embeddings
+        tiles = table if tied else self.matrix("lm_head", head)
+        product = (tiles, logits, 0, self.bias("lm_head", head), spec.logit_scale, spec.logit_softcap or 0.0)
+        assert spec.norm is not None
+        program.linear("norm+lm_head", h, self.norm("norm", spec.norm), [product], _SET, _NONE)
+        return NativeProgram(spec, program, self.arena, logits, self.nbytes, self.kept)
+
+    def layer(self, index: int, layer: LayerSpec, h: int, qkv: int, attended: int, hidden: int, side: int) -> None:
+        program, path = self.program, f"layers.{index}"
+        attn, mlp = layer.self_attn, layer.mlp
+        assert isinstance(attn, AttentionSpec) and isinstance(mlp, FFNSpec)
+        at = f"{path}.self_attn"
+        parts, column = [], 0
+        for name, node in (("q_proj", attn.q_proj), ("k_proj", attn.k_proj), ("v_proj", attn.v_proj)):
+            parts.append(self.product(f"{at}.{name}", node, qkv, column))
+            column += node.n
+        norm = self.norm(f"{path}.input_layernorm", layer.input_layernorm)
+        program.linear(f"{path}.input_layernorm+q_proj+k_proj+v_proj", h, norm, parts, _SET, _NONE)
+        head = attn.cache.heads[0]
+        program.attend(
+            f"{at}.rope+append+attend", index, qkv, attended, self.rope(attn), attn.num_attention_heads,
+            attn.num_key_value_heads, attn.head_dim, attn.window or 0, _CODINGS[head.k_format.kind],
+            self.norm(f"{at}.q_norm", attn.q_norm), self.norm(f"{at}.k_norm", attn.k_norm), attn.scale, attn.softcap or 0.0,
+            None,
+        )  # fmt: skip
+        self.back(f"{at}.o_proj", attn.o_proj, attended, h, side, f"{path}.attn_output_norm", layer.attn_output_norm)
+        norm = self.norm(f"{path}.post_attention_layernorm", layer.post_attention_layernorm)
+        up = self.product(f"{path}.mlp.up_proj", mlp.up_proj, hidden, 0)
+        if mlp.gate_proj is None:
+            program.linear(f"{path}.post_attention_layernorm+up_proj+act", h, norm, [up], _SET, ACTS[mlp.act])
+        else:
+            gate = self.product(f"{path}.mlp.gate_proj", mlp.gate_proj, hidden, 0)
+            name = f"{path}.post_attention_layernorm+gate_proj+up_proj+act"
+            program.linear(name, h, norm, [gate, up], _GATED, ACTS[mlp.act])
+        self.back(f"{path}.mlp.down_proj", mlp.down_proj, hidden, h, side, f"{path}.mlp_output_norm", layer.mlp_output_norm)
+
+    def back(self, path: str, node: LinearSpec, source: int, h: int, side: int, norm_path: str, norm: NormSpec | None) -> None:
+        """The projection back to the residual stream; an output norm stands between the two."""
+        if norm is None:
+            self.program.linear(f"{path}+add", source, None, [self.product(path, node, h, 0)], _ADD, _NONE)
+            return
+        self.program.linear(path, source, None, [self.product(path, node, side, 0)], _SET, _NONE)
+        made = self.norm(norm_path, norm)
+        assert made is not None
+        self.program.norm_add(f"{norm_path}+add", side, made, h)
+
+    def product(self, path: str, node: LinearSpec, values: int, column: int) -> tuple:
+        return (self.matrix(path, node), values, column, self.bias(path, node), 1.0, 0.0)
+
+    def matrix(self, path: str, node: LinearSpec) -> _core.Tiles:
+        return self._tiles(path, node.format, (node.n, node.k))
+
+    def table(self, path: str, node: EmbeddingSpec) -> _core.Tiles:
+        return self._tiles(path, node.format, (node.n, node.k))
+
+    def _tiles(self, path: str, format: WeightFormat, shape: tuple[int, int]) -> _core.Tiles:
+        packed = tile(self.weights[path], self.arena.buffers(format, shape))
+        self.release(path)
+        self.nbytes += packed.nbytes
+        return core_tiles(packed)
+
+    def bias(self, path: str, node: LinearSpec) -> np.ndarray | None:
+        return self.vector(f"{path}.bias") if node.bias else None
+
+    def vector(self, path: str) -> np.ndarray:
+        made = np.array(decode(self.weights[path]).reshape(-1), dtype=np.float32)
+        self.nbytes += made.nbytes
+        self.kept.append(made)
+        return made
+
+    def norm(self, path: str, node: NormSpec | None) -> _core.Norm | None:
+        if node is None:
+            return None
+        weight = self.vector(path)
+        if node.unit_offset:
+            weight += np.float32(1.0)
+        bias = self.vector(f"{path}.bias") if node.bias else None
+        return self.program.norm(node.kind == "layer", node.eps, node.size, weight, bias)
+
+    def rope(self, attn: AttentionSpec) -> int:
+        if attn.rope is None:
+            return -1
+        if attn.rope not in self.ropes:
+            found = frequencies(attn.rope, self.spec.max_position_embeddings)
+            longer = [] if found.long is None else found.long.tolist()
+            self.ropes[attn.rope] = self.program.rope(found.inverse.tolist(), longer, found.original, found.scale)
+        return self.ropes[attn.rope]
+
+
+def core_tiles(packed: Packed) -> _core.Tiles:
+    """The tiled matrix as the kernels take it."""
+    format, (rows, cols) = packed.format, packed.shape
+    flat = {name: buffer.reshape(-1).view(np.uint8) for name, buffer in packed.buffers.items()}
+    if format.is_float:
+        return _core.tiles(_CODINGS[format.kind], 0, 0, rows, cols, 0, flat["data"], None, None, None)
+    bits, group, _ = SUPER_BLOCKS.get(format.kind, (format.bits, format.group, False))
+    if group == cols:  # one scale a row: it holds for the padding too
+        group = -(-cols // UNIT_COLS) * UNIT_COLS
+    return _core.tiles(
+        _INTS, _SCALES.get(format.kind, 0), bits, rows, cols, group, flat["codes"], flat["scale"], flat.get("minimum"),
+        flat.get("sub"),
+    )  # fmt: skip
+
+
+def _matrices(spec: ModelSpec) -> Iterable[tuple[str, WeightFormat, tuple[int, int]]]:
+    """(path, format, shape) of every matrix the program owns, in the order of the walk."""
+    for path, node in tree.walk(spec):
+        if isinstance(node, EmbeddingSpec) or (
+            isinstance(node, LinearSpec) and not (path == "lm_head" and spec.tie_word_embeddings)
+        ):
+            yield path, node.format, (node.n, node.k)

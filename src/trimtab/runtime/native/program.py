@@ -1,0 +1,72 @@
+"""A lowered model as the engine drives it: numpy in, numpy out, the step itself in C++.
+
+Legend: B rows, T new tokens of all rows, R rows of logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from trimtab.runtime.cache.store import KVStore
+from trimtab.runtime.kernels import _core
+from trimtab.runtime.native.arena import Arena
+from trimtab.runtime.step import IntArray, Recorder, Step
+from trimtab.spec.model import ModelSpec
+
+
+class NativeProgram:
+    """A `Runner` whose passes run in C++. Built by `lower`.
+
+    Attributes:
+        spec: the model as it is held (see `lowered_spec`).
+        weight_bytes: bytes of the live weight buffers, ties once.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, core: _core.Program, arena: Arena, logits: int, weight_bytes: int, kept: list[np.ndarray]
+    ) -> None:
+        self.spec, self.weight_bytes = spec, weight_bytes
+        self._core, self._arena, self._logits, self._kept = core, arena, logits, kept
+
+    @property
+    def threads(self) -> int:
+        """Workers."""
+        return self._core.threads
+
+    @property
+    def recomputed(self) -> int:
+        """Rows of attention computed again because their scores left the safe interval, since the program was built."""
+        return self._core.recomputed
+
+    def open_store(self) -> KVStore:
+        """An empty store that fits the model."""
+        return KVStore(self.spec)
+
+    def keep_tokens(self, ids: IntArray, record: Recorder | None) -> IntArray:
+        """Every token of a prompt."""
+        return np.arange(len(ids))
+
+    def forward(self, tokens: IntArray, step: Step, store: KVStore, logits_rows: IntArray) -> np.ndarray:
+        """Run one pass over packed tokens [T]; float32 logits [R, V] of the rows wanted.
+
+        Raises:
+            CapacityError: the pages do not fit.
+        """
+        cache = store.place(step)
+        out = np.empty((len(logits_rows), self.spec.vocab_size), np.float32)
+        past = step.positions[step.cu[:-1]]
+        timed = step.record is not None
+        self._core.run(tokens, step.cu, past, step.reaches, logits_rows, cache, self._logits, timed, out)
+        if step.record is not None:
+            self._report(step.record)
+        return out
+
+    def _report(self, record: Recorder) -> None:
+        for name, weight_read, kv_read, kv_written, flops, _ in self._core.metered():
+            record.op(name, flops=flops, weight_read=weight_read, kv_read=kv_read, kv_written=kv_written)
+
+    def metered(self) -> list[tuple[Any, ...]]:
+        """(name, weight bytes, KV bytes read, written, FLOPs, seconds) of every kernel in the last pass."""
+        return self._core.metered()
