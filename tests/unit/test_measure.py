@@ -162,7 +162,7 @@ def test_calibration_is_written_and_read_back() -> None:
 
 _LOAD = """
 import sys, gc, trimtab
-from trimtab.measure.meters import rss_bytes
+from trimtab.measure.process import rss_bytes
 m = trimtab.load("smollm2-135m", techniques=sys.argv[1:])
 gc.collect()
 print(rss_bytes(), m.weights.nbytes)

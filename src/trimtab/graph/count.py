@@ -107,7 +107,7 @@ def scratch_bytes(op: Op, step: StepShape, attention: str) -> IntArray | int:
 def _embed(op: Op, step: StepShape, how: _How) -> Counts:
     table: Any = op.node
     tokens = step.tokens
-    return Counts(weight_read=tokens * table.format.nbytes(1, table.k), vector_flops=_ADD * tokens * table.k)
+    return Counts(weight_read=tokens * table.format.row_nbytes(table.k), vector_flops=_ADD * tokens * table.k)
 
 
 def _linear(op: Op, step: StepShape, how: _How) -> Counts:

@@ -14,7 +14,8 @@ from trimtab.errors import SpecError
 from trimtab.graph.ops import StepShape
 from trimtab.graph.passes import prompt_held
 from trimtab.measure.ledger import Ledger
-from trimtab.measure.meters import ActivationMeter, Stopwatch, energy, rss_bytes
+from trimtab.measure.meters import ActivationMeter, Stopwatch, energy
+from trimtab.measure.process import rss_bytes
 from trimtab.measure.quality import Quality, TokenScores
 from trimtab.model.variant import Model, Variant
 from trimtab.predict.predict import predict, step_counts

@@ -15,16 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 
-def rss_bytes(*, peak: bool = False) -> int:
-    """Resident memory of this process, now or at its highest, from /proc/self/status; 0 where there is none."""
-    wanted = "VmHWM:" if peak else "VmRSS:"
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(wanted)), 0)
-
-
 class ActivationMeter(TorchDispatchMode):
     """Counts the bytes of tensors that ops create while it is on, and their peak. Views share a storage and count once.
 

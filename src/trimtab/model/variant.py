@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,8 @@ import torch
 from trimtab.errors import SpecError
 from trimtab.model.decoder import Decoder
 from trimtab.model.flow import filter_prompt
-from trimtab.runtime.engine.generate import Output, Session, generate
-from trimtab.runtime.engine.sampling import SamplingParams
+from trimtab.runtime.engine.generate import Output
+from trimtab.runtime.engine.generator import Generator
 from trimtab.runtime.step import IntArray, Recorder, Step
 from trimtab.runtime.weights.packed import Weights
 from trimtab.spec.model import ModelSpec
@@ -37,7 +37,7 @@ class Variant:
         return Decoder(self.spec, self.weights)
 
 
-class Model:
+class Model(Generator):
     """A model in memory. The variant on top of the stack is the one that answers.
 
     Args:
@@ -46,8 +46,8 @@ class Model:
     """
 
     def __init__(self, variant: Variant, tokenizer: Callable[[], Tokenizer] | None = None) -> None:
+        super().__init__(tokenizer)
         self._variants = [variant]
-        self._build_tokenizer = tokenizer
 
     @property
     def variant(self) -> Variant:
@@ -69,16 +69,9 @@ class Model:
         """The torch decoder."""
         return self.variant.decoder
 
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer.
-
-        Raises:
-            SpecError: the model came without one.
-        """
-        if self._build_tokenizer is None:
-            raise SpecError(f"{self.spec.name} has no tokenizer. Pass token ids instead of text.")
-        return self._build_tokenizer()
+    def runner(self) -> Bound:
+        """The variant of this moment as the engine drives it."""
+        return Bound(self.variant)
 
     def push(self, variant: Variant) -> None:
         """Put a variant on top; the ones below stay as they are."""
@@ -111,88 +104,13 @@ class Model:
         wanted = np.arange(len(flat), dtype=np.int64)
         return self.decoder(torch.from_numpy(flat), step, None, wanted).view(len(rows), len(rows[0]), -1)
 
-    def generate(
-        self, prompt: Any, *, max_new_tokens: int = 128, stream: bool = False, chat: bool = False, **sampling: Any
-    ) -> Any:
-        """Continue one prompt or several of different lengths.
-
-        Args:
-            prompt: text, a list of texts, token ids, or a list of lists of ids.
-            max_new_tokens: most tokens to generate for each.
-            stream: True returns an iterator of text pieces (one prompt only).
-            chat: True wraps text in the model's chat template.
-            sampling: see `SamplingParams`: temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, ignore_eos.
-
-        Returns:
-            `Output` (.text, .ids), a list of them for several prompts, or an iterator of text.
-
-        Raises:
-            SpecError: a bad parameter, or prompt plus new tokens beyond the context.
-        """
-        params = SamplingParams(max_new_tokens=max_new_tokens, **sampling)
-        rows, single = self._prompts(prompt, chat)
-        tokenizer = self.tokenizer if self._build_tokenizer else None
-        if stream:
-            if not single or tokenizer is None:
-                raise SpecError("stream=True wants one prompt and a model with a tokenizer.")
-            return _texts(generate(_Bound(self.variant), rows, params, tokenizer))
-        outputs = list(generate(_Bound(self.variant), rows, params, tokenizer))[-1]
-        return outputs[0] if single else outputs
-
-    def session(self, chunk: int = 512) -> Session:
-        """A session on the variant of this moment: prompt, then steps, over a store of its own."""
-        return Session(_Bound(self.variant), chunk=chunk)
-
     def reduce_prompt(self, ids: Sequence[int]) -> IntArray:
         """Indices of the prompt tokens the model keeps (all, unless a token filter is applied)."""
         return filter_prompt(self.decoder, np.asarray(ids, dtype=np.int64))
 
-    def _prompts(self, prompt: Any, chat: bool) -> tuple[list[IntArray], bool]:
-        if isinstance(prompt, str):
-            return [self._encode(prompt, chat)], True
-        if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], str):
-            return [self._encode(text, chat) for text in prompt], False
-        flat = not (isinstance(prompt, list | tuple) and prompt and not isinstance(prompt[0], int | np.integer))
-        return self._rows(prompt), flat and not (isinstance(prompt, torch.Tensor) and prompt.ndim == 2)
-
-    def _encode(self, text: str, chat: bool) -> IntArray:
-        if chat and self.tokenizer.chat_template:
-            ids = self.tokenizer.encode_chat([{"role": "user", "content": text}])
-        else:
-            ids = self.tokenizer.encode(text, add_special_tokens=True)
-        return self._rows([ids])[0]
-
-    def _rows(self, ids: Any) -> list[IntArray]:
-        """Token ids as one array per row, checked."""
-        if isinstance(ids, torch.Tensor | np.ndarray):
-            ids = ids.tolist()
-        rows = [ids] if not ids or isinstance(ids[0], int | np.integer) else ids
-        found = [np.asarray(row, dtype=np.int64) for row in rows]
-        for row in found:
-            if len(row) == 0:
-                raise SpecError("A prompt has no token. Give at least one.")
-            if row.min() < 0 or row.max() >= self.spec.vocab_size:
-                raise SpecError(f"Token ids must lie in 0..{self.spec.vocab_size - 1}; got {row.min()}..{row.max()}.")
-            if len(row) > self.spec.max_position_embeddings:
-                raise SpecError(
-                    f"The prompt has {len(row)} tokens, the context of {self.spec.name} is "
-                    f"{self.spec.max_position_embeddings}. Shorten the prompt."
-                )
-        return found
-
-
-def _texts(steps: Iterator[list[Output]]) -> Iterator[str]:
-    """The text of one prompt, piece by piece."""
-    shown = 0
-    for outputs in steps:
-        text = outputs[0].text
-        if len(text) > shown:
-            yield text[shown:]
-            shown = len(text)
-
 
 @dataclass(frozen=True)
-class _Bound:
+class Bound:
     """The engine's view of one variant: numpy in, numpy out. It stays with its variant when others are pushed or popped."""
 
     variant: Variant

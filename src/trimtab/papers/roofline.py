@@ -104,7 +104,7 @@ def _parameters(bench: Bench) -> Outcome:
 #: Run in a process of its own: peak memory of a whole request, less what Python and torch hold before anything is loaded.
 _RSS = """
 import numpy, torch, trimtab
-from trimtab.measure.meters import rss_bytes
+from trimtab.measure.process import rss_bytes
 import trimtab.techniques.apply, trimtab.runtime.engine.generate
 torch.nn.functional.linear(torch.ones(8, 8), torch.ones(8, 8))
 before = rss_bytes()

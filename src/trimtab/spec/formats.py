@@ -198,6 +198,10 @@ class WeightFormat:
         """Bytes of a stored [rows, cols] matrix: the sum over its buffers."""
         return sum(buffer.nbytes for buffer in self.buffers(rows, cols))
 
+    def row_nbytes(self, cols: int) -> int:
+        """Bytes that one row of many takes: what a lookup reads."""
+        return self.nbytes(TILE_ROWS, cols) // TILE_ROWS if self.tiled else self.nbytes(1, cols)
+
     def __str__(self) -> str:
         name = self.kind if self.kind != "int" else f"int{self.bits}-g{self.group}{'' if self.sym else '-asym'}"
         return f"{name}-tiled" if self.tiled else name

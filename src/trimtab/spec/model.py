@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from trimtab.errors import SpecError
 from trimtab.spec import tree
-from trimtab.spec.cache import PageFormat, page_format
+from trimtab.spec.cache import HeadSpec, PageFormat, page_format
 from trimtab.spec.formats import ITEM_BYTES, SCALED_KINDS, WeightFormat, float_format, weights_name
 from trimtab.spec.leaves import ConvSpec, EmbeddingSpec, LinearSpec, NormSpec
 from trimtab.spec.nodes import (
@@ -167,6 +167,17 @@ class ModelSpec(Node):
         assert isinstance(converted, ModelSpec)
         converted = dataclasses.replace(converted, act_dtype=weights.kind)
         return converted._coded(name) if name in SCALED_KINDS else converted
+
+    def with_kv_dtype(self, kv_dtype: str) -> ModelSpec:
+        """Return the model with its cache in another format, see `page_format`; nothing else changes.
+
+        Raises:
+            SpecError: a dtype of another name.
+        """
+        page = page_format(kv_dtype)
+        heads = [path for path, node in tree.walk(self) if isinstance(node, HeadSpec)]
+        edits = [Edit(path, field, page) for path in heads for field in ("k_format", "v_format")]
+        return dataclasses.replace(tree.edit(self, edits, "kv-dtype", ())[0], history=self.history)  # type: ignore[type-var]
 
     def _coded(self, kind: str) -> ModelSpec:
         """The matrices that checkpoints in fp8 or mxfp4 hold so, as `with_dtype` says."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trimtab.errors import SpecError
+from trimtab.errors import SpecError, UnsupportedModelError, unknown
 from trimtab.runtime.numerics import transcode
 from trimtab.runtime.text.builtin import builtin_text, split
 from trimtab.runtime.weights.load import open_model, read_tokenizer
@@ -22,6 +22,8 @@ from trimtab.techniques.registry import parse_all
 
 if TYPE_CHECKING:
     from trimtab.model.variant import Model, Variant
+    from trimtab.runtime.engine.generator import Generator
+    from trimtab.runtime.native import NativeModel
     from trimtab.runtime.weights.packed import Packed, Weights
 
 
@@ -56,6 +58,95 @@ def load(
         return found
     materials = (materials or default_materials(found)).for_model(found)
     return Model(derive(found.variant, resolve_all(found, chosen, materials), materials), tokenizer)
+
+
+def load_native(
+    source: str | Path,
+    *,
+    dtype: str = "file",
+    techniques: Sequence[str | Technique] = (),
+    threads: int = 0,
+    kv_dtype: str = "float32",
+) -> NativeModel:
+    """Load a model as a native program, without torch.
+
+    Args:
+        source: as in `load`.
+        dtype: of the weights: ``file`` keeps what the file holds, quantized blocks included.
+        techniques: that need no calibration: what they convert follows from the weights alone.
+        threads: workers; 0 = as many as this process may run on.
+        kv_dtype: of the cache: ``float32 | bfloat16 | float16``.
+
+    Raises:
+        UnsupportedModelError: the model, or what the techniques make of it, has no native kernels; `load` runs it.
+        SpecError, Conflict, MissingDependency: as `load`.
+    """
+    from trimtab.runtime.native import NativeModel, lower, lowered_spec
+
+    chosen = parse_all(techniques)
+    loaded = open_model(source, dtype=dtype)
+    spec = compose(loaded.spec, chosen)
+    for technique in chosen:
+        if technique.needs:
+            raise UnsupportedModelError(f"{technique} needs {', '.join(sorted(technique.needs))}, which the native loader has not")
+    spec = spec.with_kv_dtype(kv_dtype)
+    lowered_spec(spec)  # refuses before anything is converted
+    # The tokenizer must not hold on to `loaded`: its weights are freed once they are tiled.
+    tokenizer = functools.partial(read_tokenizer, loaded.tokenizer_source)
+    weights = reencode(loaded.weights, spec)
+    del loaded
+    return NativeModel(lower(spec, weights, threads), tokenizer)
+
+
+def load_engine(
+    source: str | Path,
+    *,
+    engine: str = "auto",
+    dtype: str = "auto",
+    kv_dtype: str = "float32",
+    techniques: Sequence[str | Technique] = (),
+    materials: Materials | None = None,
+    threads: int = 0,
+    isa: str = "auto",
+) -> tuple[Generator, str]:
+    """Load a model into the native program where it can be lowered, else into the torch decoder.
+
+    Args:
+        source, kv_dtype, techniques, materials, threads: as in `load` and `load_native`.
+        dtype: as there; ``auto`` is what each of the two takes by default.
+        engine: ``auto``, or ``native`` or ``torch`` to insist.
+        isa: instruction set of the kernels, see `use_isa`.
+
+    Returns:
+        The model, and why it does not run natively (empty if it does, or torch was asked for).
+
+    Raises:
+        UnsupportedModelError: native was asked for and is not possible.
+        HardwareError: this processor has not that instruction set.
+        SpecError, Conflict, MissingDependency: as `load`.
+    """
+    from trimtab.runtime.kernels import use_isa
+
+    if engine not in ("auto", "native", "torch"):
+        raise unknown("engine", engine, ("auto", "native", "torch"))
+    if not 0 <= threads <= 1024:
+        raise SpecError(f"threads={threads} is not possible. Allowed: 1..1024, or 0 for all this process may use.")
+    use_isa(isa)
+    why = ""
+    if engine != "torch":
+        try:
+            stored = "file" if dtype == "auto" else dtype
+            return load_native(source, dtype=stored, techniques=techniques, threads=threads, kv_dtype=kv_dtype), ""
+        except UnsupportedModelError as error:
+            if engine == "native":
+                raise
+            why = str(error)
+    model = load(source, dtype="float32" if dtype == "auto" else dtype, techniques=techniques, materials=materials)
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    return model, why
 
 
 def derive(variant: Variant, techniques: Sequence[Technique], materials: Materials) -> Variant:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trimtab.errors import MissingDependency, SpecError, unknown
+from trimtab.errors import HardwareError, MissingDependency, SpecError, unknown
 from trimtab.spec.formats import GGUF_BLOCKS
 
 try:
@@ -74,6 +74,29 @@ class GateFirst(NamedTuple):
 def isa() -> str:
     """Name of the instruction set the kernels run with on this processor."""
     return _core.isa()
+
+
+def use_isa(name: str) -> None:
+    """Run the kernels with another instruction set from now on.
+
+    Args:
+        name: ``auto`` (the best this processor has), ``scalar`` (what every processor of its kind has), ``avx2`` or ``avx512``.
+
+    Raises:
+        HardwareError: this processor lacks it; the message names the missing flags.
+        SpecError: another name.
+    """
+    allowed = ("auto", "scalar", "avx2", "avx512")
+    if name not in allowed:
+        raise unknown("instruction set", name, allowed)
+    chosen = _core.isas()[-1] if name == "auto" else "baseline" if name == "scalar" else name
+    missing = _core.missing_flags(chosen)
+    if missing == "?":
+        raise HardwareError(f"isa={name}: this build has no {name} kernels. Allowed here: {', '.join(_core.isas())}.")
+    if missing:
+        here = ", ".join("scalar" if isa == "baseline" else isa for isa in _core.isas())
+        raise HardwareError(f"isa={name}: this processor lacks {missing}. Allowed here: auto, {here}.")
+    _core.use_isa(chosen)
 
 
 def dequantize_gguf(kind: str, blocks: np.ndarray, out: np.ndarray, threads: int = 1) -> None:

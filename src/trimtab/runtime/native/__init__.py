@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trimtab.runtime.native.lower import lower, lowered_spec
+from trimtab.runtime.native.model import NativeModel, Timed
 from trimtab.runtime.native.program import NativeProgram
 
-__all__ = ["NativeProgram", "lower", "lowered_spec"]
+__all__ = ["NativeModel", "NativeProgram", "Timed", "lower", "lowered_spec"]

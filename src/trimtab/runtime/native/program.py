@@ -36,6 +36,11 @@ class NativeProgram:
         return self._core.threads
 
     @property
+    def isa(self) -> str:
+        """Instruction set the kernels run with."""
+        return _core.isa()
+
+    @property
     def recomputed(self) -> int:
         """Rows of attention computed again because their scores left the safe interval, since the program was built."""
         return self._core.recomputed

@@ -135,5 +135,6 @@ NB_MODULE(_core, m) {
         const char* names[4];
         return std::vector<std::string>(names, names + available_isas(names));
     });
+    m.def("missing_flags", [](const std::string& name) { return missing_flags(name.c_str()); });
     m.def("use_isa", [](const std::string& name) { return use_isa(name.c_str()); });
 }

@@ -3,6 +3,7 @@
 // AVX-512 means F, BW, VL, DQ, VNNI and VBMI together: Ice Lake, Zen 4 and later.
 #include <atomic>
 #include <cstring>
+#include <string>
 
 #include "kernels.h"
 #include "native/native.h"
@@ -33,19 +34,50 @@ struct Isa {
     const TileKernels* tiles;
 };
 
-int found(Isa* out) {
+// What this processor lacks of an instruction set that was compiled in, as the system spells it; empty if nothing.
+std::string lacking([[maybe_unused]] const char* isa) {
+    std::string missing;
+#if defined(TRIMTAB_HAS_AVX2) || defined(TRIMTAB_HAS_AVX512)
+    __builtin_cpu_init();
+    [[maybe_unused]] auto want = [&](bool have, const char* flag) {
+        if (!have) missing += (missing.empty() ? "" : ", ") + std::string(flag);
+    };
+#define TRIMTAB_WANT(flag) want(__builtin_cpu_supports(flag), flag)
+    if (std::strcmp(isa, "baseline") != 0) {
+        // Every processor with AVX2 and FMA has F16C; older compilers cannot ask for it.
+        TRIMTAB_WANT("avx2");
+        TRIMTAB_WANT("fma");
+    }
+    if (std::strcmp(isa, "avx512") == 0) {
+        TRIMTAB_WANT("avx512f");
+        TRIMTAB_WANT("avx512bw");
+        TRIMTAB_WANT("avx512vl");
+        TRIMTAB_WANT("avx512dq");
+        TRIMTAB_WANT("avx512vnni");
+        TRIMTAB_WANT("avx512vbmi");
+    }
+#undef TRIMTAB_WANT
+#endif
+    return missing;
+}
+
+int compiled(Isa* out) {
     int count = 0;
     out[count++] = {&baseline::table, &baseline::tile_table};
 #ifdef TRIMTAB_HAS_AVX2
-    __builtin_cpu_init();
-    // Every processor with AVX2 and FMA has F16C; older compilers cannot ask for it.
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) out[count++] = {&avx2::table, &avx2::tile_table};
+    out[count++] = {&avx2::table, &avx2::tile_table};
 #endif
 #ifdef TRIMTAB_HAS_AVX512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi"))
-        out[count++] = {&avx512::table, &avx512::tile_table};
+    out[count++] = {&avx512::table, &avx512::tile_table};
 #endif
+    return count;
+}
+
+int found(Isa* out) {
+    Isa all[4];
+    int count = 0;
+    for (int i = 0, total = compiled(all); i < total; ++i)
+        if (lacking(all[i].rows->isa).empty()) out[count++] = all[i];
     return count;
 }
 
@@ -76,6 +108,13 @@ int available_isas(const char** out) {
     const int count = found(tables);
     for (int i = 0; i < count; ++i) out[i] = tables[i].rows->isa;
     return count;
+}
+
+std::string missing_flags(const char* name) {
+    Isa all[4];
+    for (int i = compiled(all); i--;)
+        if (std::strcmp(all[i].rows->isa, name) == 0) return lacking(name);
+    return "?";
 }
 
 bool use_isa(const char* name) {

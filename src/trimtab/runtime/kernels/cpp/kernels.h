@@ -2,6 +2,7 @@
 // F neurons of a gated FFN, D hidden size, G groups of a row.
 #pragma once
 #include <cstdint>
+#include <string>
 
 namespace trimtab {
 
@@ -62,6 +63,7 @@ struct Kernels {
 const Kernels& kernels();              // of the instruction set in use
 bool use_isa(const char* name);        // false: not compiled in, or this processor lacks it
 int available_isas(const char** out);  // names, best last; returns how many (at most 4)
+std::string missing_flags(const char* name);  // of this processor for an instruction set; "?": that one was not compiled in
 
 int64_t int_gemv(const Matrix& w, const float* x, int64_t tokens, int threads, float* y);
 int64_t int_gemv_t(const Matrix& w_t, const float* x, int64_t tokens, int threads, float* y);

@@ -188,7 +188,7 @@ void dot_ints(const Tiles& w, int64_t tile, const Input& in, int64_t t0, float* 
                 if constexpr (FOURS >= 8) {
                     for (int u = 0; u < FOURS / 8; ++u) {
                         const uint8_t* unit = codes + (a * (FOURS / 8) + u) * unit_bytes;
-                        if (T == 1 || first == 0)
+                        if (T <= 2 || first == 0)
                             for (int line = 0; line < BITS; ++line) prefetch(unit + 2048 + 64 * line);
                         for (int s = 0; s < STEP; ++s) dot_unit<BITS, 0, 8, T>(unit, first + s, x, acc[s]);
                         for (int t = 0; t < T; ++t) x[t] += 32;
@@ -225,7 +225,7 @@ void dot_ints(const Tiles& w, int64_t tile, const Input& in, int64_t t0, float* 
 
 template <int BITS, int T>
 void dot_bits(const Tiles& w, int64_t tile, const Input& in, int64_t t0, float* out) {
-    constexpr int step = T == 1 ? parts : 1;
+    constexpr int step = T <= 2 ? parts : 1;
     switch (in.act_group) {
         case 64: return dot_ints<BITS, 16, T, step>(w, tile, in, t0, out);
         case 32: return dot_ints<BITS, 8, T, step>(w, tile, in, t0, out);
@@ -256,6 +256,7 @@ void dot_tokens(const Tiles& w, int64_t tile, const Input& in, int64_t t0, float
 void dot_tile(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out) {
     int64_t t = 0;
     for (; t + 4 <= tokens; t += 4) dot_tokens<4>(w, tile, in, t0 + t, out + t * 16);
+    for (; t + 2 <= tokens; t += 2) dot_tokens<2>(w, tile, in, t0 + t, out + t * 16);
     for (; t < tokens; ++t) dot_tokens<1>(w, tile, in, t0 + t, out + t * 16);
 }
 
@@ -289,11 +290,12 @@ void norm(const Norm& n, const float* x, float* y) {
     for (; i < size; ++i) y[i] = (x[i] - mean) * by * (n.weight ? n.weight[i] : 1.0f) + (n.bias ? n.bias[i] : 0.0f);
 }
 
-// Codes of one row: q = round(x / scale), scale = largest |x| of an act_group / 127. `cols` values, zero beyond them.
+// Codes of one token: q = round(x / scale), scale = largest |x| of an act_group / 127. `cols` values, zero beyond them.
 void quantize(const Input& in, int64_t t, const float* x, int64_t cols) {
-    int8_t* codes = in.codes + t * in.stride;
+    typedef int8_t Narrow __attribute__((vector_size(lanes)));
     const int64_t acts = in.stride / in.act_group, groups = (in.stride + in.group - 1) / in.group;
-    for (int64_t g = 0; g < groups; ++g) in.sum[t * groups + g] = 0;
+    const int64_t row = t * in.passes;
+    for (int64_t g = 0; g < groups * in.passes; ++g) in.sum[row * groups + g] = 0;
     for (int64_t a = 0; a < acts; ++a) {
         const int64_t from = a * in.act_group;
         alignas(64) float values[64];
@@ -305,20 +307,25 @@ void quantize(const Input& in, int64_t t, const float* x, int64_t cols) {
             const FV v = load<FV>(values + i);
             most = max_of(most, max_of(v, -v));
         }
-        const float peak = largest(most), by = peak > 0 ? 127.0f / peak : 0.0f, scale = peak / 127.0f;
-        typedef int8_t Narrow __attribute__((vector_size(lanes)));
-        IV all = {};
-        for (int64_t i = 0; i < in.act_group; i += lanes) {
-            const FV magic = splat_f(12582912.0f);
-            const IV q = as<IV>(load<FV>(values + i) * by + magic) - as<IV>(magic);  // round half to even
-            all += q;
-            const Narrow small = __builtin_convertvector(q, Narrow);
-            memcpy(codes + from + i, &small, sizeof small);
+        const float peak = largest(most);
+        float scale = peak / 127.0f, by = peak > 0 ? 127.0f / peak : 0.0f;
+        for (int pass = 0; pass < in.passes; ++pass) {
+            const FV magic = splat_f(12582912.0f);  // 1.5 * 2^23: adding it rounds half to even
+            IV all = {};
+            for (int64_t i = 0; i < in.act_group; i += lanes) {
+                const FV v = load<FV>(values + i);
+                const IV q = as<IV>(v * by + magic) - as<IV>(magic);
+                all += q;
+                const Narrow small = __builtin_convertvector(q, Narrow);
+                memcpy(in.codes + (row + pass) * in.stride + from + i, &small, sizeof small);
+                store_f(values + i, v - to_float(q) * scale);
+            }
+            int32_t sum = 0;
+            for (int i = 0; i < lanes; ++i) sum += all[i];
+            in.scale[(row + pass) * acts + a] = scale;
+            in.sum[(row + pass) * groups + from / in.group] += scale * static_cast<float>(sum);
+            scale /= 254.0f, by *= 254.0f;
         }
-        int32_t sum = 0;
-        for (int i = 0; i < lanes; ++i) sum += all[i];
-        in.scale[t * acts + a] = scale;
-        in.sum[t * groups + from / in.group] += scale * static_cast<float>(sum);
     }
 }
 

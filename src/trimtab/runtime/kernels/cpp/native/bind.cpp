@@ -98,14 +98,14 @@ void unpack_tiles(Array<const uint8_t, 1> packed, int bits, Array<uint8_t, 2> ou
 }
 
 // y [T, N] = x [T, K] @ W.T with the codes of the activations made on the way: one product, outside a program.
-int64_t multiply(const BoundTiles& w, Array<const float, 2> x, int threads, Array<float, 2> y) {
+int64_t multiply(const BoundTiles& w, Array<const float, 2> x, int passes, int threads, Array<float, 2> y) {
     nb::gil_scoped_release release;
     Program program(threads);
     const int64_t tokens = static_cast<int64_t>(x.shape(0)), cols = w.tiles.cols;
     const int source = program.add_values(cols, false), out = program.add_values(w.tiles.rows, false);
     Product product;
     product.w = w.tiles, product.values = out;
-    program.linear("product", source, nullptr, {product}, Store::set, Act::none);
+    program.linear("product", source, nullptr, {product}, Store::set, Act::none, passes);
     Step step;
     const int64_t starts[] = {0, tokens}, past[] = {0};
     step.tokens = tokens, step.rows = 1, step.starts = starts, step.past = past;
@@ -155,7 +155,7 @@ void bind_native(nb::module_& m) {
         .def("linear",
              [](Bound& b, const std::string& name, int source, const Norm* norm,
                 const std::vector<std::tuple<const BoundTiles*, int, int64_t, std::optional<Floats>, float, float>>& products,
-                int store, int act) {
+                int store, int act, int passes) {
                  std::vector<Product> made;
                  for (const auto& [tiles, values, column, bias, scale, softcap] : products) {
                      Product product;
@@ -164,9 +164,11 @@ void bind_native(nb::module_& m) {
                      b.keep.insert(b.keep.end(), tiles->keep.begin(), tiles->keep.end());
                      made.push_back(product);
                  }
-                 b.program.linear(name, source, norm, std::move(made), static_cast<Store>(store), static_cast<Act>(act));
+                 b.program.linear(name, source, norm, std::move(made), static_cast<Store>(store), static_cast<Act>(act),
+                                  passes);
              },
-             nb::arg("name"), nb::arg("source"), nb::arg("norm").none(), nb::arg("products"), nb::arg("store"), nb::arg("act"))
+             nb::arg("name"), nb::arg("source"), nb::arg("norm").none(), nb::arg("products"), nb::arg("store"), nb::arg("act"),
+             nb::arg("passes") = 1)
         .def("norm_add", [](Bound& b, const std::string& name, int source, const Norm& norm,
                             int values) { b.program.norm_add(name, source, norm, values); })
         .def("attend",

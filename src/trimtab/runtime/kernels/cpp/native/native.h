@@ -14,6 +14,7 @@ struct Norm {
     int64_t size = 0;
     const float* weight = nullptr;  // unit offset already added
     const float* bias = nullptr;
+    int64_t nbytes() const { return size * 4 * ((weight ? 1 : 0) + (bias ? 1 : 0)); }
 };
 
 // Keys and values of one KV head of one sequence in pages of `page` tokens, [page, H] each.

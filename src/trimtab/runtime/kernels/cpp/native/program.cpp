@@ -12,7 +12,7 @@ namespace trimtab {
 namespace {
 
 constexpr int64_t alone = 2;         // tokens up to which every worker prepares the input for itself: cheaper than a barrier
-constexpr int64_t token_block = 64;  // tokens one tile is multiplied with before its results are stored
+constexpr int64_t token_block = 64;  // rows of input one tile is multiplied with before its results are stored
 constexpr int64_t huge_page = int64_t{2} << 20;
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -121,8 +121,9 @@ struct LinearKernel : Kernel {
 
     static int64_t input_bytes(const Input& in, int64_t tokens) {
         if (!in.ints) return aligned(tokens * in.stride * 4);
-        return aligned(tokens * in.stride) + aligned(tokens * (in.stride / in.act_group) * 4) +
-               aligned(tokens * ((in.stride + in.group - 1) / in.group) * 4);
+        const int64_t rows = tokens * in.passes;
+        return aligned(rows * in.stride) + aligned(rows * (in.stride / in.act_group) * 4) +
+               aligned(rows * ((in.stride + in.group - 1) / in.group) * 4);
     }
     int64_t scratch_bytes(int64_t tokens) const override {
         int64_t bytes = aligned(4 * products[0].w.cols);
@@ -150,9 +151,9 @@ struct LinearKernel : Kernel {
                 continue;
             }
             in.codes = reinterpret_cast<int8_t*>(here);
-            here += aligned(tokens * in.stride);
+            here += aligned(tokens * in.passes * in.stride);
             in.scale = reinterpret_cast<float*>(here);
-            here += aligned(tokens * (in.stride / in.act_group) * 4);
+            here += aligned(tokens * in.passes * (in.stride / in.act_group) * 4);
             in.sum = reinterpret_cast<float*>(here);
         }
         const TileKernels& k = tile_kernels();
@@ -183,6 +184,7 @@ struct LinearKernel : Kernel {
             before += tiles;
         }
         weight_read += bytes;
+        if (worker.id == 0 && has_norm) weight_read += norm.nbytes();
         if (worker.id == 0)
             for (const Product& p : products) flops += 2 * tokens * p.w.rows * p.w.cols;
         worker.wait();
@@ -194,13 +196,13 @@ struct LinearKernel : Kernel {
         const Values& to = c.program.values(one.values);
         const int64_t n0 = tile * tile_rows, count = std::min<int64_t>(tile_rows, one.w.rows - n0);
         alignas(64) float out[token_block * tile_rows], second[token_block * tile_rows];
-        for (int64_t t0 = 0; t0 < tokens; t0 += token_block) {
-            const int64_t here = std::min(token_block, tokens - t0);
-            k.dot_tile(one.w, tile, ready[one.input], t0, here, out);
+        for (int64_t t0 = 0; t0 < tokens; t0 += token_block / 2) {
+            const int64_t here = std::min(token_block / 2, tokens - t0);
+            dot(one, tile, ready[one.input], t0, here, out);
             finish(one, n0, count, here, out);
             if (store == Store::gated) {
                 const Product& other = products[p + 1];
-                k.dot_tile(other.w, tile, ready[other.input], t0, here, second);
+                dot(other, tile, ready[other.input], t0, here, second);
                 finish(other, n0, count, here, second);
                 k.activate(act, out, second, here * tile_rows);
             } else if (act != Act::none) {
@@ -218,6 +220,15 @@ struct LinearKernel : Kernel {
         int64_t bytes = one.w.tile_bytes() + (one.bias ? 4 * count : 0);
         if (store == Store::gated) bytes += products[p + 1].w.tile_bytes() + (products[p + 1].bias ? 4 * count : 0);
         return bytes;
+    }
+
+    // out [tokens, 16], with room for two rows a token.
+    static void dot(const Product& p, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out) {
+        tile_kernels().dot_tile(p.w, tile, in, t0 * in.passes, tokens * in.passes, out);
+        if (in.passes == 1) return;
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t i = 0; i < tile_rows; ++i)
+                out[t * tile_rows + i] = out[2 * t * tile_rows + i] + out[(2 * t + 1) * tile_rows + i];
     }
 
     static void finish(const Product& p, int64_t n0, int64_t count, int64_t tokens, float* out) {
@@ -243,6 +254,7 @@ struct NormAddKernel : Kernel {
             float* out = to.data + t * to.width;
             for (int64_t i = 0; i < norm.size; ++i) out[i] += row[i];
         }
+        if (worker.id == 0) weight_read += norm.nbytes();
         worker.wait();
     }
 };
@@ -304,6 +316,7 @@ struct AttendKernel : Kernel {
             written += a.head_dim * item();
         }
         kv_written += written;
+        if (worker.id == 0) weight_read += (a.has_q_norm ? a.q_norm.nbytes() : 0) + (a.has_k_norm ? a.k_norm.nbytes() : 0);
     }
 
     // The queries of one piece that share KV head g.
@@ -467,14 +480,14 @@ void Program::positions(const std::string& name, const Tiles& table, int64_t off
 }
 
 void Program::linear(const std::string& name, int source, const Norm* norm, std::vector<Product> products, Store store,
-                     Act act) {
+                     Act act, int passes) {
     auto kernel = std::make_unique<LinearKernel>();
     kernel->name = name, kernel->source = source, kernel->store = store, kernel->act = act;
     if (norm) kernel->has_norm = true, kernel->norm = *norm;
     for (Product& product : products) {
         Input in;
         in.ints = product.w.coding == Coding::ints, in.stride = product.w.padded();
-        if (in.ints) in.act_group = product.w.act_group(), in.group = product.w.group;
+        if (in.ints) in.act_group = product.w.act_group(), in.group = product.w.group, in.passes = passes;
         size_t i = 0;
         for (; i < kernel->inputs.size(); ++i) {
             const Input& have = kernel->inputs[i];

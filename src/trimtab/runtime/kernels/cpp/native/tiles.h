@@ -60,8 +60,12 @@ struct Tiles {
 
 // T rows of activations as a product wants them. Floats: x [T, stride]. Ints: codes, one scale per act_group columns, and
 // per weight group the scaled sum of its codes (what a zero point or a minimum multiplies).
+//
+// passes 2: each token is two rows, the second codes what the first rounded away (16 bits in all). One large value, as the
+// residual stream of most models has, makes the other codes of its group too coarse for 8 bits.
 struct Input {
     bool ints = false;
+    int passes = 1;
     int64_t stride = 0;  // columns of a row, padded
     int64_t act_group = 0, group = 0;
     float* x = nullptr;
