@@ -27,6 +27,7 @@ from trimtab.runtime.step import Recorder
 from trimtab.runtime.weights.packed import Packed, Weights
 from trimtab.runtime.weights.random import random_weights
 from trimtab.spec.formats import GGUF_BLOCKS, WeightFormat
+from trimtab.spec.tree import Edit
 from trimtab.techniques.apply import load_engine, reencode
 
 ISAS = _core.isas()
@@ -341,3 +342,43 @@ def test_lowering_keeps_the_model(tiny_model: Model) -> None:
     spec = lowered_spec(tiny_model.spec)
     assert spec.num_parameters() == tiny_model.spec.num_parameters()
     assert all(node.format.tiled for _, node in spec.linears())
+
+
+@pytest.mark.parametrize("with_rtn", [False, True])
+@pytest.mark.parametrize("prefill", [True, False])
+def test_skipped_rows_are_those_of_the_decoder(
+    tiny_model: Model, tiny_materials: Any, with_rtn: bool, prefill: bool
+) -> None:
+    """CATS natively: same logits, same rows touched, and only those read."""
+    from trimtab.techniques.apply import derive, resolve_all
+    from trimtab.techniques.registry import parse_all
+
+    wanted = (["rtn:bits=8,group=32"] if with_rtn else []) + ["cats:sparsity=0.5"]
+    chosen = resolve_all(tiny_model, parse_all(wanted), tiny_materials.for_model(tiny_model))
+    variant = derive(tiny_model.variant, chosen, tiny_materials.for_model(tiny_model))
+    spec = variant.spec
+    if not prefill:
+        edits = [
+            Edit(f"layers.{i}.mlp", "executor", dataclasses.replace(layer.mlp.executor, threshold_prefill=False))
+            for i, layer in enumerate(spec.layers)
+        ]
+        spec = dataclasses.replace(spec, history=()).edit(edits, by="test")
+        variant = Variant(spec, variant.weights)
+    reference = Session(Model(variant).runner())
+    program = lower(spec, variant.weights, 2)
+    assert program.weight_bytes == program.spec.weight_nbytes()
+    native = Session(program)
+    ids = np.random.default_rng(4).integers(0, 131, 24)
+    # int8 codes of the input differ from floats in rtn's case: the gate decides a few neurons another way
+    tolerance = {"rtol": 0.1, "atol": 1.0} if with_rtn else {"rtol": 1e-4, "atol": 1e-4}
+    np.testing.assert_allclose(
+        native.prefill([ids[:20]], reserve=4)[0], reference.prefill([ids[:20]], reserve=4)[0], **tolerance
+    )
+    native.record, reference.record = Recorder(), Recorder()
+    np.testing.assert_allclose(native.decode([ids[20]]), reference.decode([ids[20]]), **tolerance)
+    if not with_rtn:
+        assert native.record.observed == reference.record.observed
+        step = StepShape.of([1], [20], logits=1, observed=native.record.observed)
+        counts = [count(op, step, "tiled") for op in build(program.spec).ops]
+        assert native.record.total("weight_read") == sum(int(c.weight_read) for c in counts)
+        assert native.record.total("flops") == sum(int(c.flops) for c in counts)

@@ -46,7 +46,9 @@ def register(app: typer.Typer) -> None:
         threads: Annotated[int, typer.Option(help="Threads; 0 is all this process may use.")] = 0,
         isa: Annotated[str, typer.Option(help="Instruction set: auto, scalar, avx2, avx512.")] = "auto",
         calibration: Annotated[Path | None, typer.Option(help="Text file techniques calibrate on.")] = None,
-        explain: Annotated[bool, typer.Option("--explain", help="List which ops run where, and generate nothing.")] = False,
+        explain: Annotated[
+            bool, typer.Option("--explain", help="List which ops run where, and generate nothing.")
+        ] = False,
         json: Annotated[bool, typer.Option("--json", help="Print JSON when done instead of streaming.")] = False,
     ) -> None:
         """Generate text and stream it to stdout, or time a generation."""

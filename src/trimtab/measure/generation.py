@@ -33,7 +33,9 @@ def timed_report(model: Generator, prompt_tokens: int, gen: int, techniques: Seq
         SpecError: more tokens than the context, or fewer than one.
     """
     if prompt_tokens < 1 or gen < 1:
-        raise SpecError(f"A timing of {prompt_tokens} prompt tokens and {gen} new ones is not possible: 1 or more of each.")
+        raise SpecError(
+            f"A timing of {prompt_tokens} prompt tokens and {gen} new ones is not possible: 1 or more of each."
+        )
     spec = model.spec
     check_context(spec, prompt_tokens, gen)
     prompt = synthetic_prompt(spec.vocab_size, prompt_tokens)
@@ -44,10 +46,17 @@ def timed_report(model: Generator, prompt_tokens: int, gen: int, techniques: Seq
     where = f"{'native program' if engine else 'PyTorch'}, one run after a warm-up; band: P10 and P90 over steps"
     low, median, high = np.quantile(steps, (0.1, 0.5, 0.9)) if steps else (None, None, None)
 
-    def figure(value: float | None, unit: str, p10: float | None = None, p90: float | None = None, why: str = "") -> Figure:
+    def figure(
+        value: float | None, unit: str, p10: float | None = None, p90: float | None = None, why: str = ""
+    ) -> Figure:
         missing = value is None
         return Figure(
-            value=value, p10=p10, p90=p90, unit=unit, kind="measured", why="gen=1 has no step after the first token" if missing else why or where
+            value=value,
+            p10=p10,
+            p90=p90,
+            unit=unit,
+            kind="measured",
+            why="gen=1 has no step after the first token" if missing else why or where,
         )
 
     figures = {

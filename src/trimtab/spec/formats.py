@@ -123,7 +123,9 @@ class WeightFormat:
 
     def __post_init__(self) -> None:
         if self.tiled and not self.is_float and self.kind not in ("int", *SUPER_BLOCKS):
-            raise SpecError(f"{self.kind} weights have no tiled layout. Those with one: floats, int, {', '.join(SUPER_BLOCKS)}.")
+            raise SpecError(
+                f"{self.kind} weights have no tiled layout. Those with one: floats, int, {', '.join(SUPER_BLOCKS)}."
+            )
         if self.kind == "int":
             if not 1 <= self.bits <= 8:
                 raise SpecError(f"int weights: bits={self.bits} is not possible. Allowed: 1..8. Try bits=4.")
@@ -180,7 +182,9 @@ class WeightFormat:
         units = -(-cols // UNIT_COLS)
         if self.kind == "int":
             if cols % self.group or (self.group % 16 and self.group != cols):
-                raise SpecError(f"{self} on rows of {cols}: tiles need groups of 16, 32, 48, ... that divide the row, or one group.")
+                raise SpecError(
+                    f"{self} on rows of {cols}: tiles need groups of 16, 32, 48, ... that divide the row, or one group."
+                )
             groups = (tiles, cols // self.group, TILE_ROWS)
             found = [Buffer("codes", "u8", (tiles, units, 64 * self.bits)), Buffer("scale", "fp16", groups)]
             return (*found, *(() if self.sym else (Buffer("minimum", "fp16", groups),)))

@@ -88,7 +88,9 @@ def load_native(
     spec = compose(loaded.spec, chosen)
     for technique in chosen:
         if technique.needs:
-            raise UnsupportedModelError(f"{technique} needs {', '.join(sorted(technique.needs))}, which the native loader has not")
+            raise UnsupportedModelError(
+                f"{technique} needs {', '.join(sorted(technique.needs))}, which the native loader has not"
+            )
     spec = spec.with_kv_dtype(kv_dtype)
     lowered_spec(spec)  # refuses before anything is converted
     # The tokenizer must not hold on to `loaded`: its weights are freed once they are tiled.

@@ -25,7 +25,9 @@ def print_timing(report: Report) -> None:
         out.append(
             f"TPOT      {format_seconds(tpot.value)}  ({rate.value:.1f} tokens/s; P10 {rate.p10:.1f}, P90 {rate.p90:.1f} over steps)"
         )
-        out.append(f"A step    reads {format_bytes(counts['weight_read'])} of weights and {format_bytes(counts['kv_read'])} of cache")
+        out.append(
+            f"A step    reads {format_bytes(counts['weight_read'])} of weights and {format_bytes(counts['kv_read'])} of cache"
+        )
     out.append(
         f"Memory    {format_bytes(counts['weight_bytes'])} of weights, {format_bytes(counts['kv_bytes'])} of cache, "
         f"resident {format_bytes(int(figures['rss_bytes'].value or 0))}, peak {format_bytes(int(figures['peak_rss_bytes'].value or 0))}"
@@ -39,7 +41,9 @@ def print_engine(model: Any, why: str, as_json: bool) -> None:
     names = [name for name, *_ in program.metered()] if program else []
     if as_json:
         engine = {"engine": "native" if program else "torch", "why": why, "kernels": names}
-        return print_json({"schema": 1, **engine, **({"isa": program.isa, "threads": program.threads} if program else {})})
+        return print_json(
+            {"schema": 1, **engine, **({"isa": program.isa, "threads": program.threads} if program else {})}
+        )
     if not program:
         sys.stdout.write("Every op runs in PyTorch.\n")
         return None

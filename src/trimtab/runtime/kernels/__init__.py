@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trimtab.errors import HardwareError, MissingDependency, SpecError, unknown
+from trimtab.runtime.weights.packed import Packed
 from trimtab.spec.formats import GGUF_BLOCKS
 
 try:
@@ -224,6 +225,19 @@ def gate_first(
         gate_rows, up_rows, down_rows, x, threshold, ACTS.index(act), threads, y, active
     )
     return GateFirst(y, touched, active, (nbytes[0], nbytes[1], nbytes[2]))
+
+
+def row_matrix(packed: Packed) -> _core.Rows:
+    """The stored rows of a packed matrix (fp32, bf16 or int) as the kernels take them.
+
+    Raises:
+        SpecError: another format.
+    """
+    if packed.format.kind == "int":
+        found = packed.buffers
+        rows = IntRows(found["codes"], found["scale"], found.get("minimum"), packed.format.bits, packed.format.group)
+        return _int_rows(rows, str(packed.format))
+    return _rows(packed.buffers["data"], packed.shape[1], str(packed.format))
 
 
 def _rows(w: RowMatrix, cols: int, name: str) -> _core.Rows:

@@ -31,7 +31,9 @@ class Arena:
         try:
             self._memory = mmap.mmap(-1, self._size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            raise CapacityError(f"The weights take {format_bytes(nbytes)} and the system refuses them: {error}.") from None
+            raise CapacityError(
+                f"The weights take {format_bytes(nbytes)} and the system refuses them: {error}."
+            ) from None
         if hasattr(mmap, "MADV_HUGEPAGE"):
             try:
                 self._memory.madvise(mmap.MADV_HUGEPAGE)

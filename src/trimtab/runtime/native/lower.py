@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from trimtab.errors import SpecError, UnsupportedModelError
+from trimtab.runtime import kernels
 from trimtab.runtime.kernels import _core
 from trimtab.runtime.native.arena import Arena
 from trimtab.runtime.native.program import NativeProgram
@@ -24,7 +25,7 @@ from trimtab.spec.cache import All
 from trimtab.spec.formats import FP32, SUPER_BLOCKS, UNIT_COLS, WeightFormat
 from trimtab.spec.leaves import EmbeddingSpec, LinearSpec, NormSpec
 from trimtab.spec.model import ModelSpec
-from trimtab.spec.nodes import NO_FLOW, AttentionSpec, Dense, FFNSpec, LayerSpec
+from trimtab.spec.nodes import NO_FLOW, AttentionSpec, FFNSpec, GateFirst, LayerSpec
 from trimtab.spec.tree import Node
 
 #: Hugging Face names of activations -> index in `Act` of `cpp/kernels.h`.
@@ -32,6 +33,8 @@ ACTS = {
     "silu": 0, "swish": 0, "gelu_tanh": 1, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "relu": 3,
 }  # fmt: skip
 _NONE = 4
+#: Formats whose single rows a kernel can read.
+_ROW_KINDS = ("fp32", "bf16", "int")
 _CODINGS = {"fp32": 0, "fp16": 1, "bf16": 2}
 _INTS = 3
 _SCALES = {"q4_k": 1, "q5_k": 1, "q6_k": 2}
@@ -54,7 +57,9 @@ def lowered_spec(spec: ModelSpec) -> ModelSpec:
     if spec.flow != NO_FLOW:
         raise UnsupportedModelError("A token filter before the prompt has no native kernel.")
     if spec.norm is None or spec.embed_norm is not None:
-        raise UnsupportedModelError("A model without a last norm, or with one after the embedding, has no native kernel.")
+        raise UnsupportedModelError(
+            "A model without a last norm, or with one after the embedding, has no native kernel."
+        )
     done: dict[int, Node] = {}
 
     def once(node: Node) -> Node:
@@ -66,10 +71,14 @@ def lowered_spec(spec: ModelSpec) -> ModelSpec:
         updates: dict[str, object] = {}
         for field in dataclasses.fields(node):  # type: ignore[arg-type]
             value = getattr(node, field.name)
+            if isinstance(value, LinearSpec) and value.layout != "row":
+                continue
             if isinstance(value, Node):
                 updates[field.name] = convert(value)
             elif isinstance(value, tuple) and value and isinstance(value[0], Node):
                 updates[field.name] = tuple(once(item) for item in value)
+        if isinstance(node, FFNSpec) and isinstance(node.executor, GateFirst):  # up and down stay as rows
+            updates |= {"up_proj": node.up_proj, "down_proj": node.down_proj}
         if isinstance(node, LinearSpec):
             updates |= {"format": _tiled(node.format, node.k), "bias_format": FP32}
         elif isinstance(node, EmbeddingSpec):
@@ -102,13 +111,13 @@ def _missing(path: str, node: Node) -> str:
     if isinstance(node, AttentionSpec):
         return _missing_attention(node)
     if isinstance(node, FFNSpec):
-        if not isinstance(node.executor, Dense):
-            return "A feed-forward block that skips rows"
         if node.act not in ACTS:
             return f"The activation {node.act}"
+        if isinstance(node.executor, GateFirst):
+            return _missing_gate_first(node)
     if isinstance(node, LinearSpec):
         if node.layout != "row":
-            return "A matrix stored transposed"
+            return "" if path.endswith(".mlp.down_proj") else "A matrix stored transposed"
         if node.act != "none":
             return f"A product with its input coded as {node.act}"
         try:
@@ -117,6 +126,15 @@ def _missing(path: str, node: Node) -> str:
             return f"A matrix in {node.format} with rows of {node.k}"
     if isinstance(node, NormSpec) and not node.weight:
         return "A norm without weights"
+    return ""
+
+
+def _missing_gate_first(node: FFNSpec) -> str:
+    gate, up, down = node.gate_proj, node.up_proj, node.down_proj
+    if gate is None or gate.bias or up.bias or down.bias:
+        return "A feed-forward block with biases that skips rows"
+    if down.layout != "transposed" or any(linear.format.kind not in _ROW_KINDS for linear in (up, down)):
+        return f"Skipping rows of matrices in {up.format} and {down.format} ({down.layout})"
     return ""
 
 
@@ -137,7 +155,9 @@ def _missing_attention(node: AttentionSpec) -> str:
     return ""
 
 
-def lower(spec: ModelSpec, weights: Weights, threads: int = 0, release: Callable[[str], None] | None = None) -> NativeProgram:
+def lower(
+    spec: ModelSpec, weights: Weights, threads: int = 0, release: Callable[[str], None] | None = None
+) -> NativeProgram:
     """Build the program of a model.
 
     Args:
@@ -173,7 +193,9 @@ class _Builder:
         widest = max(spec.hidden_size, 1)
         h = program.values(widest, False)
         shapes = [layer.self_attn for layer in spec.layers]
-        qkv = program.values(max((a.num_attention_heads + 2 * a.num_key_value_heads) * a.head_dim for a in shapes), False)
+        qkv = program.values(
+            max((a.num_attention_heads + 2 * a.num_key_value_heads) * a.head_dim for a in shapes), False
+        )
         attended = program.values(max(a.num_attention_heads * a.head_dim for a in shapes), False)
         hidden = program.values(max(layer.mlp.intermediate_size for layer in spec.layers), False)
         side = -1
@@ -215,6 +237,9 @@ class _Builder:
         )  # fmt: skip
         self.back(f"{at}.o_proj", attn.o_proj, attended, h, side, f"{path}.attn_output_norm", layer.attn_output_norm)
         norm = self.norm(f"{path}.post_attention_layernorm", layer.post_attention_layernorm)
+        if isinstance(mlp.executor, GateFirst):
+            self.gate_first(path, mlp, mlp.executor, h, norm, side, layer.mlp_output_norm)
+            return
         up = self.product(f"{path}.mlp.up_proj", mlp.up_proj, hidden, 0)
         if mlp.gate_proj is None:
             program.linear(f"{path}.post_attention_layernorm+up_proj+act", h, norm, [up], _SET, ACTS[mlp.act])
@@ -222,9 +247,46 @@ class _Builder:
             gate = self.product(f"{path}.mlp.gate_proj", mlp.gate_proj, hidden, 0)
             name = f"{path}.post_attention_layernorm+gate_proj+up_proj+act"
             program.linear(name, h, norm, [gate, up], _GATED, ACTS[mlp.act])
-        self.back(f"{path}.mlp.down_proj", mlp.down_proj, hidden, h, side, f"{path}.mlp_output_norm", layer.mlp_output_norm)
+        self.back(
+            f"{path}.mlp.down_proj", mlp.down_proj, hidden, h, side, f"{path}.mlp_output_norm", layer.mlp_output_norm
+        )
 
-    def back(self, path: str, node: LinearSpec, source: int, h: int, side: int, norm_path: str, norm: NormSpec | None) -> None:
+    def gate_first(
+        self,
+        path: str,
+        mlp: FFNSpec,
+        how: GateFirst,
+        h: int,
+        norm: _core.Norm | None,
+        side: int,
+        after: NormSpec | None,
+    ) -> None:
+        if after is not None:
+            raise UnsupportedModelError(
+                f"A norm behind a feed-forward block that skips rows ({path}.mlp) has no native kernel."
+            )
+        assert norm is not None and mlp.gate_proj is not None
+        threshold = float(decode(self.weights[f"{path}.mlp.threshold"]).reshape(-1)[0])
+        self.nbytes += 4
+        self.program.gate_first(
+            f"{path}.post_attention_layernorm+gate_proj+up_proj+down_proj+add", h, h, norm,
+            self.matrix(f"{path}.mlp.gate_proj", mlp.gate_proj), self.rows(f"{path}.mlp.up_proj", mlp.up_proj),
+            self.rows(f"{path}.mlp.down_proj", mlp.down_proj), ACTS[mlp.act], threshold, how.max_tokens, how.threshold_prefill,
+        )  # fmt: skip
+
+    def rows(self, path: str, node: LinearSpec) -> _core.Rows:
+        """The stored rows of a matrix, copied into the arena."""
+        packed = self.weights[path]
+        buffers = self.arena.buffers(node.format, node.stored_shape)
+        for name, buffer in packed.buffers.items():
+            np.copyto(buffers[name], buffer)
+        self.release(path)
+        self.nbytes += packed.nbytes
+        return kernels.row_matrix(Packed(packed.format, packed.shape, buffers, packed.layout))
+
+    def back(
+        self, path: str, node: LinearSpec, source: int, h: int, side: int, norm_path: str, norm: NormSpec | None
+    ) -> None:
         """The projection back to the residual stream; an output norm stands between the two."""
         if norm is None:
             self.program.linear(f"{path}+add", source, None, [self.product(path, node, h, 0)], _ADD, _NONE)
@@ -298,4 +360,4 @@ def _matrices(spec: ModelSpec) -> Iterable[tuple[str, WeightFormat, tuple[int, i
         if isinstance(node, EmbeddingSpec) or (
             isinstance(node, LinearSpec) and not (path == "lm_head" and spec.tie_word_embeddings)
         ):
-            yield path, node.format, (node.n, node.k)
+            yield path, node.format, node.stored_shape if isinstance(node, LinearSpec) else (node.n, node.k)

@@ -71,6 +71,10 @@ class NativeProgram:
     def _report(self, record: Recorder) -> None:
         for name, weight_read, kv_read, kv_written, flops, _ in self._core.metered():
             record.op(name, flops=flops, weight_read=weight_read, kv_read=kv_read, kv_written=kv_written)
+        for name, rows, pairs in self._core.observed():
+            path = f"{'.'.join(name.split('.')[:2])}.mlp"
+            record.observe(f"{path}.active_rows", rows)
+            record.observe(f"{path}.active_pairs", pairs)
 
     def metered(self) -> list[tuple[Any, ...]]:
         """(name, weight bytes, KV bytes read, written, FLOPs, seconds) of every kernel in the last pass."""

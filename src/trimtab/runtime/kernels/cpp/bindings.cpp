@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "pool.h"
+#include "rows.h"
 
 namespace nb = nanobind;
 using namespace trimtab;
@@ -17,15 +18,9 @@ namespace {
 template <class T, int N>
 using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 
-// A matrix and the arrays it points into.
-struct Rows {
-    Matrix matrix;
-    std::vector<nb::object> keep;
-};
-
 template <class T>
-Rows floats(Kind kind, Array<const T, 2> data) {
-    Rows rows;
+BoundRows floats(Kind kind, Array<const T, 2> data) {
+    BoundRows rows;
     rows.matrix.kind = kind;
     rows.matrix.data = data.data();
     rows.matrix.rows = static_cast<int64_t>(data.shape(0)), rows.matrix.cols = static_cast<int64_t>(data.shape(1));
@@ -33,9 +28,9 @@ Rows floats(Kind kind, Array<const T, 2> data) {
     return rows;
 }
 
-Rows ints(Array<const uint8_t, 2> codes, Array<const uint16_t, 2> scale, std::optional<Array<const uint16_t, 2>> minimum,
+BoundRows ints(Array<const uint8_t, 2> codes, Array<const uint16_t, 2> scale, std::optional<Array<const uint16_t, 2>> minimum,
           int bits, int64_t group) {
-    Rows rows;
+    BoundRows rows;
     Matrix& m = rows.matrix;
     m.kind = Kind::ints, m.data = codes.data(), m.scale = scale.data();
     m.rows = static_cast<int64_t>(codes.shape(0)), m.cols = static_cast<int64_t>(scale.shape(1)) * group;
@@ -95,12 +90,12 @@ void unpack(Array<const uint8_t, 2> packed, int bits, Array<uint8_t, 2> out) {
 }
 
 template <int64_t (*OP)(const Matrix&, const float*, int64_t, int, float*)>
-int64_t gemv(const Rows& w, Array<const float, 2> x, int threads, Array<float, 2> y) {
+int64_t gemv(const BoundRows& w, Array<const float, 2> x, int threads, Array<float, 2> y) {
     nb::gil_scoped_release release;
     return OP(w.matrix, x.data(), static_cast<int64_t>(x.shape(0)), threads, y.data());
 }
 
-std::tuple<int64_t, int64_t, int64_t, int64_t> bound_gate_first(const Rows& gate, const Rows& up, const Rows& down_t,
+std::tuple<int64_t, int64_t, int64_t, int64_t> bound_gate_first(const BoundRows& gate, const BoundRows& up, const BoundRows& down_t,
                                                                 Array<const float, 2> x, float threshold, int act,
                                                                 int threads, Array<float, 2> y,
                                                                 Array<int64_t, 1> active) {
@@ -119,7 +114,7 @@ void bind_native(nb::module_& m);  // native/bind.cpp
 
 NB_MODULE(_core, m) {
     trimtab::bind_native(m);
-    nb::class_<Rows>(m, "Rows");
+    nb::class_<BoundRows>(m, "Rows");
     m.def("f32_rows", [](Array<const float, 2> data) { return floats<float>(Kind::f32, data); });
     m.def("bf16_rows", [](Array<const uint16_t, 2> data) { return floats<uint16_t>(Kind::bf16, data); });
     m.def("int_rows", &ints, nb::arg("codes"), nb::arg("scale"), nb::arg("minimum").none(), nb::arg("bits"),

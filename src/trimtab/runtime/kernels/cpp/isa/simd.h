@@ -56,13 +56,27 @@ inline FV load_bf16s(const uint16_t* from) {
 }
 
 inline FV load_u8s(const uint8_t* from) {
-    typedef uint8_t Narrow __attribute__((vector_size(lanes)));
-    return __builtin_convertvector(__builtin_convertvector(load<Narrow>(from), IV), FV);
+#if defined(__AVX512F__)
+    return as<FV>(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))));
+#elif defined(__AVX2__)
+    return as<FV>(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))));
+#else
+    FV v;
+    for (int i = 0; i < lanes; ++i) v[i] = from[i];
+    return v;
+#endif
 }
 
 inline FV load_i8s(const int8_t* from) {
-    typedef int8_t Narrow __attribute__((vector_size(lanes)));
-    return __builtin_convertvector(__builtin_convertvector(load<Narrow>(from), IV), FV);
+#if defined(__AVX512F__)
+    return as<FV>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))));
+#elif defined(__AVX2__)
+    return as<FV>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))));
+#else
+    FV v;
+    for (int i = 0; i < lanes; ++i) v[i] = from[i];
+    return v;
+#endif
 }
 
 inline float sum_of(FV v) {

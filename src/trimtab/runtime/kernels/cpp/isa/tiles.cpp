@@ -11,6 +11,14 @@ namespace {
 
 constexpr int parts = tile_rows / lanes;  // registers that hold one column of a tile
 
+// Holds a sum in its register: left alone, GCC keeps all products of an unrolled loop alive, in memory, and adds them last.
+template <class V>
+inline void keep([[maybe_unused]] V& v) {
+#if defined(__AVX2__)
+    asm("" : "+x"(v));
+#endif
+}
+
 // ------------------------------------------------------------------------------------------------------------ floats
 
 template <Coding CODING>
@@ -19,52 +27,63 @@ inline FV load_column(const uint8_t* tile, int64_t k, int part) {
     return load_halves(reinterpret_cast<const uint16_t*>(tile) + k * 16 + part * lanes);
 }
 
+// Columns `at` .. of one tile times T tokens into sums of chain c: one column, or two of bf16.
+template <Coding CODING, int T>
+inline __attribute__((always_inline)) void add_column(const uint8_t* data, int64_t at, const float* const (&x)[T],
+                                                      FV (&sum)[T][parts]) {
+#pragma GCC unroll 2
+    for (int p = 0; p < parts; ++p) {
+        if constexpr (CODING == Coding::bf16) {
+            const UV both = load<UV>(data + at * 64 + p * 4 * lanes);
+            const FV first = as<FV>(both << 16), second = as<FV>(both & 0xffff0000u);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                sum[t][p] += first * x[t][2 * at];
+                sum[t][p] += second * x[t][2 * at + 1];
+                keep(sum[t][p]);
+            }
+        } else {
+            const FV column = load_column<CODING>(data, at, p);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                sum[t][p] += column * x[t][at];
+                keep(sum[t][p]);
+            }
+        }
+    }
+}
+
 template <Coding CODING, int T>
 void dot_float(const Tiles& w, int64_t tile, const Input& in, int64_t t0, float* out) {
     const uint8_t* data = w.data + tile * w.data_bytes();
     const float* x[T];
-    for (int t = 0; t < T; ++t) x[t] = in.x + (t0 + t) * in.stride;
-    constexpr int chains = T >= 4 ? 1 : T == 2 ? 2 : 4;
-    FV sum[chains][T][parts] = {};
-    const int64_t cols = w.padded();
-    if constexpr (CODING == Coding::bf16) {
-        const int64_t pairs_of = cols / 2;
-        int64_t p = 0;
-        auto step = [&](int c, int64_t at) {
-            prefetch(data + at * 64 + 2048);
-            for (int part = 0; part < parts; ++part) {
-                const UV both = load<UV>(data + at * 64 + part * 4 * lanes);
-                const FV first = as<FV>(both << 16), second = as<FV>(both & 0xffff0000u);
-                for (int t = 0; t < T; ++t) {
-                    sum[c][t][part] += first * x[t][2 * at];
-                    sum[c][t][part] += second * x[t][2 * at + 1];
-                }
-            }
-        };
-        for (; p + chains <= pairs_of; p += chains)
-            for (int c = 0; c < chains; ++c) step(c, p + c);
-        for (; p < pairs_of; ++p) step(0, p);
-    } else {
-        int64_t k = 0;
-        auto step = [&](int c, int64_t at) {
-            if constexpr (CODING == Coding::f32)
-                prefetch(data + at * 64 + 2048);
-            else if (!(at & 1))
-                prefetch(data + at * 32 + 2048);
-            for (int part = 0; part < parts; ++part) {
-                const FV column = load_column<CODING>(data, at, part);
-                for (int t = 0; t < T; ++t) sum[c][t][part] += column * x[t][at];
-            }
-        };
-        for (; k + chains <= cols; k += chains)
-            for (int c = 0; c < chains; ++c) step(c, k + c);
-        for (; k < cols; ++k) step(0, k);
+    constexpr int chains = T >= 4 ? 1 : T == 2 ? 2 : 4;  // a multiply-add waits four cycles for the one before
+    FV sum[chains][T][parts];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+        x[t] = in.x + (t0 + t) * in.stride;
+#pragma GCC unroll 4
+        for (int c = 0; c < chains; ++c)
+#pragma GCC unroll 2
+            for (int p = 0; p < parts; ++p) sum[c][t][p] = FV{};
     }
+    constexpr int64_t step_bytes = CODING == Coding::f16 ? 32 : 64;
+    const int64_t steps = CODING == Coding::bf16 ? w.padded() / 2 : w.padded();
+    int64_t k = 0;
+    for (; k + 4 <= steps; k += 4) {
+#pragma GCC unroll 4
+        for (int64_t line = 0; line < 4 * step_bytes; line += 64) prefetch(data + k * step_bytes + 2048 + line);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) add_column<CODING, T>(data, k + i, x, sum[i % chains]);
+    }
+    for (; k < steps; ++k) add_column<CODING, T>(data, k, x, sum[0]);
+#pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
-        for (int part = 0; part < parts; ++part) {
-            FV all = sum[0][t][part];
-            for (int c = 1; c < chains; ++c) all += sum[c][t][part];
-            store_f(out + t * 16 + part * lanes, all);
+#pragma GCC unroll 2
+        for (int p = 0; p < parts; ++p) {
+            FV all = sum[0][t][p];
+            for (int c = 1; c < chains; ++c) all += sum[c][t][p];
+            store_f(out + t * 16 + p * lanes, all);
         }
 }
 
@@ -99,17 +118,9 @@ inline BV codes_of(const uint8_t* unit, int part) {
     return found;
 }
 
-// Holds a sum in its register: left alone, GCC keeps all products of an unrolled loop alive, in memory, and adds them last.
-template <class V>
-inline void keep([[maybe_unused]] V& v) {
-#if defined(__AVX2__)
-    asm("" : "+x"(v));
-#endif
-}
-
-template <int FIRST, class F, int... I>
-inline void each(F&& f, std::integer_sequence<int, I...>) {
-    (f(std::integral_constant<int, FIRST + I>{}), ...);
+template <class F, int... I>
+inline __attribute__((always_inline)) void each(F&& f, std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>{}), ...);
 }
 
 #if defined(__AVX512VNNI__)
@@ -118,118 +129,164 @@ constexpr bool signed_bytes = false;
 constexpr bool signed_bytes = true;  // 8-bit codes are taken as signed: unsigned ones would leave int16
 #endif
 
-// acc[t] += sum over COLS columns of a unit, from fours FIRST on, of code * x.
+// acc[p][t] = sum of code * x[t] for the rows of part p over FOURS fours of columns, from four FIRST of the unit on; over two
+// units if FOURS is 16. Every broadcast of x serves all parts: without that, loads and not products set the pace.
 template <int BITS, int FIRST, int FOURS, int T>
-inline void dot_unit(const uint8_t* unit, int part, const int8_t* const* x, IV* acc) {
+inline __attribute__((always_inline)) void dot_fours(const uint8_t* unit, const int8_t* const (&x)[T], IV (&acc)[parts][T]) {
 #if defined(__AVX512VNNI__)
-    auto step = [&](auto index) {
+    auto step = [&](auto index) __attribute__((always_inline)) {
         constexpr int i = decltype(index)::value;
-        const BV codes = codes_of<BITS, i>(unit, part);
+        const BV codes = codes_of<BITS, (FIRST + i) % 8>(unit + (FIRST + i) / 8 * 64 * BITS, 0);
+#pragma GCC unroll 8
         for (int t = 0; t < T; ++t)
-            acc[t] = as<IV>(_mm512_dpbusd_epi32(as<__m512i>(acc[t]), as<__m512i>(codes), as<__m512i>(splat_4(x[t] + 4 * i))));
+            acc[0][t] = as<IV>(_mm512_dpbusd_epi32(i ? as<__m512i>(acc[0][t]) : _mm512_setzero_si512(), as<__m512i>(codes),
+                                                   as<__m512i>(splat_4(x[t] + 4 * i))));
     };
 #else
     // int16 sums of 2 * (2^bits - 1) * 127 a step stay in range this many steps.
-    constexpr int most = BITS <= 4 ? 8 : BITS == 5 ? 4 : BITS == 6 ? 2 : 1;
-    SV part_sum[T];
-    auto step = [&](auto index) {
-        constexpr int i = decltype(index)::value, place = (i - FIRST) % most;
-        const BV codes = codes_of<BITS, i>(unit, part);
+    constexpr int most = BITS <= 2 ? 16 : BITS <= 4 ? 8 : BITS == 5 ? 4 : BITS == 6 ? 2 : 1;
+    SV sum[parts][T];
+    auto step = [&](auto index) __attribute__((always_inline)) {
+        constexpr int i = decltype(index)::value, place = i % most;
+        BV codes[parts];
+#pragma GCC unroll 2
+        for (int p = 0; p < parts; ++p) codes[p] = codes_of<BITS, (FIRST + i) % 8>(unit + (FIRST + i) / 8 * 64 * BITS, p);
+#pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
             const CV four = splat_4(x[t] + 4 * i);
-            const SV product = BITS == 8 ? signed_pairs(as<CV>(codes ^ static_cast<uint8_t>(0x80)), four) : pairs(codes, four);
-            part_sum[t] = place ? part_sum[t] + product : product;
-            keep(part_sum[t]);
-            if (place == most - 1 || i == FIRST + FOURS - 1) acc[t] += fold(part_sum[t]);
+#pragma GCC unroll 2
+            for (int p = 0; p < parts; ++p) {
+                const SV product =
+                    BITS == 8 ? signed_pairs(as<CV>(codes[p] ^ static_cast<uint8_t>(0x80)), four) : pairs(codes[p], four);
+                sum[p][t] = place ? sum[p][t] + product : product;
+                keep(sum[p][t]);
+            }
+        }
+        if constexpr (place == most - 1 || i == FOURS - 1) {
+#pragma GCC unroll 2
+            for (int p = 0; p < parts; ++p)
+#pragma GCC unroll 8
+                for (int t = 0; t < T; ++t) acc[p][t] = i < most ? fold(sum[p][t]) : acc[p][t] + fold(sum[p][t]);
         }
     };
 #endif
-    each<FIRST>(step, std::make_integer_sequence<int, FOURS>{});
+    each(step, std::make_integer_sequence<int, FOURS>{});
 }
 
-// Scale and minimum of one group for the rows of one part.
-inline void scales_of(const Tiles& w, int64_t tile, int64_t g, int part, FV& scale, FV& minimum) {
-    if (w.scales == Scales::half) {
-        const int64_t at = (tile * w.groups() + g) * 16 + part * lanes;
-        scale = load_halves(w.scale + at);
-        if (w.minimum) minimum = load_halves(w.minimum + at);
-        return;
-    }
-    if (w.scales == Scales::q4_k) {
-        const int64_t block = tile * (w.padded() / 256) + g / 8;
-        const uint8_t* sub = w.sub + (block * 16 + g % 8) * 16 + part * lanes;
-        scale = load_halves(w.scale + block * 32 + part * lanes) * load_u8s(sub);
-        minimum = -(load_halves(w.scale + block * 32 + 16 + part * lanes) * load_u8s(sub + 8 * 16));
-        return;
-    }
-    const int64_t block = tile * (w.padded() / 256) + g / 16;
-    const int8_t* sub = reinterpret_cast<const int8_t*>(w.sub) + (block * 16 + g % 16) * 16 + part * lanes;
-    scale = load_halves(w.scale + block * 16 + part * lanes) * load_i8s(sub);
-}
+// Scales, and minima where there are any, of group after group of one tile.
+template <Scales KIND>
+struct ScaleReader {
+    const uint16_t *scale, *minimum;
+    const uint8_t* sub;
+    int64_t g = 0;
 
-// One tile times T tokens: FOURS fours of columns share an activation scale. STEP parts are worked on together.
-template <int BITS, int FOURS, int T, int STEP>
+    ScaleReader(const Tiles& w, int64_t tile) {
+        const int64_t at = tile * (KIND == Scales::half ? w.groups() : w.padded() / 256) * 16;
+        scale = w.scale + at * (KIND == Scales::q4_k ? 2 : 1);
+        minimum = w.minimum ? w.minimum + at : nullptr;
+        sub = w.sub + at * 16;
+    }
+    void read(int part, FV& s, FV& m) const {
+        const int row = part * lanes;
+        if constexpr (KIND == Scales::half) {
+            s = load_halves(scale + row);
+            if (minimum) m = load_halves(minimum + row);
+        } else if constexpr (KIND == Scales::q4_k) {
+            s = load_halves(scale + row) * load_u8s(sub + row);
+            m = -(load_halves(scale + 16 + row) * load_u8s(sub + 8 * 16 + row));
+        } else {
+            s = load_halves(scale + row) * load_i8s(reinterpret_cast<const int8_t*>(sub) + row);
+        }
+    }
+    void next() {
+        ++g;
+        if constexpr (KIND == Scales::half) {
+            scale += 16;
+            if (minimum) minimum += 16;
+        } else if constexpr (KIND == Scales::q4_k) {
+            sub += g % 8 ? 16 : 16 + 8 * 16;
+            if (g % 8 == 0) scale += 32;
+        } else {
+            sub += 16;
+            if (g % 16 == 0) scale += 16;
+        }
+    }
+};
+
+// One tile times T tokens: FOURS fours of columns share an activation scale.
+template <int BITS, int FOURS, int T, Scales KIND>
 void dot_ints(const Tiles& w, int64_t tile, const Input& in, int64_t t0, float* out) {
-    constexpr int unit_bytes = 64 * BITS, cols = 4 * FOURS;
-    const uint8_t* codes = w.data + tile * w.data_bytes();
-    const int64_t groups = w.groups(), acts = in.stride / cols;
-    const bool centred = w.minimum == nullptr && w.scales != Scales::q4_k;
+    constexpr int cols = 4 * FOURS, act_bytes = cols * 2 * BITS;  // bytes of a tile's codes in one act group
+    const int64_t groups = w.groups(), acts = in.stride / cols, per_group = w.group / cols;
+    const bool centred = KIND == Scales::q6_k || (KIND == Scales::half && w.minimum == nullptr);
     const float zero = (centred ? static_cast<float>(1 << (BITS - 1)) : 0.0f) - (BITS == 8 && signed_bytes ? 128.0f : 0.0f);
-    const int64_t per_group = w.group / cols;
-    for (int first = 0; first < parts; first += STEP) {
-        FV total[STEP][T] = {};
-        for (int64_t g = 0; g < groups; ++g) {
-            FV part[STEP][T] = {};
-            const int64_t end = (g + 1) * per_group < acts ? (g + 1) * per_group : acts;
-            for (int64_t a = g * per_group; a < end; ++a) {
-                IV acc[STEP][T] = {};
-                const int8_t* x[T];
-                for (int t = 0; t < T; ++t) x[t] = in.codes + (t0 + t) * in.stride + a * cols;
-                if constexpr (FOURS >= 8) {
-                    for (int u = 0; u < FOURS / 8; ++u) {
-                        const uint8_t* unit = codes + (a * (FOURS / 8) + u) * unit_bytes;
-                        if (T <= 2 || first == 0)
-                            for (int line = 0; line < BITS; ++line) prefetch(unit + 2048 + 64 * line);
-                        for (int s = 0; s < STEP; ++s) dot_unit<BITS, 0, 8, T>(unit, first + s, x, acc[s]);
-                        for (int t = 0; t < T; ++t) x[t] += 32;
-                    }
-                } else {
-                    const uint8_t* unit = codes + a / 2 * unit_bytes;
-                    if (a & 1) {
-                        for (int t = 0; t < T; ++t) x[t] -= 16;
-                        for (int s = 0; s < STEP; ++s) dot_unit<BITS, 4, 4, T>(unit, first + s, x, acc[s]);
-                    } else {
-                        for (int line = 0; line < BITS; ++line) prefetch(unit + 2048 + 64 * line);
-                        for (int s = 0; s < STEP; ++s) dot_unit<BITS, 0, 4, T>(unit, first + s, x, acc[s]);
-                    }
-                }
-                for (int t = 0; t < T; ++t) {
-                    const float scale = in.scale[(t0 + t) * acts + a];
-                    for (int s = 0; s < STEP; ++s) part[s][t] += to_float(acc[s][t]) * scale;
-                }
+    ScaleReader<KIND> reader(w, tile);
+    const uint8_t* codes = w.data + tile * w.data_bytes();
+    const int8_t* x[T];
+    const float *scales[T], *sums[T];
+    FV total[parts][T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+        x[t] = in.codes + (t0 + t) * in.stride, scales[t] = in.scale + (t0 + t) * acts, sums[t] = in.sum + (t0 + t) * groups;
+#pragma GCC unroll 2
+        for (int p = 0; p < parts; ++p) total[p][t] = FV{};
+    }
+    int64_t a = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+        FV group_sum[parts][T];
+#pragma GCC unroll 2
+        for (int p = 0; p < parts; ++p)
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) group_sum[p][t] = FV{};
+        const int64_t end = a + per_group < acts ? a + per_group : acts;
+        for (; a < end; ++a) {
+#pragma GCC unroll 16
+            for (int line = 0; line < act_bytes; line += 64) prefetch(codes + 2048 + line);
+            IV acc[parts][T];
+            if (FOURS == 4 && (a & 1))
+                dot_fours<BITS, FOURS == 4 ? 4 : 0, FOURS, T>(codes, x, acc);
+            else
+                dot_fours<BITS, 0, FOURS, T>(codes, x, acc);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+                for (int p = 0; p < parts; ++p) group_sum[p][t] += to_float(acc[p][t]) * scales[t][a];
+                x[t] += cols;
             }
-            for (int s = 0; s < STEP; ++s) {
-                FV scale, minimum = {};
-                scales_of(w, tile, g, first + s, scale, minimum);
-                for (int t = 0; t < T; ++t) {
-                    const float sum = in.sum[(t0 + t) * groups + g];
-                    total[s][t] += scale * (part[s][t] - zero * sum);
-                    if (!centred) total[s][t] += minimum * sum;
-                }
+            if (FOURS > 4)
+                codes += act_bytes;
+            else if (a & 1)
+                codes += 2 * act_bytes;
+        }
+#pragma GCC unroll 2
+        for (int p = 0; p < parts; ++p) {
+            FV scale, minimum = {};
+            reader.read(p, scale, minimum);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                const float sum = sums[t][g];
+                total[p][t] += scale * (centred || BITS == 8 ? group_sum[p][t] - zero * sum : group_sum[p][t]);
+                if (!centred) total[p][t] += minimum * sum;
             }
         }
-        for (int s = 0; s < STEP; ++s)
-            for (int t = 0; t < T; ++t) store_f(out + t * 16 + (first + s) * lanes, total[s][t]);
+        reader.next();
     }
+#pragma GCC unroll 2
+    for (int p = 0; p < parts; ++p)
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) store_f(out + t * 16 + p * lanes, total[p][t]);
 }
 
 template <int BITS, int T>
 void dot_bits(const Tiles& w, int64_t tile, const Input& in, int64_t t0, float* out) {
-    constexpr int step = T <= 2 ? parts : 1;
+    if constexpr (BITS == 4 || BITS == 5)
+        if (w.scales == Scales::q4_k) return dot_ints<BITS, 8, T, Scales::q4_k>(w, tile, in, t0, out);
+    if constexpr (BITS == 6)
+        if (w.scales == Scales::q6_k) return dot_ints<BITS, 4, T, Scales::q6_k>(w, tile, in, t0, out);
     switch (in.act_group) {
-        case 64: return dot_ints<BITS, 16, T, step>(w, tile, in, t0, out);
-        case 32: return dot_ints<BITS, 8, T, step>(w, tile, in, t0, out);
-        default: return dot_ints<BITS, 4, T, step>(w, tile, in, t0, out);
+        case 64: return dot_ints<BITS, 16, T, Scales::half>(w, tile, in, t0, out);
+        case 32: return dot_ints<BITS, 8, T, Scales::half>(w, tile, in, t0, out);
+        default: return dot_ints<BITS, 4, T, Scales::half>(w, tile, in, t0, out);
     }
 }
 

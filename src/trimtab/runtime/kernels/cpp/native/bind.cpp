@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "native/program.h"
+#include "rows.h"
 
 namespace nb = nanobind;
 
@@ -169,6 +170,18 @@ void bind_native(nb::module_& m) {
              },
              nb::arg("name"), nb::arg("source"), nb::arg("norm").none(), nb::arg("products"), nb::arg("store"), nb::arg("act"),
              nb::arg("passes") = 1)
+        .def("gate_first",
+             [](Bound& b, const std::string& name, int source, int values, const Norm& norm, const BoundTiles& gate,
+                const BoundRows& up, const BoundRows& down_t, int act, float threshold, int64_t max_tokens, bool prefill) {
+                 GateFirstFFN f;
+                 f.source = source, f.values = values, f.norm = norm, f.gate = gate.tiles, f.up = up.matrix;
+                 f.down_t = down_t.matrix, f.act = static_cast<Act>(act), f.threshold = threshold;
+                 f.max_tokens = max_tokens, f.threshold_prefill = prefill;
+                 b.keep.insert(b.keep.end(), gate.keep.begin(), gate.keep.end());
+                 b.keep.insert(b.keep.end(), up.keep.begin(), up.keep.end());
+                 b.keep.insert(b.keep.end(), down_t.keep.begin(), down_t.keep.end());
+                 b.program.gate_first(name, std::move(f));
+             })
         .def("norm_add", [](Bound& b, const std::string& name, int source, const Norm& norm,
                             int values) { b.program.norm_add(name, source, norm, values); })
         .def("attend",
@@ -207,6 +220,13 @@ void bind_native(nb::module_& m) {
                  std::vector<std::tuple<std::string, int64_t, int64_t, int64_t, int64_t, double>> found;
                  for (const auto& k : b.program.kernels())
                      found.emplace_back(k->name, k->weight_read, k->kv_read, k->kv_written, k->flops, k->seconds);
+                 return found;
+             })
+        .def("observed",
+             [](const Bound& b) {
+                 std::vector<std::tuple<std::string, int64_t, int64_t>> found;
+                 for (const auto& k : b.program.kernels())
+                     if (k->active_rows >= 0) found.emplace_back(k->name, k->active_rows, k->active_pairs);
                  return found;
              })
         .def_prop_ro("recomputed", [](const Bound& b) { return b.program.recomputed.load(); })

@@ -11,7 +11,6 @@
 namespace trimtab {
 namespace {
 
-constexpr int64_t alone = 2;         // tokens up to which every worker prepares the input for itself: cheaper than a barrier
 constexpr int64_t token_block = 64;  // rows of input one tile is multiplied with before its results are stored
 constexpr int64_t huge_page = int64_t{2} << 20;
 
@@ -119,15 +118,9 @@ struct LinearKernel : Kernel {
     Store store = Store::set;
     Act act = Act::silu;
 
-    static int64_t input_bytes(const Input& in, int64_t tokens) {
-        if (!in.ints) return aligned(tokens * in.stride * 4);
-        const int64_t rows = tokens * in.passes;
-        return aligned(rows * in.stride) + aligned(rows * (in.stride / in.act_group) * 4) +
-               aligned(rows * ((in.stride + in.group - 1) / in.group) * 4);
-    }
     int64_t scratch_bytes(int64_t tokens) const override {
         int64_t bytes = aligned(4 * products[0].w.cols);
-        for (const Input& in : inputs) bytes += input_bytes(in, tokens);
+        for (const Input& in : inputs) bytes += in.bytes(tokens);
         return bytes;
     }
 
@@ -142,34 +135,16 @@ struct LinearKernel : Kernel {
         Input ready[4];
         const size_t forms = inputs.size();
         for (size_t i = 0; i < forms; ++i) {
-            Input& in = ready[i];
-            in = inputs[i];
-            char* here = at;
-            at += input_bytes(in, tokens);
-            if (!in.ints) {
-                in.x = reinterpret_cast<float*>(here);
-                continue;
-            }
-            in.codes = reinterpret_cast<int8_t*>(here);
-            here += aligned(tokens * in.passes * in.stride);
-            in.scale = reinterpret_cast<float*>(here);
-            here += aligned(tokens * in.passes * (in.stride / in.act_group) * 4);
-            in.sum = reinterpret_cast<float*>(here);
+            ready[i] = inputs[i];
+            ready[i].place(at, tokens);
+            at += ready[i].bytes(tokens);
         }
         const TileKernels& k = tile_kernels();
         const int64_t first = own ? 0 : worker.begin(tokens), last = own ? tokens : worker.end(tokens);
         for (int64_t t = first; t < last; ++t) {
             const float* row = from.data + (gather ? c.step.logits_rows[t] : t) * from.width;
             if (has_norm) k.norm(norm, row, normed), row = normed;
-            for (size_t i = 0; i < forms; ++i) {
-                if (ready[i].ints) {
-                    k.quantize(ready[i], t, row, cols);
-                    continue;
-                }
-                float* to = ready[i].x + t * ready[i].stride;
-                std::memcpy(to, row, static_cast<size_t>(cols) * 4);
-                for (int64_t j = cols; j < ready[i].stride; ++j) to[j] = 0;
-            }
+            for (size_t i = 0; i < forms; ++i) ready[i].fill(t, row, cols);
         }
         if (!own) worker.wait();
         const int64_t step_by = store == Store::gated ? 2 : 1;
@@ -198,11 +173,11 @@ struct LinearKernel : Kernel {
         alignas(64) float out[token_block * tile_rows], second[token_block * tile_rows];
         for (int64_t t0 = 0; t0 < tokens; t0 += token_block / 2) {
             const int64_t here = std::min(token_block / 2, tokens - t0);
-            dot(one, tile, ready[one.input], t0, here, out);
+            ready[one.input].dot(one.w, tile, t0, here, out);
             finish(one, n0, count, here, out);
             if (store == Store::gated) {
                 const Product& other = products[p + 1];
-                dot(other, tile, ready[other.input], t0, here, second);
+                ready[other.input].dot(other.w, tile, t0, here, second);
                 finish(other, n0, count, here, second);
                 k.activate(act, out, second, here * tile_rows);
             } else if (act != Act::none) {
@@ -220,15 +195,6 @@ struct LinearKernel : Kernel {
         int64_t bytes = one.w.tile_bytes() + (one.bias ? 4 * count : 0);
         if (store == Store::gated) bytes += products[p + 1].w.tile_bytes() + (products[p + 1].bias ? 4 * count : 0);
         return bytes;
-    }
-
-    // out [tokens, 16], with room for two rows a token.
-    static void dot(const Product& p, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out) {
-        tile_kernels().dot_tile(p.w, tile, in, t0 * in.passes, tokens * in.passes, out);
-        if (in.passes == 1) return;
-        for (int64_t t = 0; t < tokens; ++t)
-            for (int64_t i = 0; i < tile_rows; ++i)
-                out[t * tile_rows + i] = out[2 * t * tile_rows + i] + out[(2 * t + 1) * tile_rows + i];
     }
 
     static void finish(const Product& p, int64_t n0, int64_t count, int64_t tokens, float* out) {
@@ -485,14 +451,9 @@ void Program::linear(const std::string& name, int source, const Norm* norm, std:
     kernel->name = name, kernel->source = source, kernel->store = store, kernel->act = act;
     if (norm) kernel->has_norm = true, kernel->norm = *norm;
     for (Product& product : products) {
-        Input in;
-        in.ints = product.w.coding == Coding::ints, in.stride = product.w.padded();
-        if (in.ints) in.act_group = product.w.act_group(), in.group = product.w.group, in.passes = passes;
+        const Input in = Input::of(product.w, passes);
         size_t i = 0;
-        for (; i < kernel->inputs.size(); ++i) {
-            const Input& have = kernel->inputs[i];
-            if (have.ints == in.ints && have.stride == in.stride && have.group == in.group) break;
-        }
+        while (i < kernel->inputs.size() && !kernel->inputs[i].same(in)) ++i;
         if (i == kernel->inputs.size()) kernel->inputs.push_back(in);
         product.input = static_cast<int>(i);
     }
@@ -585,8 +546,9 @@ void Program::run(const Step& step, const int64_t* reach, bool timed) {
     int64_t shared = 0, own = 0;
     for (const auto& kernel : kernels_) {
         shared = std::max(shared, kernel->scratch_bytes(std::max(step.tokens, step.logits)));
-        own = std::max(own, kernel->scratch_bytes(alone));
+        own = std::max(own, kernel->own_bytes(step.tokens));
         kernel->weight_read = 0, kernel->kv_read = 0, kernel->kv_written = 0, kernel->flops = 0, kernel->seconds = 0;
+        kernel->active_rows = -1, kernel->active_pairs = 0;
     }
     char* scratch = scratch_arena_.grow(shared + own * workers_.count());
     float* partial = reinterpret_cast<float*>(partial_arena_.grow(4 * slots_ * heads_ * (head_dim_ + 2)));

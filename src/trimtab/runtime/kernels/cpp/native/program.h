@@ -36,6 +36,8 @@ struct Piece {
 
 class Program;
 
+constexpr int64_t alone = 2;  // tokens up to which every worker prepares an input for itself: cheaper than a barrier
+
 // What a kernel sees of the step that runs.
 struct Context {
     const Program& program;
@@ -50,9 +52,11 @@ struct Context {
 struct Kernel {
     std::string name;
     std::atomic<int64_t> weight_read{0}, kv_read{0}, kv_written{0}, flops{0};  // of the last step, all workers
+    std::atomic<int64_t> active_rows{-1}, active_pairs{0};  // neurons some token needed, pairs of both; -1: not counted here
     double seconds = 0;  // of worker 0 in the last step, if timed
     virtual ~Kernel() = default;
-    virtual int64_t scratch_bytes(int64_t /*tokens*/) const { return 0; }
+    virtual int64_t scratch_bytes(int64_t /*tokens*/) const { return 0; }  // of all workers together
+    virtual int64_t own_bytes(int64_t tokens) const { return scratch_bytes(tokens < alone ? tokens : alone); }  // of each
     virtual void run(Context& context, Worker& worker) = 0;
 };
 
@@ -86,6 +90,19 @@ struct Attention {
     float phi = 0, low = 0, high = 0;
 };
 
+// y += down_t (act(gate x) * up x), for passes of up to max_tokens only over neurons with |act(gate x)| > threshold.
+struct GateFirstFFN {
+    int source = 0, values = 0;
+    Norm norm;
+    Tiles gate;
+    Matrix up, down_t;  // a neuron is one row of each
+    Act act = Act::silu;
+    float threshold = 0;
+    int64_t max_tokens = 0;
+    bool threshold_prefill = true;  // longer passes drop the same neurons, but read all rows
+    Input gate_input;               // set by the program
+};
+
 class Program {
   public:
     explicit Program(int threads) : workers_(threads) {}
@@ -97,6 +114,7 @@ class Program {
     // Products of one input, which is normed first where there is a norm. gated: they come in pairs (gate, up). passes: see Input.
     void linear(const std::string& name, int source, const Norm* norm, std::vector<Product> products, Store store, Act act,
                 int passes);
+    void gate_first(const std::string& name, GateFirstFFN ffn);
     void norm_add(const std::string& name, int source, const Norm& norm, int values);
     void attend(const std::string& name, const Attention& attention);
 

@@ -72,6 +72,24 @@ struct Input {
     int8_t* codes = nullptr;
     float* scale = nullptr;  // [T, stride / act_group]
     float* sum = nullptr;    // [T, ceil(stride / group)]
+
+    static Input of(const Tiles& w, int passes) {
+        Input in;
+        in.ints = w.coding == Coding::ints, in.stride = w.padded();
+        if (in.ints) in.act_group = w.act_group(), in.group = w.group, in.passes = passes;
+        return in;
+    }
+    // True if both ask for the same codes.
+    bool same(const Input& other) const {
+        return ints == other.ints && stride == other.stride && group == other.group && passes == other.passes;
+    }
+    int64_t bytes(int64_t tokens) const;
+    // Takes its buffers for `tokens` tokens from `at`, bytes(tokens) of them.
+    void place(char* at, int64_t tokens);
+    // Codes or copies one token of `cols` values.
+    void fill(int64_t t, const float* x, int64_t cols) const;
+    // out [tokens, 16] = a tile times tokens t0 .. t0 + tokens - 1; out has room for `passes` rows a token.
+    void dot(const Tiles& w, int64_t tile, int64_t t0, int64_t tokens, float* out) const;
 };
 
 }  // namespace trimtab

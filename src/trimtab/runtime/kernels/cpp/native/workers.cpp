@@ -4,13 +4,15 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <climits>
 
 namespace trimtab {
 namespace {
 
-// About 20 us: longer than the wait between the kernels of a step, shorter than what a user would call load.
-constexpr int spins = 4000;
+// How long a worker looks out before it sleeps: longer than a caller takes from one step to the next (sampling, text), since
+// waking up costs a tenth of a millisecond, and short enough that an idle program costs nothing.
+constexpr auto patience = std::chrono::milliseconds(2);
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -22,10 +24,13 @@ inline void pause() {
 
 // Returns when `word` is no longer `seen`.
 void await(const std::atomic<uint32_t>& word, uint32_t seen, std::atomic<uint32_t>& sleepers) {
-    for (int i = 0; i < spins; ++i) {
-        if (word.load(std::memory_order_acquire) != seen) return;
-        pause();
-    }
+    const auto until = std::chrono::steady_clock::now() + patience;
+    do {
+        for (int i = 0; i < 64; ++i) {
+            if (word.load(std::memory_order_acquire) != seen) return;
+            pause();
+        }
+    } while (std::chrono::steady_clock::now() < until);
     sleepers.fetch_add(1, std::memory_order_seq_cst);
     while (word.load(std::memory_order_seq_cst) == seen)
         syscall(SYS_futex, reinterpret_cast<const uint32_t*>(&word), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);

@@ -1,0 +1,82 @@
+"""Time llama.cpp for benchmarks/decode.py: one JSON line asks, one answers. Run by the python of .venv-peers.
+
+Only llama_decode and its synchronization are timed, on llama.cpp's low-level interface: no sampling, no text.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+import time
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+CONTEXT, BATCH = 1024, 512
+_SILENT = llama_cpp.llama_log_callback(lambda *_: None)
+
+
+class Peer:
+    """A loaded model with its context."""
+
+    def __init__(self, model: str, threads: int) -> None:
+        llama_cpp.llama_log_set(_SILENT, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.llama_model_load_from_file(model.encode(), llama_cpp.llama_model_default_params())
+        if not self.model:
+            raise RuntimeError(f"llama.cpp could not load {model}")
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = CONTEXT
+        params.n_batch = params.n_ubatch = BATCH
+        params.n_threads = params.n_threads_batch = threads
+        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        if not self.context:
+            raise RuntimeError(f"llama.cpp could not make a context for {model}")
+        self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def step(self, ids: list[int]) -> tuple[float, int]:
+        """Seconds that these tokens take, and the likeliest next one."""
+        tokens = (llama_cpp.llama_token * len(ids))(*ids)
+        batch = llama_cpp.llama_batch_get_one(tokens, len(ids))  # logits of the last token only
+        start = time.perf_counter()
+        code = llama_cpp.llama_decode(self.context, batch)
+        llama_cpp.llama_synchronize(self.context)
+        seconds = time.perf_counter() - start
+        if code:
+            raise RuntimeError(f"llama_decode returned {code}")
+        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.context), (self.vocabulary,))
+        return seconds, int(logits.argmax())
+
+    def time(self, prompt: list[int], gen: int) -> dict[str, Any]:
+        if len(prompt) > BATCH or len(prompt) + gen > CONTEXT:
+            raise ValueError(f"at most {BATCH} tokens of prompt, and {CONTEXT} with what is generated")
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+        prefill, token = self.step(prompt)
+        ids, decode = [token], 0.0
+        for _ in range(gen - 1):
+            seconds, token = self.step([token])
+            decode += seconds
+            ids.append(token)
+        return {"prefill_s": prefill, "decode_s": decode, "decoded": gen - 1, "ids": ids}
+
+
+def main() -> None:
+    peer: Peer | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if peer is None:
+                peer = Peer(request["model"], request["threads"])
+                features = llama_cpp.llama_print_system_info().decode()
+                answer = {"ready": True, "version": llama_cpp.__version__, "features": features.strip()}
+            else:
+                answer = peer.time(request["prompt"], request["gen"])
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
