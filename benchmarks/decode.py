@@ -57,15 +57,23 @@ class Arm:
 #: Per model and width: ours first, then its peers; at most three, since all of them are alive at once.
 COMPARISONS = {
     "1b": {
-        "8-bit": (Arm("ours", "F16", ("rtn:bits=8,group=128",)), Arm("llama.cpp", "Q8_0"), Arm("openvino", "Q8_0")),
-        "4-bit": (Arm("ours", "F16", ("rtn:bits=4,group=128",)), Arm("llama.cpp", "Q4_0"), Arm("llama.cpp", "Q4_K")),
+        "8-bit": (
+            Arm("ours", "F16", ("rtn:bits=8,group=128,head=true",)),
+            Arm("llama.cpp", "Q8_0"),
+            Arm("openvino", "Q8_0"),
+        ),
+        "4-bit": (
+            Arm("ours", "F16", ("rtn:bits=4,group=128,head=true",)),
+            Arm("llama.cpp", "Q4_0"),
+            Arm("llama.cpp", "Q4_K"),
+        ),
         "4-bit, more peers": (
-            Arm("ours", "F16", ("rtn:bits=4,group=128",)),
+            Arm("ours", "F16", ("rtn:bits=4,group=128,head=true",)),
             Arm("llama.cpp", "Q4_1"),
             Arm("openvino", "Q4_0"),
         ),
-        "3-bit": (Arm("ours", "F16", ("rtn:bits=3,group=128",)), Arm("llama.cpp", "Q3_K")),
-        "2-bit": (Arm("ours", "F16", ("rtn:bits=2,group=128",)), Arm("llama.cpp", "Q2_K")),
+        "3-bit": (Arm("ours", "F16", ("rtn:bits=3,group=128,head=true",)), Arm("llama.cpp", "Q3_K")),
+        "2-bit": (Arm("ours", "F16", ("rtn:bits=2,group=128,head=true",)), Arm("llama.cpp", "Q2_K")),
         "ternary": (Arm("ours", "F16", ("tmac:bits=ternary",)), Arm("llama.cpp", "TQ1_0"), Arm("llama.cpp", "TQ2_0")),
     },
     "smollm2": {"Q4_1": (Arm("ours", "Q4_1"), Arm("llama.cpp", "Q4_1"), Arm("openvino", "Q4_1"))},

@@ -183,7 +183,6 @@ def widened(config: dict[str, Any]) -> dict[str, Any]:
 
 def family_model(name: str) -> Model:
     from tests.conftest import FAMILY_CONFIGS
-
     from trimtab.spec.configs import spec_from_config
 
     spec = spec_from_config(widened(FAMILY_CONFIGS[name]), f"tiny-{name}").with_dtype("float32")

@@ -49,15 +49,8 @@ def timed_report(model: Generator, prompt_tokens: int, gen: int, techniques: Seq
     def figure(
         value: float | None, unit: str, p10: float | None = None, p90: float | None = None, why: str = ""
     ) -> Figure:
-        missing = value is None
-        return Figure(
-            value=value,
-            p10=p10,
-            p90=p90,
-            unit=unit,
-            kind="measured",
-            why="gen=1 has no step after the first token" if missing else why or where,
-        )
+        reason = "gen=1 has no step after the first token" if value is None else why or where
+        return Figure(value=value, p10=p10, p90=p90, unit=unit, kind="measured", why=reason)
 
     figures = {
         "ttft_s": figure(prefill_s, "s"),

@@ -26,3 +26,93 @@ def gate_first(
 def isa() -> str: ...
 def isas() -> list[str]: ...
 def use_isa(name: str) -> bool: ...
+def missing_flags(name: str) -> str: ...
+
+class Tiles:
+    @property
+    def tile_bytes(self) -> int: ...
+
+class Norm: ...
+
+def tiles(
+    coding: int,
+    scales: int,
+    bits: int,
+    rows: int,
+    cols: int,
+    group: int,
+    data: np.ndarray,
+    scale: np.ndarray | None,
+    minimum: np.ndarray | None,
+    sub: np.ndarray | None,
+) -> Tiles: ...
+def pack_tiles(codes: np.ndarray, bits: int, out: np.ndarray) -> None: ...
+def unpack_tiles(packed: np.ndarray, bits: int, out: np.ndarray) -> None: ...
+def multiply(w: Tiles, x: np.ndarray, passes: int, threads: int, y: np.ndarray) -> int: ...
+
+#: Matrix, index of the values it writes, first column there, bias, factor, cap.
+Product = tuple[Tiles, int, int, np.ndarray | None, float, float]
+
+class Program:
+    def __init__(self, threads: int) -> None: ...
+    def values(self, width: int, logits: bool) -> int: ...
+    def norm(self, layer: bool, eps: float, size: int, weight: np.ndarray | None, bias: np.ndarray | None) -> Norm: ...
+    def rope(self, inverse: list[float], longer: list[float], original: int, scale: float) -> int: ...
+    def embed(self, name: str, table: Tiles, scale: float, values: int) -> None: ...
+    def positions(self, name: str, table: Tiles, offset: int, values: int) -> None: ...
+    def linear(
+        self, name: str, source: int, norm: Norm | None, products: list[Product], store: int, act: int, passes: int = 1
+    ) -> None: ...
+    def gate_first(
+        self,
+        name: str,
+        source: int,
+        values: int,
+        norm: Norm,
+        gate: Tiles,
+        up: Rows,
+        down_t: Rows,
+        act: int,
+        threshold: float,
+        max_tokens: int,
+        prefill: bool,
+    ) -> None: ...
+    def norm_add(self, name: str, source: int, norm: Norm, values: int) -> None: ...
+    def attend(
+        self,
+        name: str,
+        layer: int,
+        qkv: int,
+        out: int,
+        rope: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        window: int,
+        coding: int,
+        q_norm: Norm | None,
+        k_norm: Norm | None,
+        scale: float,
+        softcap: float,
+        unified: tuple[float, float, float] | None,
+    ) -> None: ...
+    def run(
+        self,
+        ids: np.ndarray,
+        starts: np.ndarray,
+        past: np.ndarray,
+        reach: np.ndarray,
+        logits_rows: np.ndarray,
+        cache: np.ndarray,
+        values: int,
+        timed: bool,
+        out: np.ndarray,
+    ) -> None: ...
+    def metered(self) -> list[tuple[str, int, int, int, int, float]]: ...
+    def observed(self) -> list[tuple[str, int, int]]: ...
+    @property
+    def recomputed(self) -> int: ...
+    @property
+    def arena_bytes(self) -> int: ...
+    @property
+    def threads(self) -> int: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import numpy as np
@@ -35,10 +36,8 @@ class Arena:
                 f"The weights take {format_bytes(nbytes)} and the system refuses them: {error}."
             ) from None
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
+            with contextlib.suppress(OSError):  # a kernel without transparent huge pages: ordinary ones do
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:  # a kernel without transparent huge pages: ordinary ones do
-                pass
         self._whole = np.frombuffer(self._memory, np.uint8)
 
     def buffers(self, format: WeightFormat, shape: tuple[int, int]) -> dict[str, np.ndarray]:

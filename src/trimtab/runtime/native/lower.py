@@ -192,12 +192,14 @@ class _Builder:
         spec, program = self.spec, self.program
         widest = max(spec.hidden_size, 1)
         h = program.values(widest, False)
-        shapes = [layer.self_attn for layer in spec.layers]
+        shapes = [layer.self_attn for layer in spec.layers if isinstance(layer.self_attn, AttentionSpec)]
         qkv = program.values(
             max((a.num_attention_heads + 2 * a.num_key_value_heads) * a.head_dim for a in shapes), False
         )
         attended = program.values(max(a.num_attention_heads * a.head_dim for a in shapes), False)
-        hidden = program.values(max(layer.mlp.intermediate_size for layer in spec.layers), False)
+        hidden = program.values(
+            max(layer.mlp.intermediate_size for layer in spec.layers if isinstance(layer.mlp, FFNSpec)), False
+        )
         side = -1
         if any(layer.attn_output_norm or layer.mlp_output_norm for layer in spec.layers):
             side = program.values(widest, False)

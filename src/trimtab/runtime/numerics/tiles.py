@@ -73,7 +73,7 @@ def untile(packed: Packed) -> Packed:
     Raises:
         SpecError: a super-block format.
     """
-    format, (rows, cols) = packed.format, packed.shape
+    format, rows = packed.format, packed.shape[0]
     plain = WeightFormat(kind=format.kind, bits=format.bits, group=format.group, sym=format.sym)
     if format.is_float:
         return Packed(plain, packed.shape, {"data": _float_rows(packed)})
@@ -214,10 +214,10 @@ def _halves(pairs: np.ndarray) -> np.ndarray:
 
 
 def _padded(values: np.ndarray, rows: int, cols: int | None = None) -> np.ndarray:
-    cols = values.shape[1] if cols is None else cols
-    if values.shape == (rows, cols):
+    width = values.shape[1] if cols is None else cols
+    if values.shape == (rows, width):
         return values
-    out = np.zeros((rows, cols), values.dtype)
+    out = np.zeros((rows, width), values.dtype)
     out[: values.shape[0], : values.shape[1]] = values
     return out
 

@@ -19,7 +19,7 @@ class Rtn(Technique):
     """Round-to-nearest weight quantization: the baseline every quantizer is compared with.
 
     Exact: bytes (codes at `bits` per weight plus one fp16 scale per group, and a minimum if `sym` is false). Approximated:
-    the weights; activations stay in floating point. The embedding and lm_head are left alone.
+    the weights; activations stay in floating point. The embedding is left alone, and lm_head unless `head` is true.
     """
 
     name: ClassVar[str] = "rtn"
@@ -31,6 +31,7 @@ class Rtn(Technique):
         32, "weights along the input that share a scale; must divide every row", "a divisor of the row length"
     )
     sym: bool = param(True, "true: scale only; false: scale and minimum", "true, false")
+    head: bool = param(False, "true: lm_head too, where it is not tied to the embedding", "true, false")
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -46,7 +47,9 @@ class Rtn(Technique):
         return WeightFormat(kind="int", bits=self.bits, group=self.group, sym=self.sym)
 
     def check(self, spec: ModelSpec) -> None:
-        """Refuse a group that divides no row, naming the layer and the allowed groups."""
+        """Refuse a group that divides no row, naming the layer and the allowed groups, and a head that is the embedding."""
+        if self.head and spec.tie_word_embeddings:
+            raise SpecError(f"rtn: head=true: the head of {spec.name} is its embedding. Try head=false.")
         for path, node in self._linears(spec):
             try:
                 self.format.buffers(*node.stored_shape)
@@ -58,8 +61,9 @@ class Rtn(Technique):
         for path, _ in self._linears(spec):
             yield Edit(path, "format", self.format)
 
-    @staticmethod
-    def _linears(spec: ModelSpec) -> Iterable[tuple[str, LinearSpec]]:
+    def _linears(self, spec: ModelSpec) -> Iterable[tuple[str, LinearSpec]]:
         return (
-            (path, node) for path, node in spec.linears() if path.startswith("layers.") and not path.endswith("router")
+            (path, node)
+            for path, node in spec.linears()
+            if (path.startswith("layers.") and not path.endswith("router")) or (self.head and path == "lm_head")
         )
