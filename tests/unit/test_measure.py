@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from trimtab.errors import CalibrationError, SpecError
-from trimtab.measure.calibrate import Sample, calibrate, fit_classes, thread_scaling, to_toml
+from trimtab.measure.calibrate import calibrate, thread_scaling, to_toml
+from trimtab.measure.fit_classes import Sample, fit_classes
 from trimtab.measure.ledger import Ledger
 from trimtab.measure.measure import Arm, agreement, compare
 from trimtab.measure.meters import ActivationMeter
@@ -157,7 +158,8 @@ def test_calibration_is_written_and_read_back() -> None:
     assert this_machine_path().exists()
     machine, stack = load_machine("this"), load_stack("this")
     assert machine == found.machine and stack == found.stack
-    assert to_toml(machine, stack) == to_toml(found.machine, found.stack)
+    native = load_stack("native")
+    assert to_toml(machine, (stack, native)) == to_toml(found.machine, (found.stack, found.native))
 
 
 _LOAD = """

@@ -14,6 +14,7 @@ import torch
 from trimtab.errors import CapacityError, HardwareError, SpecError, UnsupportedModelError
 from trimtab.graph.build import build
 from trimtab.graph.count import count
+from trimtab.graph.fuse import fuse
 from trimtab.graph.ops import StepShape
 from trimtab.model.variant import Model, Variant
 from trimtab.runtime import kernels
@@ -27,6 +28,7 @@ from trimtab.runtime.step import Recorder
 from trimtab.runtime.weights.packed import Packed, Weights
 from trimtab.runtime.weights.random import random_weights
 from trimtab.spec.formats import GGUF_BLOCKS, WeightFormat
+from trimtab.spec.machine import load_stack
 from trimtab.spec.tree import Edit
 from trimtab.techniques.apply import load_engine, reencode
 
@@ -207,6 +209,16 @@ def test_every_pass_gives_the_logits_of_the_decoder(isa: str, name: str) -> None
     np.testing.assert_allclose(session.extend([ids[30:33]]), wanted[30:33], rtol=1e-4, atol=1e-4)
     for at in range(33, 40):
         np.testing.assert_allclose(session.decode([ids[at]])[0], wanted[at], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in LOWERED if name != "opt"])
+def test_kernels_are_the_fused_graph(name: str) -> None:
+    """What is priced is what runs: the names of the fused graph, in order."""
+    program = native_of(family_model(name)).program
+    session = Session(program)
+    session.prefill([[1, 2, 3]])
+    fused = fuse(build(program.spec), dataclasses.replace(load_stack("ideal"), fused=frozenset({"native"})))
+    assert [name for name, *_ in program.metered()] == [kernel.name for kernel in fused]
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

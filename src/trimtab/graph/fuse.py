@@ -16,6 +16,16 @@ FUSIONS: dict[str, frozenset[tuple[str, str]]] = {
     ),
     "rope": frozenset({("q_norm", "k_norm"), ("k_norm", "rope"), ("rope", "append"), ("append", "attend"), ("rope", "attend")}),
     "act": frozenset({("up_proj", "act"), ("gate_proj", "act")}),
+    # What `runtime.native.lower` emits.
+    "native": frozenset(
+        {
+            ("input_layernorm", "q_proj"), ("q_proj", "k_proj"), ("k_proj", "v_proj"), ("q_norm", "k_norm"), ("k_norm", "rope"),
+            ("rope", "append"), ("append", "attend"), ("o_proj", "add_attn"), ("attn_output_norm", "add_attn"),
+            ("post_attention_layernorm", "gate_proj"), ("post_attention_layernorm", "up_proj"), ("gate_proj", "up_proj"),
+            ("up_proj", "act"), ("down_proj", "add_mlp"), ("mlp_output_norm", "add_mlp"), ("norm", "lm_head"),
+            ("lm_head", "logit_softcap"),
+        }
+    ),
 }  # fmt: skip
 
 

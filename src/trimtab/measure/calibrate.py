@@ -21,6 +21,8 @@ import torch
 
 from trimtab.graph.build import build
 from trimtab.graph.ops import Kernel, StepShape
+from trimtab.measure.calibrate_native import calibrate_native
+from trimtab.measure.fit_classes import Sample, fit_classes, predicted_s
 from trimtab.model.tensors import linear
 from trimtab.model.variant import Model, Variant
 from trimtab.predict.price import GEMV_ROWS, op_class, price
@@ -29,7 +31,7 @@ from trimtab.runtime.step import Recorder
 from trimtab.runtime.weights.random import random_weights
 from trimtab.spec.configs import spec_from_config
 from trimtab.spec.formats import WeightFormat
-from trimtab.spec.machine import Efficiency, Machine, Stack, this_machine_path
+from trimtab.spec.machine import THIS, Efficiency, Machine, Stack, this_machine_path
 from trimtab.spec.model import ModelSpec
 from trimtab.spec.nodes import GateFirst
 from trimtab.spec.tree import Edit
@@ -64,17 +66,6 @@ class Timer(Recorder):
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One op of one pass: what it would take at full compute, at full bandwidth, its launches, and what it took."""
-
-    key: str
-    compute_s: float
-    memory_s: float
-    launches: float
-    time_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class ThreadRate:
     """Rates at a number of threads: fp32 products in FLOP/s and reads of a large working set in bytes/s."""
 
@@ -88,7 +79,7 @@ class Calibration:
     """What was found.
 
     Args:
-        machine, stack: as `load_machine("this")` and `load_stack("this")` will give them.
+        machine, stack, native: as `load_machine("this")`, `load_stack("this")` and `load_stack("native")` will give them.
         threads: what one thread, two, four, ... up to all of them reach.
         residuals: P10, P50 and P90 of measured over predicted time of whole passes.
         time_s: what it took.
@@ -96,6 +87,7 @@ class Calibration:
 
     machine: Machine
     stack: Stack
+    native: Stack
     threads: tuple[ThreadRate, ...]
     residuals: tuple[float, float, float]
     time_s: float
@@ -132,7 +124,7 @@ def calibrate(path: Path | None = None, *, progress: Progress | None = None) -> 
     for _ in progress("skipped rows", [None]):
         classes["gathered"] = fit_gathered(classes, machine, unit)
     overhead = float(np.median([wall - sum(s.time_s for s in found) for found, wall in passes]))
-    predicted = [sum(_predicted(classes[s.key], s) for s in found) + overhead for found, _ in passes]
+    predicted = [sum(predicted_s(classes[s.key], s) for s in found) + overhead for found, _ in passes]
     ratios = np.array([wall for _, wall in passes]) / np.array(predicted)
     p10, p50, p90 = (float(np.quantile(ratios, q)) for q in (0.1, 0.5, 0.9))
     stack = dataclasses.replace(
@@ -147,10 +139,12 @@ def calibrate(path: Path | None = None, *, progress: Progress | None = None) -> 
         source=f"{len(samples)} ops of {len(passes)} passes timed on this machine, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads; whole passes: measured over predicted P10 {p10:.2f}, P50 {p50:.2f}, P90 {p90:.2f}",
     )
-    write_atomically(path or this_machine_path(), to_toml(machine, stack, threads))
+    native = calibrate_native(machine, dict(table), progress)
+    write_atomically(path or this_machine_path(), to_toml(machine, (stack, native), threads))
     return Calibration(
         machine=machine,
         stack=stack,
+        native=native,
         threads=threads,
         residuals=(p10, p50, p90),
         time_s=time.perf_counter() - start,
@@ -343,46 +337,6 @@ def class_key(op: Any, rows: int) -> str:
     return f"{name}.{op.dtype}"
 
 
-# ------------------------------------------------------------------------------------------------------------ fit
-
-
-def fit_classes(samples: Iterable[Sample]) -> dict[str, Efficiency]:
-    """Fit (compute efficiency, bandwidth efficiency, launch) of every class on the relative error of its samples."""
-    by_key: dict[str, list[Sample]] = {}
-    for sample in samples:
-        by_key.setdefault(sample.key, []).append(sample)
-    return {key: _fit(found) for key, found in by_key.items()}
-
-
-def _fit(samples: Sequence[Sample]) -> Efficiency:
-    """Search a grid of three constants, refined twice around the best, for the least squared error of the logarithm.
-
-    Long ops weigh more (by the root of their time): they make up the passes.
-    """
-    compute, memory, launches, taken = (
-        np.array([getattr(s, name) for s in samples]) for name in ("compute_s", "memory_s", "launches", "time_s")
-    )
-    weight = np.sqrt(taken / taken.sum())
-    shares = [np.geomspace(0.005, 2.0, 24), np.geomspace(0.005, 4.0, 24)]
-    launch = np.geomspace(1e-7, max(taken.min() * 1.5, 2e-7), 16)
-    best = (0.0, 0.0, 0.0)
-    for _ in range(3):
-        ec, eb = shares[0][:, None, None, None], shares[1][None, :, None, None]
-        t0 = launch[None, None, :, None]
-        predicted = np.maximum(compute / ec, memory / eb) + launches * t0
-        error = (weight * np.log(predicted / taken) ** 2).sum(-1)
-        i, j, k = np.unravel_index(int(error.argmin()), error.shape)
-        best = float(shares[0][i]), float(shares[1][j]), float(launch[k])
-        shares = [np.geomspace(center / 1.3, center * 1.3, 14) for center in best[:2]]
-        launch = np.geomspace(best[2] / 1.5, best[2] * 1.5, 12)
-    return Efficiency(compute_efficiency=best[0], bandwidth_efficiency=best[1], launch_s=best[2])
-
-
-def _predicted(constants: Efficiency, sample: Sample) -> float:
-    busy = max(sample.compute_s / constants.compute_efficiency, sample.memory_s / constants.bandwidth_efficiency)
-    return busy + sample.launches * constants.launch_s
-
-
 def _with_defaults(classes: Mapping[str, Efficiency]) -> dict[str, Efficiency]:
     """Add the plain class names, which price dtypes that were not timed: those of fp32."""
     plain = {name: classes[f"{name}.fp32"] for name in ("gemm", "gemv", "attention", "elementwise", "embedding")}
@@ -392,18 +346,23 @@ def _with_defaults(classes: Mapping[str, Efficiency]) -> dict[str, Efficiency]:
 # ----------------------------------------------------------------------------------------------------------- file
 
 
-def to_toml(machine: Machine, stack: Stack, threads: Sequence[ThreadRate] = ()) -> str:
-    """Write machine and stack as the TOML that `spec.machine` reads, and the thread scaling for people."""
+def to_toml(machine: Machine, stacks: Sequence[Stack], threads: Sequence[ThreadRate] = ()) -> str:
+    """Write machine and stacks as the TOML that `spec.machine` reads, and the thread scaling for people."""
     lines = ["# Written by `trimtab calibrate`. Run it again after the machine or Trimtab changed.", "", "[machine]"]
     lines += [f"{name} = {_value(value)}" for name, value in dataclasses.asdict(machine).items() if _written(value)]
-    lines += ["", "[stack]"]
-    for name in ("description", "attention", "prefill_chunk", "overhead_per_step_s", "kind", "source"):
-        lines.append(f"{name} = {_value(getattr(stack, name))}")
-    lines.append(f"bandwidth_by_working_set = {_value([list(pair) for pair in stack.bandwidth_by_working_set])}")
-    lines += ["", "[stack.band]", f"p10 = {stack.band[0]!r}", f"p90 = {stack.band[1]!r}"]
-    for name, constants in stack.op_classes.items():
-        lines += ["", f'[stack.op_class."{name}"]']
-        lines += [f"{key} = {_value(value)}" for key, value in dataclasses.asdict(constants).items() if _written(value)]
+    for stack in stacks:
+        table = "stack" if stack.name == THIS else stack.name
+        lines += ["", f"[{table}]"]
+        for name in ("description", "attention", "prefill_chunk", "overhead_per_step_s", "kind", "source"):
+            lines.append(f"{name} = {_value(getattr(stack, name))}")
+        lines.append(f"fused = {_value(sorted(stack.fused))}")
+        lines.append(f"bandwidth_by_working_set = {_value([list(pair) for pair in stack.bandwidth_by_working_set])}")
+        lines += ["", f"[{table}.band]", f"p10 = {stack.band[0]!r}", f"p90 = {stack.band[1]!r}"]
+        for name, constants in stack.op_classes.items():
+            lines += ["", f'[{table}.op_class."{name}"]']
+            lines += [
+                f"{key} = {_value(value)}" for key, value in dataclasses.asdict(constants).items() if _written(value)
+            ]
     for rate in threads:
         lines += ["", "[[threads]]"]
         lines += [f"{key} = {value!r}" for key, value in dataclasses.asdict(rate).items()]

@@ -263,14 +263,17 @@ def main_op(kernel: Kernel) -> Op:
     return min(kernel.ops, key=lambda op: _ORDER.index(op_class(op)))
 
 
-def _variants(op: Op) -> tuple[str, ...]:
+def variants_of(op: Op) -> tuple[str, ...]:
     """A class may be given for a weight format (``gemv.q4_1``, ``gemv.int``) or a dtype; the format goes first."""
     if op.kind.startswith("attend"):
         return (op.node.cache.heads[0].k_format.kind,)  # type: ignore[attr-defined]
     dtype = product_dtype(op)
     if op.kind == "expert" and dtype == "fp8":  # published fp8 experts (Qwen3, DeepSeek-V3) are scaled by block
         return "fp8_block", dtype
-    kind = getattr(getattr(op.node, "format", None), "kind", None)
+    form = getattr(op.node, "format", None)
+    kind = getattr(form, "kind", None)
+    if form is not None and form.tiled:  # the native program: its speed depends on the width of a code
+        return (f"int{form.bits}" if form.kind == "int" else form.kind, dtype)
     return (dtype,) if kind in (None, "fp32", "bf16", "fp16", "fp8") or dtype != op.dtype else (kind, dtype)
 
 
@@ -279,7 +282,7 @@ def _efficiency(
 ) -> tuple[tuple[FloatArray, FloatArray, FloatArray], tuple[float, float] | None]:
     """(compute efficiency, bandwidth efficiency, launch) of an op in each pass, and its band; linears change class with rows."""
     kind = class_of(op, step)
-    variants = _variants(op)
+    variants = variants_of(op)
     many = stack.efficiency(kind, *variants)
     few = stack.efficiency("gemv", *variants) if kind in ("gemm", "moe") else many
     if few is many or few == many:
@@ -301,7 +304,7 @@ def _fitted(op: Op, step: StepShape, stack: Stack) -> Efficiency | None:
     """Constants of a richer form than the roofline, if the stack has some for this op."""
     if op.kind in ("gated_linear", "score"):  # rows picked one by one, and a sum over the prompt: neither was recorded
         return None
-    found = stack.efficiency(class_of(op, step), *_variants(op))
+    found = stack.efficiency(class_of(op, step), *variants_of(op))
     return found if found.form in ADAPTERS else None
 
 
@@ -316,7 +319,7 @@ def _or_as_decode(seconds: Any, op: Op, step: StepShape, stack: Stack, device: D
     """Attention of a few new tokens over a long past (a chunk, speculative verification) may run as decoding does."""
     if class_of(op, step) != "attention_prefill" or not np.max(step.past, initial=0):
         return seconds
-    found = stack.efficiency("attention_decode", *_variants(op))
+    found = stack.efficiency("attention_decode", *variants_of(op))
     if found.form != "decode_attention":
         return seconds
     return np.minimum(seconds, few_queries(constants_of(found), op, step, device))

@@ -15,6 +15,8 @@ from trimtab.errors import SpecError, unknown
 
 #: Id of the machine Trimtab runs on, known after `trimtab calibrate`.
 THIS = "this"
+#: Stack of the native program on this machine; `this` is that of the torch decoder.
+NATIVE = "native"
 
 OP_CLASSES = ("gemm", "gemv", "attention", "elementwise", "embedding")
 
@@ -176,7 +178,8 @@ class Stack:
             as ``tpot_s.experts``.
         serving: how requests hold each other up.
         bandwidth_by_working_set: (working set in bytes, bytes/s) ascending; empty = the machine's one bandwidth.
-        fused: names of fusions this stack performs (``qkv``, ``norm_residual``, ``rope``, ``act``, ``experts``).
+        fused: names of fusions this stack performs (``qkv``, ``norm_residual``, ``rope``, ``act``, ``experts``; ``native``: those of
+            the native program).
         measured: True once constants of the machine at hand were put in (`on`).
         source: where the constants come from; `kind` is ``datasheet | calibrated | table``.
     """
@@ -292,9 +295,9 @@ def machine_from_table(key: str, table: Mapping[str, Any]) -> Machine:
 
 
 def stack_names() -> tuple[str, ...]:
-    """Names of the shipped stacks, and `this` if the machine at hand is calibrated."""
+    """Names of the shipped stacks, and `this` and `native` if the machine at hand is calibrated."""
     names = tuple(path.stem for path in sorted((data_root() / "stacks").glob("*.toml")))
-    return (*names, THIS) if this_machine_path().exists() else names
+    return (*names, THIS, NATIVE) if this_machine_path().exists() else names
 
 
 def load_stack(name: str) -> Stack:
@@ -303,8 +306,11 @@ def load_stack(name: str) -> Stack:
     Raises:
         SpecError: no such stack.
     """
-    if name == THIS:
-        return stack_from_table(THIS, _this_tables()["stack"])
+    if name in (THIS, NATIVE):
+        tables, table = _this_tables(), {THIS: "stack", NATIVE: "native"}[name]
+        if table not in tables:
+            raise SpecError(f"The calibration of this machine has no {name} stack. Run `trimtab calibrate` again.")
+        return stack_from_table(name, tables[table])
     path = data_root() / "stacks" / f"{name}.toml"
     if name not in stack_names():
         raise unknown("stack", name, stack_names())
@@ -372,7 +378,7 @@ def kernel_machines() -> tuple[str, ...]:
 
 
 def this_machine_path() -> Path:
-    """File `trimtab calibrate` writes: tables ``[machine]`` and ``[stack]``."""
+    """File `trimtab calibrate` writes: tables ``[machine]``, ``[stack]`` and ``[native]``."""
     return home() / "this.toml"
 
 

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 from trimtab.spec.cache import page_format
 from trimtab.spec.configs import load_spec
 from trimtab.spec.formats import weights_name
-from trimtab.spec.machine import THIS, Machine, Stack, kernel_machines, load_machine, load_stack, this_machine_path
+from trimtab.spec.machine import (
+    NATIVE,
+    THIS,
+    Machine,
+    Stack,
+    kernel_machines,
+    load_machine,
+    load_stack,
+    this_machine_path,
+)
 from trimtab.spec.model import ModelSpec
 from trimtab.spec.parallel import ALONE, Parallel
 from trimtab.spec.plan import Plan
@@ -58,9 +67,14 @@ def make_plan(
         machine = THIS if this_machine_path().exists() else "a100"
     found = machine if isinstance(machine, Machine) else load_machine(machine)
     engine = engine_of(found, stack)
+    composed = compose(base, chosen)
+    if engine.name == NATIVE:  # priced as it is held: matrices in tiles, activations in fp32
+        from trimtab.runtime.native import lowered_spec
+
+        base, composed = lowered_spec(base), lowered_spec(composed)
     return Plan(
         base=base,
-        model=compose(base, chosen),
+        model=composed,
         machine=found,
         stack=engine.on(found),
         workload=workload or Workload(),

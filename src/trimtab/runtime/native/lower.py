@@ -216,7 +216,15 @@ class _Builder:
         tiles = table if tied else self.matrix("lm_head", head)
         product = (tiles, logits, 0, self.bias("lm_head", head), spec.logit_scale, spec.logit_softcap or 0.0)
         assert spec.norm is not None
-        program.linear("norm+lm_head", h, self.norm("norm", spec.norm), [product], _SET, _NONE, _PASSES)
+        program.linear(
+            "norm+lm_head" + ("+logit_softcap" if spec.logit_softcap else ""),
+            h,
+            self.norm("norm", spec.norm),
+            [product],
+            _SET,
+            _NONE,
+            _PASSES,
+        )
         return NativeProgram(spec, program, self.arena, logits, self.nbytes, self.kept)
 
     def layer(self, index: int, layer: LayerSpec, h: int, qkv: int, attended: int, hidden: int, side: int) -> None:
@@ -232,7 +240,7 @@ class _Builder:
         program.linear(f"{path}.input_layernorm+q_proj+k_proj+v_proj", h, norm, parts, _SET, _NONE, _PASSES)
         head = attn.cache.heads[0]
         program.attend(
-            f"{at}.rope+append+attend", index, qkv, attended, self.rope(attn), attn.num_attention_heads,
+            self.attend_name(at, attn), index, qkv, attended, self.rope(attn), attn.num_attention_heads,
             attn.num_key_value_heads, attn.head_dim, attn.window or 0, _CODINGS[head.k_format.kind],
             self.norm(f"{at}.q_norm", attn.q_norm), self.norm(f"{at}.k_norm", attn.k_norm), attn.scale, attn.softcap or 0.0,
             None,
@@ -253,6 +261,11 @@ class _Builder:
             f"{path}.mlp.down_proj", mlp.down_proj, hidden, h, side, f"{path}.mlp_output_norm", layer.mlp_output_norm
         )
 
+    @staticmethod
+    def attend_name(at: str, attn: AttentionSpec) -> str:
+        parts = ["q_norm"] * (attn.q_norm is not None) + ["k_norm"] * (attn.k_norm is not None)
+        return f"{at}." + "+".join([*parts, *(["rope"] if attn.rope else []), "append", "attend"])
+
     def gate_first(
         self,
         path: str,
@@ -271,7 +284,7 @@ class _Builder:
         threshold = float(decode(self.weights[f"{path}.mlp.threshold"]).reshape(-1)[0])
         self.nbytes += 4
         self.program.gate_first(
-            f"{path}.post_attention_layernorm+gate_proj+up_proj+down_proj+add", h, h, norm,
+            f"{path}.post_attention_layernorm+gate_proj+act+up_proj+down_proj+add_mlp", h, h, norm,
             self.matrix(f"{path}.mlp.gate_proj", mlp.gate_proj), self.rows(f"{path}.mlp.up_proj", mlp.up_proj),
             self.rows(f"{path}.mlp.down_proj", mlp.down_proj), ACTS[mlp.act], threshold, how.max_tokens, how.threshold_prefill,
         )  # fmt: skip
@@ -290,13 +303,14 @@ class _Builder:
         self, path: str, node: LinearSpec, source: int, h: int, side: int, norm_path: str, norm: NormSpec | None
     ) -> None:
         """The projection back to the residual stream; an output norm stands between the two."""
+        add = "add_attn" if path.endswith("o_proj") else "add_mlp"
         if norm is None:
-            self.program.linear(f"{path}+add", source, None, [self.product(path, node, h, 0)], _ADD, _NONE)
+            self.program.linear(f"{path}+{add}", source, None, [self.product(path, node, h, 0)], _ADD, _NONE)
             return
         self.program.linear(path, source, None, [self.product(path, node, side, 0)], _SET, _NONE)
         made = self.norm(norm_path, norm)
         assert made is not None
-        self.program.norm_add(f"{norm_path}+add", side, made, h)
+        self.program.norm_add(f"{norm_path}+{add}", side, made, h)
 
     def product(self, path: str, node: LinearSpec, values: int, column: int) -> tuple:
         return (self.matrix(path, node), values, column, self.bias(path, node), 1.0, 0.0)

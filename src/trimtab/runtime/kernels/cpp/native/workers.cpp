@@ -10,9 +10,11 @@
 namespace trimtab {
 namespace {
 
-// How long a worker looks out before it sleeps: longer than a caller takes from one step to the next (sampling, text), since
-// waking up costs a tenth of a millisecond, and short enough that an idle program costs nothing.
-constexpr auto patience = std::chrono::milliseconds(2);
+// How long a worker looks out before it sleeps. For the next step: longer than a caller takes from one to the next (sampling,
+// text), since waking up costs a tenth of a millisecond, and short enough that an idle program costs nothing. Inside a step:
+// shorter, so that on a machine with more threads than processors the one that is waited for gets to run.
+constexpr auto between_steps = std::chrono::milliseconds(2);
+constexpr auto inside_step = std::chrono::microseconds(100);
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -23,7 +25,8 @@ inline void pause() {
 }
 
 // Returns when `word` is no longer `seen`.
-void await(const std::atomic<uint32_t>& word, uint32_t seen, std::atomic<uint32_t>& sleepers) {
+void await(const std::atomic<uint32_t>& word, uint32_t seen, std::atomic<uint32_t>& sleepers,
+           std::chrono::microseconds patience) {
     const auto until = std::chrono::steady_clock::now() + patience;
     do {
         for (int i = 0; i < 64; ++i) {
@@ -59,7 +62,7 @@ Workers::~Workers() {
 void Workers::serve(int id) {
     uint32_t seen = 0;
     for (;;) {
-        await(start_, seen, sleepers_);
+        await(start_, seen, sleepers_, between_steps);
         ++seen;
         if (stop_) return;
         Worker worker{id, count_, this};
@@ -84,7 +87,7 @@ void Workers::barrier() {
         advance(phase_, sleepers_);
         return;
     }
-    await(phase_, phase, sleepers_);
+    await(phase_, phase, sleepers_, inside_step);
 }
 
 void Worker::wait() {
