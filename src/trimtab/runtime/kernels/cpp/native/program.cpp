@@ -119,11 +119,31 @@ struct LinearKernel : Kernel {
     Store store = Store::set;
     Act act = Act::silu;
 
-    static int64_t input_bytes(const Input& in, int64_t tokens) {
+    int64_t input_bytes(const Input& in, int64_t tokens) const {
         if (!in.ints) return aligned(tokens * in.stride * 4);
         const int64_t rows = tokens * in.passes;
-        return aligned(rows * in.stride) + aligned(rows * (in.stride / in.act_group) * 4) +
+        return (decodes(tokens) ? aligned(tokens * in.stride * 4) : 0) + aligned(rows * in.stride) + aligned(rows * (in.stride / in.act_group) * 4) +
                aligned(rows * ((in.stride + in.group - 1) / in.group) * 4);
+    }
+    // Whether some product wants its tiles as floats, and so the input of codes as well.
+    bool decodes(int64_t tokens) const {
+        for (const Product& p : products)
+            if (p.w.coding == Coding::ints && p.flow.decodes(tokens)) return true;
+        return false;
+    }
+    // What the codes of token t stand for.
+    static void decode_input(const Input& in, int64_t t) {
+        const int64_t acts = in.stride / in.act_group;
+        float* x = in.x + t * in.stride;
+        for (int pass = 0; pass < in.passes; ++pass) {
+            const int64_t row = t * in.passes + pass;
+            for (int64_t a = 0; a < acts; ++a) {
+                const float scale = in.scale[row * acts + a];
+                const int8_t* codes = in.codes + row * in.stride + a * in.act_group;
+                float* to = x + a * in.act_group;
+                for (int64_t i = 0; i < in.act_group; ++i) to[i] = (pass ? to[i] : 0.0f) + scale * static_cast<float>(codes[i]);
+            }
+        }
     }
     int64_t scratch_bytes(int64_t tokens) const override {
         int64_t bytes = aligned(4 * products[0].w.cols);
@@ -135,7 +155,7 @@ struct LinearKernel : Kernel {
         const Values& from = c.program.values(source);
         const bool gather = c.program.values(products[0].values).logits;
         const int64_t tokens = gather ? c.step.logits : c.step.tokens, cols = products[0].w.cols;
-        const bool own = tokens <= alone;
+        const bool own = tokens <= alone, decoded = decodes(tokens);
         char* private_ = c.own + worker.id * c.own_bytes;
         float* normed = reinterpret_cast<float*>(private_);
         char* at = own ? private_ + aligned(4 * cols) : c.shared;
@@ -150,6 +170,7 @@ struct LinearKernel : Kernel {
                 in.x = reinterpret_cast<float*>(here);
                 continue;
             }
+            if (decoded) in.x = reinterpret_cast<float*>(here), here += aligned(tokens * in.stride * 4);
             in.codes = reinterpret_cast<int8_t*>(here);
             here += aligned(tokens * in.passes * in.stride);
             in.scale = reinterpret_cast<float*>(here);
@@ -164,6 +185,7 @@ struct LinearKernel : Kernel {
             for (size_t i = 0; i < forms; ++i) {
                 if (ready[i].ints) {
                     k.quantize(ready[i], t, row, cols);
+                    if (decoded) decode_input(ready[i], t);
                     continue;
                 }
                 float* to = ready[i].x + t * ready[i].stride;
@@ -196,13 +218,16 @@ struct LinearKernel : Kernel {
         const Values& to = c.program.values(one.values);
         const int64_t n0 = tile * tile_rows, count = std::min<int64_t>(tile_rows, one.w.rows - n0);
         alignas(64) float out[token_block * tile_rows], second[token_block * tile_rows];
-        for (int64_t t0 = 0; t0 < tokens; t0 += token_block / 2) {
-            const int64_t here = std::min(token_block / 2, tokens - t0);
-            dot(one, tile, ready[one.input], t0, here, out);
+        // A second pass over the input makes two rows of every token.
+        const bool doubled = ready[one.input].passes > 1;
+        const int64_t together = doubled ? token_block / 2 : token_block;
+        for (int64_t t0 = 0; t0 < tokens; t0 += together) {
+            const int64_t here = std::min(together, tokens - t0);
+            dot(one, tile, ready[one.input], tokens, t0, here, out);
             finish(one, n0, count, here, out);
             if (store == Store::gated) {
                 const Product& other = products[p + 1];
-                dot(other, tile, ready[other.input], t0, here, second);
+                dot(other, tile, ready[other.input], tokens, t0, here, second);
                 finish(other, n0, count, here, second);
                 k.activate(act, out, second, here * tile_rows);
             } else if (act != Act::none) {
@@ -222,11 +247,13 @@ struct LinearKernel : Kernel {
         return bytes;
     }
 
-    // out [tokens, 16], with room for two rows a token.
-    static void dot(const Product& p, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out) {
-        tile_kernels().dot_tile(p.w, tile, in, t0 * in.passes, tokens * in.passes, out);
+    // out [here, 16] for tokens t0 .. of a step of `tokens`, with room for two rows a token where the input has two passes.
+    static void dot(const Product& p, int64_t tile, const Input& in, int64_t tokens, int64_t t0, int64_t here, float* out) {
+        const TileKernels& k = tile_kernels();
+        if (p.flow.decodes(tokens)) return k.dot_decoded(p.w, tile, in, t0, here, out);
+        (tokens < p.flow.flat ? k.dot_each : k.dot_tile)(p.w, tile, in, t0 * in.passes, here * in.passes, out);
         if (in.passes == 1) return;
-        for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t t = 0; t < here; ++t)
             for (int64_t i = 0; i < tile_rows; ++i)
                 out[t * tile_rows + i] = out[2 * t * tile_rows + i] + out[(2 * t + 1) * tile_rows + i];
     }
@@ -264,7 +291,23 @@ struct NormAddKernel : Kernel {
 struct AttendKernel : Kernel {
     Attention a;
 
-    int64_t item() const { return a.coding == Coding::f32 ? 4 : 2; }
+    bool coded() const { return a.coding == Coding::ints; }
+    int64_t groups() const { return coded() ? (a.head_dim + a.group - 1) / a.group : 0; }
+    // Bytes of one key or value: where they lie side by side, and in all.
+    int64_t row_bytes() const { return a.head_dim * (coded() ? 1 : a.coding == Coding::f32 ? 4 : 2); }
+    int64_t token_bytes() const { return row_bytes() + 4 * groups(); }
+
+    // Keys or values of KV head g in a run with room for `room` tokens a head, see Step::cache.
+    struct Run {
+        uint8_t* data;
+        uint16_t *scale, *minimum;
+    };
+    Run run_of(int64_t address, int64_t room, int64_t g) const {
+        uint8_t* base = reinterpret_cast<uint8_t*>(static_cast<uintptr_t>(address));
+        if (!coded()) return {base + g * room * row_bytes(), nullptr, nullptr};
+        uint16_t* scales = reinterpret_cast<uint16_t*>(base + a.kv_heads * room * row_bytes());
+        return {base + g * room * row_bytes(), scales + g * room * groups(), scales + (a.kv_heads + g) * room * groups()};
+    }
 
     void run(Context& c, Worker& worker) override {
         place(c, worker);
@@ -309,11 +352,15 @@ struct AttendKernel : Kernel {
                 const float* table = rope->table + t * 2 * rope->half();
                 k.rotate(x, table, table + rope->half(), rope->half());
             }
-            if (is_query) continue;
+            if (is_query || !a.append) continue;
             const int64_t* at = cache(c, row);
-            uint8_t* base = reinterpret_cast<uint8_t*>(static_cast<uintptr_t>(at[is_key ? 0 : 1]));
-            k.encode(a.coding, x, a.head_dim, base + (g * at[2] + position) * a.head_dim * item());
-            written += a.head_dim * item();
+            const Run to = run_of(at[is_key ? 0 : 1], at[2], g);
+            if (coded())
+                k.encode_grid(x, a.head_dim, a.group, to.data + position * a.head_dim, to.scale + position * groups(),
+                              to.minimum + position * groups());
+            else
+                k.encode(a.coding, x, a.head_dim, to.data + position * row_bytes());
+            written += token_bytes();
         }
         kv_written += written;
         if (worker.id == 0) weight_read += (a.has_q_norm ? a.q_norm.nbytes() : 0) + (a.has_k_norm ? a.k_norm.nbytes() : 0);
@@ -339,10 +386,11 @@ struct AttendKernel : Kernel {
 
     void call(const Context& c, Queries& set, int64_t row, int64_t g, int64_t first, int64_t last, bool unified, float* out) {
         const int64_t* at = cache(c, row);
-        const uint8_t* k = reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(at[0])) + g * at[2] * a.head_dim * item();
-        const uint8_t* v = reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(at[1])) + g * at[2] * a.head_dim * item();
+        const Run keys = run_of(at[0], at[2], g), values = run_of(at[1], at[2], g);
+        const uint8_t *k = keys.data, *v = values.data;
+        const Grid k_grid{keys.scale, keys.minimum}, v_grid{values.scale, values.minimum};
         Attend job;
-        job.pages = {a.coding, &k, &v, int64_t{1} << 40, a.head_dim};
+        job.pages = {a.coding, &k, &v, int64_t{1} << 40, a.head_dim, &k_grid, &v_grid, a.group};
         job.first = first, job.last = last, job.queries = set.count;
         job.q = set.q, job.low = set.low, job.high = set.high;
         job.scale = a.scale, job.softcap = a.softcap, job.unified = unified, job.phi = a.phi;
@@ -366,7 +414,7 @@ struct AttendKernel : Kernel {
     void attend(Context& c, const Piece& piece, int64_t g) {
         const int64_t per = a.heads / a.kv_heads;
         const Values& to = c.program.values(a.out);
-        alignas(64) float sums[max_queries * 512];
+        alignas(64) float sums[max_queries * max_head_dim];
         const int64_t most = std::min<int64_t>(max_queries, static_cast<int64_t>(sizeof sums / 4) / a.head_dim);
         Queries set;
         auto flush = [&] {
@@ -402,7 +450,7 @@ struct AttendKernel : Kernel {
             const int64_t oldest = c.step.past[piece.row];
             const int64_t from = a.window > 0 ? std::max<int64_t>(0, oldest + 1 - a.window) : 0;
             const int64_t first = std::max(piece.first_key, from), last = std::min(piece.last_key, held);
-            kv_read += std::max<int64_t>(0, last - first) * 2 * a.head_dim * item();
+            kv_read += std::max<int64_t>(0, last - first) * 2 * token_bytes();
         }
     }
 
@@ -522,7 +570,7 @@ void Program::cut(const Step& step) {
     for (int64_t row = 0; row < step.rows; ++row) {
         const int64_t first = step.starts[row], fresh = step.starts[row + 1] - first, past = step.past[row];
         if (fresh == 1) {
-            const int64_t keys = past + 1, range = keys <= 512 ? 64 : keys <= 2048 ? 128 : 256;
+            const int64_t keys = past + 1, range = split_ > 0 ? split_ : keys <= 512 ? 64 : keys <= 2048 ? 128 : 256;
             if (keys <= range) {
                 pieces_.push_back({row, first, 1, 0, keys, -1});
                 continue;
@@ -575,7 +623,8 @@ void Program::lay_out(const Step& step) {
     }
 }
 
-void Program::run(const Step& step, const int64_t* reach, bool timed) {
+// Lays out everything a step needs, and cuts its attention.
+Context Program::prepare(const Step& step) {
     lay_out(step);
     int64_t bytes = 0;
     for (const Rope& rope : ropes_) bytes += aligned(8 * rope.half() * step.tokens);
@@ -590,7 +639,25 @@ void Program::run(const Step& step, const int64_t* reach, bool timed) {
     }
     char* scratch = scratch_arena_.grow(shared + own * workers_.count());
     float* partial = reinterpret_cast<float*>(partial_arena_.grow(4 * slots_ * heads_ * (head_dim_ + 2)));
-    Context context{*this, step, scratch, scratch + shared, own, partial};
+    return {*this, step, scratch, scratch + shared, own, partial};
+}
+
+void Program::run_one(const Step& step, size_t kernel) {
+    Context context = prepare(step);
+    struct Job {
+        Kernel& kernel;
+        Context& context;
+    } job{*kernels_[kernel], context};
+    workers_.run(
+        [](void* pointer, Worker& worker) {
+            Job& j = *static_cast<Job*>(pointer);
+            j.kernel.run(j.context, worker);
+        },
+        &job);
+}
+
+void Program::run(const Step& step, const int64_t* reach, bool timed) {
+    Context context = prepare(step);
     struct Job {
         Program& program;
         Context& context;

@@ -68,7 +68,7 @@ struct Input {
     int passes = 1;
     int64_t stride = 0;  // columns of a row, padded
     int64_t act_group = 0, group = 0;
-    float* x = nullptr;
+    float* x = nullptr;      // of ints: what the codes stand for, where a product wants it
     int8_t* codes = nullptr;
     float* scale = nullptr;  // [T, stride / act_group]
     float* sum = nullptr;    // [T, ceil(stride / group)]
