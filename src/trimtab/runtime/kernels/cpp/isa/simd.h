@@ -34,7 +34,15 @@ inline To as(From v) {
     return to;
 }
 
-inline FV splat_f(float x) { return FV{} + x; }
+inline FV splat_f(float x) {  // FV{} + x would add, because of negative zeros
+#if defined(__AVX512F__)
+    return as<FV>(_mm512_set1_ps(x));
+#elif defined(__AVX2__)
+    return as<FV>(_mm256_set1_ps(x));
+#else
+    return FV{x, x, x, x, x, x, x, x};
+#endif
+}
 inline IV splat_i(int32_t x) { return IV{} + x; }
 inline FV to_float(IV v) { return __builtin_convertvector(v, FV); }
 inline void store_f(float* to, FV v) { memcpy(to, &v, sizeof v); }
