@@ -338,8 +338,6 @@ def test_engines_and_instruction_sets_are_asked_for_by_name(smollm2_path: Any) -
         if missing:
             with pytest.raises(HardwareError, match=missing.split(",")[0] if missing != "?" else "no"):
                 kernels.use_isa(name)
-    with pytest.raises(UnsupportedModelError, match="calibration"):
-        load_engine("smollm2-135m", engine="native", techniques=["cats:sparsity=0.3"])
 
 
 def test_too_little_memory_names_the_bytes() -> None:

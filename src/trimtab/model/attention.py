@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from trimtab.errors import SpecError
 from trimtab.model.linear import Linear, Norm
 from trimtab.model.rope import Rotary, rotate
 from trimtab.model.taps import tapped
@@ -20,7 +21,7 @@ from trimtab.model.tensors import as_array, as_tensor, float_tensor, widened
 from trimtab.runtime.step import Step
 from trimtab.runtime.weights.packed import Weights
 from trimtab.spec.cache import Keep, Ring
-from trimtab.spec.nodes import AttentionSpec
+from trimtab.spec.nodes import AttentionSpec, Unified
 
 if TYPE_CHECKING:
     from trimtab.runtime.cache.store import KVStore
@@ -43,7 +44,8 @@ class Attention(nn.Module):
         self.o_proj = Linear(f"{path}.o_proj", spec.o_proj, weights)
         self.sinks = weights[f"{path}.sinks"] if spec.sinks else None
         self.rotary = None if spec.rope is None else Rotary(spec.rope, max_positions)
-        self.backend: Callable[..., torch.Tensor] = sdpa
+        self.backend: Callable[..., torch.Tensor] = unified if isinstance(spec.softmax, Unified) else sdpa
+        self.recomputed = 0  # rows (a token of a head) whose unified softmax was computed again
 
     def forward(self, x_TD: torch.Tensor, step: Step, store: KVStore | None, layer: int) -> torch.Tensor:
         """Return [T, D]."""
@@ -57,6 +59,7 @@ class Attention(nn.Module):
             views = self._stored(k_TGH, v_TGH, step, store, layer)
         per_head = q_TNH.shape[1] // k_TGH.shape[1]
         flops = read = 0
+        recomputed = self.recomputed
         for (a, b), groups in zip(rows, views, strict=True):
             for heads, k_GSH, v_GSH, at_S in groups:
                 queries = [head * per_head + i for head in heads for i in range(per_head)]
@@ -78,6 +81,8 @@ class Attention(nn.Module):
             sinks = 0 if self.sinks is None else self.sinks.nbytes
             kv_read = 0 if store is None else read
             step.record.op(f"{self.path}.attend", flops=flops, weight_read=sinks, kv_read=kv_read)
+            if isinstance(self.spec.softmax, Unified):
+                step.record.observe(f"{self.path}.recomputed", self.recomputed - recomputed)
         return self.o_proj(out_TNH.flatten(1), step)
 
     def project(self, x_TD: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -167,6 +172,56 @@ def alibi_slopes(heads: int) -> torch.Tensor:
     return torch.tensor(powers)
 
 
+def _scores(
+    spec: AttentionSpec, q_sNH: torch.Tensor, k_GSH: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Scaled, capped and biased scores in float32 [N, s, S]."""
+    s, n, h = q_sNH.shape
+    g = k_GSH.shape[0]
+    q_GPsH = q_sNH.transpose(0, 1).reshape(g, n // g * s, h)
+    scores = (torch.matmul(q_GPsH, k_GSH.transpose(1, 2)) * spec.scale).view(n, s, -1).float()
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    return scores if bias is None else scores + bias
+
+
+def unified(
+    block: Attention,
+    q_sNH: torch.Tensor,
+    k_GSH: torch.Tensor,
+    v_GSH: torch.Tensor,
+    bias: torch.Tensor | None,
+    heads: slice | list[int],
+) -> torch.Tensor:
+    """The definition of `Unified`: sums of ``exp(score - phi)`` by ranges of keys, added as they are; a row whose largest score
+    leaves the safe range is computed again with the ordinary softmax. Returns [s, N, H].
+    """
+    softmax = block.spec.softmax
+    assert isinstance(softmax, Unified)
+    if block.sinks is not None:
+        raise SpecError(f"{block.path}: a unified softmax with sink logits is not supported.")
+    s, n, _ = q_sNH.shape
+    g, dtype = k_GSH.shape[0], q_sNH.dtype
+    q_sNH, k_GSH, v_GSH = q_sNH.float(), k_GSH.float(), v_GSH.float()
+    scores = _scores(block.spec, q_sNH, k_GSH, bias)
+    split = block.spec.split or scores.shape[-1]
+    weight = torch.zeros(n, s, 1)
+    out = torch.zeros(g, n // g * s, v_GSH.shape[-1])
+    for first in range(0, scores.shape[-1], split):
+        part = torch.exp(scores[..., first : first + split] - softmax.phi)
+        weight += part.sum(-1, keepdim=True)
+        out += torch.matmul(part.view(g, n // g * s, -1), v_GSH[:, first : first + split])
+    out = out.view(n, s, -1) / weight
+    if softmax.recompute:  # judged by the scores, before an exponential of them could overflow
+        shifted = scores.amax(-1) - softmax.phi
+        risky = ~((shifted >= softmax.low) & (shifted <= softmax.high))
+        if bool(risky.any()):
+            block.recomputed += int(risky.sum())
+            again = torch.matmul(scores.softmax(-1).view(g, n // g * s, -1), v_GSH).view(n, s, -1)
+            out[risky] = again[risky]
+    return out.transpose(0, 1).to(dtype)
+
+
 def eager(
     block: Attention,
     q_sNH: torch.Tensor,
@@ -176,16 +231,11 @@ def eager(
     heads: slice | list[int],
 ) -> torch.Tensor:
     """Scores, softmax in float32, weighted sum; the queries that share a KV head are one matrix. Returns [s, N, H]."""
-    s, n, h = q_sNH.shape
+    s, n, _ = q_sNH.shape
     g, dtype = k_GSH.shape[0], q_sNH.dtype
     if widened(s, dtype):
         q_sNH, k_GSH, v_GSH = q_sNH.float(), k_GSH.float(), v_GSH.float()
-    q_GPsH = q_sNH.transpose(0, 1).reshape(g, n // g * s, h)
-    scores = (torch.matmul(q_GPsH, k_GSH.transpose(1, 2)) * block.spec.scale).view(n, s, -1).float()
-    if block.spec.softcap is not None:
-        scores = block.spec.softcap * torch.tanh(scores / block.spec.softcap)
-    if bias is not None:
-        scores = scores + bias
+    scores = _scores(block.spec, q_sNH, k_GSH, bias)
     if block.sinks is not None:
         sink = float_tensor(block.sinks)[0].float()[heads]
         scores = torch.cat((scores, sink[:, None, None].expand(n, s, 1)), dim=-1)

@@ -9,6 +9,10 @@ from trimtab.spec.formats import ACT_KINDS, BF16, WeightFormat
 from trimtab.spec.tree import Node
 
 
+#: One token after the other (gemv), blocks of tokens that share what is read (flat), the matrix decoded to floats first (gemm).
+PRODUCT_KERNELS = ("gemv", "flat", "gemm")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearSpec(Node):
     """``y[T, n] = x[T, k] @ W.T (+ bias)``.
@@ -22,6 +26,8 @@ class LinearSpec(Node):
             feature is one contiguous row that can be skipped.
         act: how the input is coded for the product: ``none`` (as the activations are: a packed matrix is then decoded for it),
             ``fp8``, ``int8`` or ``fp4``.
+        kernels: which of `PRODUCT_KERNELS` may multiply; of several, the native program takes the one that is fastest for the
+            tokens at hand. Results agree to the rounding of floats.
     """
 
     n: int
@@ -31,8 +37,12 @@ class LinearSpec(Node):
     bias_format: WeightFormat = BF16
     layout: str = "row"
     act: str = "none"
+    kernels: tuple[str, ...] = ("flat",)
 
     def __post_init__(self) -> None:
+        for name in self.kernels or ("none",):
+            if name not in PRODUCT_KERNELS:
+                raise unknown("product kernel", name, PRODUCT_KERNELS)
         if self.layout not in ("row", "transposed"):
             raise SpecError(f"layout '{self.layout}' is not known. Allowed: row, transposed.")
         if self.act not in ACT_KINDS:

@@ -6,8 +6,10 @@ are one node with `num_experts`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from trimtab.errors import SpecError
 from trimtab.spec.cache import CacheSpec
 from trimtab.spec.leaves import ConvSpec, LinearSpec, NormSpec, RopeSpec
 from trimtab.spec.tree import Node
@@ -38,6 +40,49 @@ class GateFirst:
 Executor = Dense | GateFirst
 DENSE = Dense()
 
+# ------------------------------------------------------------------------------------------------------------- softmax
+
+
+@dataclass(frozen=True, slots=True)
+class Online:
+    """Partial sums of ranges of keys are scaled by the largest score of each when they are joined."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unified:
+    """Weights are ``exp(score - phi)`` for one phi, so that partial sums are added as they are.
+
+    Scores are those the softmax sees: with the factor `scale` and the softcap on them.
+
+    Args:
+        phi: subtracted from every score of the layer.
+        low, high: a query whose largest score leaves ``phi + [low, high]`` is computed again with `Online`.
+        recompute: False never does: what leaves the range of the accumulators then becomes inf or nan.
+
+    Raises:
+        SpecError: numbers that are not finite, or low >= high.
+    """
+
+    phi: float
+    low: float
+    high: float
+    recompute: bool = True
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(value) for value in (self.phi, self.low, self.high)):
+            raise SpecError(
+                f"unified softmax: phi={self.phi}, range {self.low}..{self.high} is not possible. Allowed: finite numbers."
+            )
+        if self.low >= self.high:
+            raise SpecError(
+                f"unified softmax: the range {self.low}..{self.high} of score - phi is empty. Allowed: low < high. "
+                f"Try {min(self.low, self.high)}..{max(self.low, self.high) + (self.low == self.high)}."
+            )
+
+
+Softmax = Online | Unified
+ONLINE = Online()
+
 # -------------------------------------------------------------------------------------------------------------- blocks
 
 
@@ -57,6 +102,8 @@ class AttentionSpec(Node):
         rope: None for learned positions or ALiBi.
         alibi: True adds the ALiBi bias (BLOOM).
         sinks: True if every query head has a learned sink logit (gpt-oss).
+        softmax: how partial sums of ranges of keys are joined.
+        split: keys of one range in decode; None = the kernel's choice.
     """
 
     num_attention_heads: int
@@ -78,6 +125,8 @@ class AttentionSpec(Node):
     gated: bool = False
     v_norm: NormSpec | None = None
     tied_values: bool = False
+    softmax: Softmax = ONLINE
+    split: int | None = None
     cache: CacheSpec
 
     def num_parameters(self) -> int:

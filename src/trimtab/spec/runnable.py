@@ -17,21 +17,25 @@ _LAYERS: dict[type, str] = {
 }
 
 
-def check_runnable(spec: ModelSpec) -> None:
+def check_runnable(spec: ModelSpec, *, int_pages: bool = False) -> None:
     """Refuse a model that the decoder or the cache cannot run as described.
+
+    Args:
+        spec: the model.
+        int_pages: the caller reads and writes int8 pages, as the native program does.
 
     Raises:
         UnsupportedModelError: names what is missing and where.
     """
     for path, node in tree.walk(spec):
-        missing = _missing(node)
+        missing = _missing(node, int_pages)
         if missing:
             raise UnsupportedModelError(
                 f"{spec.name}: {missing} ({path}) can be priced but not run yet. Use `trimtab predict`."
             )
 
 
-def _missing(node: tree.Node) -> str:
+def _missing(node: tree.Node, int_pages: bool) -> str:
     """What of a node has no code that runs it; empty = it runs."""
     if type(node) in _LAYERS:
         return _LAYERS[type(node)]
@@ -44,6 +48,7 @@ def _missing(node: tree.Node) -> str:
     if isinstance(node, LinearSpec) and node.act != "none":
         return f"a product with its input coded as {node.act}"
     if isinstance(node, HeadSpec):
-        coded = next((form for form in (node.k_format, node.v_format) if not form.is_float), None)
+        known = ("int8",) if int_pages else ()
+        coded = next((form for form in (node.k_format, node.v_format) if not form.is_float and form.kind not in known), None)
         return f"attention over a cache in {coded}" if coded else ""
     return ""

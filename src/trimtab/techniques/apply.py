@@ -67,15 +67,18 @@ def load_native(
     techniques: Sequence[str | Technique] = (),
     threads: int = 0,
     kv_dtype: str = "float32",
+    materials: Materials | None = None,
 ) -> NativeModel:
-    """Load a model as a native program, without torch.
+    """Load a model as a native program, without torch unless a technique calibrates.
 
     Args:
         source: as in `load`.
         dtype: of the weights: ``file`` keeps what the file holds, quantized blocks included.
-        techniques: that need no calibration: what they convert follows from the weights alone.
+        techniques: whose conversion follows from the weights alone. What one leaves to calibration (``phi=auto``) is found
+            with the torch decoder first.
         threads: workers; 0 = as many as this process may run on.
-        kv_dtype: of the cache: ``float32 | bfloat16 | float16``.
+        kv_dtype: of the cache: ``float32 | bfloat16 | float16 | int8``.
+        materials: calibration texts; by default the built-in text.
 
     Raises:
         UnsupportedModelError: the model, or what the techniques make of it, has no native kernels; `load` runs it.
@@ -85,17 +88,20 @@ def load_native(
 
     chosen = parse_all(techniques)
     loaded = open_model(source, dtype=dtype)
-    spec = compose(loaded.spec, chosen)
-    for technique in chosen:
-        if technique.needs:
-            raise UnsupportedModelError(
-                f"{technique} needs {', '.join(sorted(technique.needs))}, which the native loader has not"
-            )
-    spec = spec.with_kv_dtype(kv_dtype)
-    lowered_spec(spec)  # refuses before anything is converted
     # The tokenizer must not hold on to `loaded`: its weights are freed once they are tiled.
     tokenizer = functools.partial(read_tokenizer, loaded.tokenizer_source)
-    weights = reencode(loaded.weights, spec)
+    spec = compose(loaded.spec, chosen).with_kv_dtype(kv_dtype)
+    lowered_spec(spec)  # refuses before anything is calibrated or converted
+    if any(technique.unresolved or technique.needs for technique in chosen):  # found on the torch decoder
+        from trimtab.model.variant import Model, Variant
+
+        model = Model(Variant(loaded.spec, loaded.weights), tokenizer)
+        materials = (materials or default_materials(model)).for_model(model)
+        variant = derive(model.variant, resolve_all(model, chosen, materials), materials)
+        spec, weights = variant.spec.with_kv_dtype(kv_dtype), variant.weights
+        del model, variant
+    else:
+        weights = reencode(loaded.weights, spec)
     del loaded
     return NativeModel(lower(spec, weights, threads), tokenizer)
 
@@ -137,8 +143,10 @@ def load_engine(
     why = ""
     if engine != "torch":
         try:
-            stored = "file" if dtype == "auto" else dtype
-            return load_native(source, dtype=stored, techniques=techniques, threads=threads, kv_dtype=kv_dtype), ""
+            # A technique that fills weights of its own starts from floats.
+            plain = all(type(technique).convert is Technique.convert for technique in parse_all(techniques))
+            stored = ("file" if plain else "float32") if dtype == "auto" else dtype
+            return load_native(source, dtype=stored, techniques=techniques, threads=threads, kv_dtype=kv_dtype, materials=materials), ""
         except UnsupportedModelError as error:
             if engine == "native":
                 raise

@@ -63,6 +63,11 @@ class Technique:
         """Replace every ``auto`` by a value found on the model at hand."""
         return self
 
+    @property
+    def unresolved(self) -> bool:
+        """Whether `resolve` has a value to find that the computation depends on."""
+        return False
+
     def edits(self, spec: ModelSpec) -> Iterable[Edit]:
         """What changes; pure, without torch."""
         return ()

@@ -21,7 +21,7 @@ from trimtab.errors import CapacityError, NotRewindable, SpecError
 from trimtab.runtime.numerics import bfloat16_bits, bfloat16_to_float32
 from trimtab.runtime.step import IntArray, Step
 from trimtab.runtime.weights.packed import NUMPY_DTYPES
-from trimtab.spec.cache import HeadSpec, KVBytes, Ring
+from trimtab.spec.cache import HeadSpec, KVBytes, PageFormat, Ring
 from trimtab.spec.model import ModelSpec
 from trimtab.spec.runnable import check_runnable
 from trimtab.units import format_bytes
@@ -47,13 +47,18 @@ class GroupView:
 
 
 class _Run:
-    """Pages of one row: [G, capacity, H] for keys and for values; shared by forks until one of them writes."""
+    """Pages of one row: [G, capacity, H] for keys and for values; shared by forks until one of them writes.
 
-    __slots__ = ("address", "k", "owners", "v")
+    Integer pages hold codes there, followed in the same buffer by scales and minima [G, capacity, groups]; `parts` lists all
+    arrays of keys and values.
+    """
+
+    __slots__ = ("address", "k", "owners", "parts", "v")
 
     def __init__(self, heads: int, head: HeadSpec, capacity: int) -> None:
-        self.k = _allocate((heads, capacity, head.head_dim), head.k_format.kind)
-        self.v = _allocate((heads, capacity, head.v_head_dim), head.v_format.kind)
+        k = _allocate((heads, capacity, head.head_dim), head.k_format)
+        v = _allocate((heads, capacity, head.v_head_dim), head.v_format)
+        self.k, self.v, self.parts = k[0], v[0], (*k, *v)
         self.owners = 1
         self.address = (self.k.ctypes.data, self.v.ctypes.data, capacity)
 
@@ -63,15 +68,23 @@ class _Run:
 
     @property
     def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+        return sum(part.nbytes for part in self.parts)
 
 
-def _allocate(shape: tuple[int, int, int], kind: str) -> np.ndarray:
-    dtype = NUMPY_DTYPES[kind]
-    nbytes = int(np.prod(shape)) * dtype.itemsize
-    if nbytes < _MAPPED:
-        return np.zeros(shape, dtype)
-    return np.frombuffer(mmap.mmap(-1, nbytes), dtype).reshape(shape)
+def _allocate(shape: tuple[int, int, int], form: PageFormat) -> tuple[np.ndarray, ...]:
+    """One buffer for elements [G, capacity, H], or for codes, scales and minima one after the other."""
+    heads, capacity, size = shape
+    if form.is_float:
+        dtypes, widths = (NUMPY_DTYPES[form.kind],), (size,)
+    else:
+        groups = -(-size // form.group)
+        dtypes, widths = (NUMPY_DTYPES["u8"], NUMPY_DTYPES["fp16"], NUMPY_DTYPES["fp16"]), (size, groups, groups)
+    ends = list(itertools.accumulate(heads * capacity * w * d.itemsize for d, w in zip(dtypes, widths, strict=True)))
+    whole = np.zeros(ends[-1], np.uint8) if ends[-1] < _MAPPED else np.frombuffer(mmap.mmap(-1, ends[-1]), np.uint8)
+    return tuple(
+        whole[start:end].view(dtype).reshape(heads, capacity, width)
+        for start, end, dtype, width in zip([0, *ends], ends, dtypes, widths, strict=False)
+    )
 
 
 @dataclass(slots=True)
@@ -114,14 +127,15 @@ class KVStore:
     Args:
         spec: the model; a sequence is bound to its hash.
         capacity_bytes: most bytes of pages; None = what the machine has.
+        int_pages: the caller codes and reads int8 pages itself (`place`).
 
     Attributes:
         written: bytes of keys and values appended so far.
         handed_out: bytes of keys and values in views so far.
     """
 
-    def __init__(self, spec: ModelSpec, capacity_bytes: int | None = None) -> None:
-        check_runnable(spec)
+    def __init__(self, spec: ModelSpec, capacity_bytes: int | None = None, *, int_pages: bool = False) -> None:
+        check_runnable(spec, int_pages=int_pages)
         self.spec, self.capacity_bytes = spec, capacity_bytes
         self._groups = [_groups(layer.cache.heads) for layer in spec.layers]
         self._hash = spec.hash
@@ -339,7 +353,7 @@ class KVStore:
                 runs[id(row.run)] = row.run
                 tokens[id(row.run)] = max(tokens.get(id(row.run), 0), row.held)
         for key, run in runs.items():
-            held += run.k[:, : tokens[key]].nbytes + run.v[:, : tokens[key]].nbytes
+            held += sum(part[:, : tokens[key]].nbytes for part in run.parts)
             reserved += run.nbytes
         return KVBytes(held, reserved)
 
@@ -377,7 +391,8 @@ class KVStore:
             capacity = _pages(min(grown, _bound(head)), head) * head.page
         self._admit(capacity * heads * head.token_bytes(), f"{tokens} tokens")
         new = self._take(heads, head, capacity)
-        new.k[:, : row.held], new.v[:, : row.held] = run.k[:, : row.held], run.v[:, : row.held]
+        for to, source in zip(new.parts, run.parts, strict=True):
+            to[:, : row.held] = source[:, : row.held]
         row.positions = np.concatenate((row.positions[: row.held], np.zeros(capacity - row.held, np.int64)))
         row.run = new
         self._drop(run)

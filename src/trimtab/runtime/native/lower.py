@@ -15,6 +15,8 @@ from trimtab.errors import SpecError, UnsupportedModelError
 from trimtab.runtime import kernels
 from trimtab.runtime.kernels import _core
 from trimtab.runtime.native.arena import Arena
+from trimtab.runtime.native.attention import unified_limits
+from trimtab.runtime.native.dataflow import ONLY, thresholds
 from trimtab.runtime.native.program import NativeProgram
 from trimtab.runtime.numerics import decode
 from trimtab.runtime.numerics.tiles import tile, tiled_format
@@ -36,6 +38,7 @@ _NONE = 4
 #: Formats whose single rows a kernel can read.
 _ROW_KINDS = ("fp32", "bf16", "int")
 _CODINGS = {"fp32": 0, "fp16": 1, "bf16": 2}
+_PAGES = {**_CODINGS, "int8": 3}
 _INTS = 3
 _SCALES = {"q4_k": 1, "q5_k": 1, "q6_k": 2}
 _SET, _ADD, _GATED = 0, 1, 2
@@ -59,6 +62,10 @@ def lowered_spec(spec: ModelSpec) -> ModelSpec:
     if spec.norm is None or spec.embed_norm is not None:
         raise UnsupportedModelError(
             "A model without a last norm, or with one after the embedding, has no native kernel."
+        )
+    if len(_splits(spec)) > 1:
+        raise UnsupportedModelError(
+            "A model whose layers cut their keys into pieces of different lengths has no native kernel."
         )
     done: dict[int, Node] = {}
 
@@ -138,6 +145,10 @@ def _missing_gate_first(node: FFNSpec) -> str:
     return ""
 
 
+def _splits(spec: ModelSpec) -> set[int | None]:
+    return {layer.self_attn.split for layer in spec.layers if isinstance(layer.self_attn, AttentionSpec)}
+
+
 def _missing_attention(node: AttentionSpec) -> str:
     heads = node.cache.heads
     if node.alibi or node.sinks or node.gated or node.tied_values or node.v_norm is not None or node.chunk is not None:
@@ -145,7 +156,7 @@ def _missing_attention(node: AttentionSpec) -> str:
     if len(set(heads)) != 1 or not isinstance(heads[0].keep, All):
         return "A cache whose heads differ or forget tokens"
     head = heads[0]
-    if head.k_format != head.v_format or head.k_format.kind not in _CODINGS:
+    if head.k_format != head.v_format or head.k_format.kind not in _PAGES:
         return f"A cache in {head.k_format} and {head.v_format}"
     if node.head_dim % 16 or node.head_dim > 512 or head.v_head_dim != node.head_dim:
         return f"A head of {node.head_dim} elements, not a multiple of 16 up to 512,"
@@ -182,6 +193,7 @@ class _Builder:
     def __init__(self, spec: ModelSpec, weights: Weights, threads: int, release: Callable[[str], None]) -> None:
         self.spec, self.weights, self.release = spec, weights, release
         self.program = _core.Program(threads)
+        self.program.split(next(iter(_splits(spec)), None) or 0)
         self.arena = Arena(sum(f.nbytes(*shape) for _, f, shape in _matrices(spec)))
         self.tiles: dict[str, _core.Tiles] = {}
         self.ropes: dict[object, int] = {}
@@ -214,7 +226,8 @@ class _Builder:
         head = spec.lm_head
         tied = spec.tie_word_embeddings
         tiles = table if tied else self.matrix("lm_head", head)
-        product = (tiles, logits, 0, self.bias("lm_head", head), spec.logit_scale, spec.logit_softcap or 0.0)
+        flow = self.flow(head, spec.embed_tokens.format if tied else head.format, _PASSES)
+        product = (tiles, logits, 0, self.bias("lm_head", head), spec.logit_scale, spec.logit_softcap or 0.0, *flow)
         assert spec.norm is not None
         program.linear(
             "norm+lm_head" + ("+logit_softcap" if spec.logit_softcap else ""),
@@ -234,16 +247,16 @@ class _Builder:
         at = f"{path}.self_attn"
         parts, column = [], 0
         for name, node in (("q_proj", attn.q_proj), ("k_proj", attn.k_proj), ("v_proj", attn.v_proj)):
-            parts.append(self.product(f"{at}.{name}", node, qkv, column))
+            parts.append(self.product(f"{at}.{name}", node, qkv, column, _PASSES))
             column += node.n
         norm = self.norm(f"{path}.input_layernorm", layer.input_layernorm)
         program.linear(f"{path}.input_layernorm+q_proj+k_proj+v_proj", h, norm, parts, _SET, _NONE, _PASSES)
         head = attn.cache.heads[0]
         program.attend(
             self.attend_name(at, attn), index, qkv, attended, self.rope(attn), attn.num_attention_heads,
-            attn.num_key_value_heads, attn.head_dim, attn.window or 0, _CODINGS[head.k_format.kind],
+            attn.num_key_value_heads, attn.head_dim, attn.window or 0, _PAGES[head.k_format.kind],
             self.norm(f"{at}.q_norm", attn.q_norm), self.norm(f"{at}.k_norm", attn.k_norm), attn.scale, attn.softcap or 0.0,
-            None,
+            unified_limits(attn), head.k_format.group,
         )  # fmt: skip
         self.back(f"{at}.o_proj", attn.o_proj, attended, h, side, f"{path}.attn_output_norm", layer.attn_output_norm)
         norm = self.norm(f"{path}.post_attention_layernorm", layer.post_attention_layernorm)
@@ -312,8 +325,15 @@ class _Builder:
         assert made is not None
         self.program.norm_add(f"{norm_path}+{add}", side, made, h)
 
-    def product(self, path: str, node: LinearSpec, values: int, column: int) -> tuple:
-        return (self.matrix(path, node), values, column, self.bias(path, node), 1.0, 0.0)
+    def product(self, path: str, node: LinearSpec, values: int, column: int, passes: int = 1) -> tuple:
+        flow = self.flow(node, node.format, passes)
+        return (self.matrix(path, node), values, column, self.bias(path, node), 1.0, 0.0, *flow)
+
+    def flow(self, node: LinearSpec, format: WeightFormat, passes: int) -> tuple[int, int]:
+        """Tokens from which the flat kernel, and from which the decoding one, multiplies this matrix."""
+        if len(node.kernels) == 1:
+            return ONLY[node.kernels[0]]
+        return thresholds(node.n, node.k, format, passes, node.kernels, self.program.threads)
 
     def matrix(self, path: str, node: LinearSpec) -> _core.Tiles:
         return self._tiles(path, node.format, (node.n, node.k))

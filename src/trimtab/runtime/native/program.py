@@ -47,7 +47,7 @@ class NativeProgram:
 
     def open_store(self) -> KVStore:
         """An empty store that fits the model."""
-        return KVStore(self.spec)
+        return KVStore(self.spec, int_pages=True)
 
     def keep_tokens(self, ids: IntArray, record: Recorder | None) -> IntArray:
         """Every token of a prompt."""

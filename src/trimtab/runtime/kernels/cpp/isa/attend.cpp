@@ -9,50 +9,125 @@ namespace trimtab::TRIMTAB_ISA {
 namespace {
 
 constexpr int block = 64;  // keys scored before their values are read
+constexpr float none = -std::numeric_limits<float>::infinity();
 
-template <Coding CODING>
+// Whether rows are read 2 * lanes elements at a time, even ones first, then odd ones: bf16 then takes one operation a register
+// to become float. Queries are brought into that order before, and sums out of it afterwards.
+template <Coding CODING, int HEAD>
+constexpr bool paired = CODING == Coding::bf16 && HEAD > 0;
+
+// Elements i .. i + lanes - 1 of a row in the order in which it is read.
+template <Coding CODING, int HEAD>
 inline FV load_row(const uint8_t* row, int64_t i) {
     if constexpr (CODING == Coding::f32) return load<FV>(reinterpret_cast<const float*>(row) + i);
     if constexpr (CODING == Coding::f16) return load_halves(reinterpret_cast<const uint16_t*>(row) + i);
+    if constexpr (paired<CODING, HEAD>) {
+        const UV both = load<UV>(row + i / (2 * lanes) * (4 * lanes));
+        return as<FV>(i / lanes % 2 ? both & 0xffff0000u : both << 16);
+    }
     return load_bf16s(reinterpret_cast<const uint16_t*>(row) + i);
 }
 
-// Lane i = sum of the lanes of v[i].
-inline FV sums_of(const FV* v) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    auto h = [](FV a, FV b) { return as<FV>(_mm256_hadd_ps(as<__m256>(a), as<__m256>(b))); };
-    const FV low = h(h(v[0], v[1]), h(v[2], v[3])), high = h(h(v[4], v[5]), h(v[6], v[7]));
-    const __m256 a = as<__m256>(low), b = as<__m256>(high);
-    return as<FV>(_mm256_permute2f128_ps(a, b, 0x20)) + as<FV>(_mm256_permute2f128_ps(a, b, 0x31));
-#else
-    FV r;
-    for (int i = 0; i < lanes; ++i) r[i] = sum_of(v[i]);
-    return r;
+// Place of element i in the order in which a row is read.
+inline int64_t place_of(int64_t i) {
+    const int64_t inside = i % (2 * lanes);
+    return i - inside + inside % 2 * lanes + inside / 2;
+}
+
+// Keeps a value in its register, to be used several times: GCC would read it from memory each time.
+inline void hold([[maybe_unused]] FV& v) {
+#if defined(__AVX2__)
+    asm("" : "+x"(v));
 #endif
 }
 
-// Raw scores of Q queries with `count` <= block keys: scores [Q, block].
-template <Coding CODING, int Q>
-void score(const float* const* q, const uint8_t* k, int64_t row_bytes, int64_t head_dim, int count, float* scores) {
-    for (int s = 0; s < count; s += lanes) {
-        FV sums[Q][lanes] = {};
-        const int here = count - s < lanes ? count - s : lanes;
-        for (int j = 0; j < here; ++j) {
-            const uint8_t* row = k + (s + j) * row_bytes;
-            prefetch(row + 8 * row_bytes);
-            FV acc[Q] = {};
-            for (int64_t i = 0; i < head_dim; i += lanes) {
-                const FV key = load_row<CODING>(row, i);
-                for (int n = 0; n < Q; ++n) acc[n] += key * load<FV>(q[n] + i);
-            }
-            for (int n = 0; n < Q; ++n) sums[n][j] = acc[n];
+// out[j] = sum of the lanes of v[j], for j < 4.
+inline void store_sums(const FV* v, float* out) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    auto two = [](FV a, FV b) {  // of both halves: a0+a2, b0+b2, a1+a3, b1+b3
+        const __m256 x = as<__m256>(a), y = as<__m256>(b);
+        return as<__m256>(as<FV>(_mm256_unpacklo_ps(x, y)) + as<FV>(_mm256_unpackhi_ps(x, y)));
+    };
+    const __m256 x = two(v[0], v[1]), y = two(v[2], v[3]);
+    const FV four = as<FV>(_mm256_shuffle_ps(x, y, 0x44)) + as<FV>(_mm256_shuffle_ps(x, y, 0xee));
+    const __m256 both = as<__m256>(four);
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+#else
+    for (int j = 0; j < 4; ++j) out[j] = sum_of(v[j]);
+#endif
+}
+
+// Products of Q queries with KEYS neighbouring keys; the sum of query n and key j goes to scores[n * block + j].
+template <Coding CODING, int Q, int KEYS, int HEAD>
+inline void products(const float* const* q, const uint8_t* k, int64_t row_bytes, int64_t head_dim, float* scores) {
+    FV acc[Q][4] = {};
+    auto step = [&](int64_t i) {
+        FV query[Q];
+        for (int n = 0; n < Q; ++n) {
+            query[n] = load<FV>(q[n] + i);
+            hold(query[n]);
         }
-        for (int n = 0; n < Q; ++n) store_f(scores + n * block + s, sums_of(sums[n]));
+        for (int j = 0; j < KEYS; ++j) {
+            const FV key = load_row<CODING, HEAD>(k + j * row_bytes, i);
+            for (int n = 0; n < Q; ++n) acc[n][j] += key * query[n];
+        }
+    };
+    if constexpr (HEAD > 0) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < HEAD; i += lanes) step(i);
+    } else {
+        for (int64_t i = 0; i < head_dim; i += lanes) step(i);
+    }
+    for (int n = 0; n < Q; ++n) {
+        if constexpr (KEYS == 4) store_sums(acc[n], scores + n * block);
+        else scores[n * block] = sum_of(acc[n][0]);
     }
 }
 
+// Raw scores of Q queries with `count` <= block keys: scores [Q, block].
+template <Coding CODING, int Q, int HEAD>
+__attribute__((noinline)) void score(const float* const* q, const uint8_t* k, int64_t row_bytes, int64_t head_dim, int count, float* scores) {
+    int s = 0;
+    for (; s + 4 <= count; s += 4) {
+        const uint8_t* row = k + s * row_bytes;
+        for (int64_t ahead = 0; ahead < 4 * row_bytes; ahead += 64) prefetch(row + 8 * row_bytes + ahead);
+        products<CODING, Q, 4, HEAD>(q, row, row_bytes, head_dim, scores + s);
+    }
+    for (; s < count; ++s) products<CODING, Q, 1, HEAD>(q, k + s * row_bytes, row_bytes, head_dim, scores + s);
+}
+
+inline FV capped(FV x, float softcap) {
+    const FV e = exp_of(x * (2.0f / softcap));
+    return (1.0f - 2.0f / (e + 1.0f)) * softcap;
+}
+
+// Weights of one query in place of its raw scores, and what they add up to by lane; top: largest score by lane. A score is
+// multiplied by `scale`, which is above 0, first. Nothing waits for the largest score.
+inline void weights_unified(float* row, int count, float scale, float phi, FV& top, FV& weight) {
+    FV most = splat_f(none), sum = {};
+    for (int j = 0; j < count; j += lanes) {
+        const FV x = load<FV>(row + j);
+        most = max_of(x, most);
+        const FV p = exp_of(x * scale - phi);
+        sum += p;
+        store_f(row + j, p);
+    }
+    top = max_of(most * scale, top);
+    weight += sum;
+}
+
+inline FV weights_online(float* row, int count, float scale, float largest_score) {
+    FV weight = {};
+    for (int j = 0; j < count; j += lanes) {
+        const FV p = exp_of(load<FV>(row + j) * scale - largest_score);
+        weight += p;
+        store_f(row + j, p);
+    }
+    return weight;
+}
+
 // out [Q, H] += weights [Q, block] times values, V registers of every query at a time.
-template <Coding CODING, int Q, int V>
+template <Coding CODING, int Q, int V, int HEAD>
 inline void weigh_columns(const float* weights, const uint8_t* v, int64_t row_bytes, int64_t head_dim, int64_t at, int count,
                           float* out) {
     FV acc[Q][V];
@@ -60,95 +135,152 @@ inline void weigh_columns(const float* weights, const uint8_t* v, int64_t row_by
         for (int i = 0; i < V; ++i) acc[n][i] = load<FV>(out + n * head_dim + at + i * lanes);
     for (int s = 0; s < count; ++s) {
         const uint8_t* row = v + s * row_bytes;
+        FV weight[Q];
+        for (int n = 0; n < Q; ++n) {
+            weight[n] = splat_f(weights[n * block + s]);
+            hold(weight[n]);
+        }
         for (int i = 0; i < V; ++i) {
-            const FV value = load_row<CODING>(row, at + i * lanes);
-            for (int n = 0; n < Q; ++n) acc[n][i] += value * weights[n * block + s];
+            const FV value = load_row<CODING, HEAD>(row, at + i * lanes);
+            for (int n = 0; n < Q; ++n) acc[n][i] += value * weight[n];
         }
     }
     for (int n = 0; n < Q; ++n)
         for (int i = 0; i < V; ++i) store_f(out + n * head_dim + at + i * lanes, acc[n][i]);
 }
 
-template <Coding CODING, int Q>
+template <Coding CODING, int Q, int HEAD>
 void weigh(const float* weights, const uint8_t* v, int64_t row_bytes, int64_t head_dim, int count, float* out) {
     int64_t at = 0;
     for (; at + 4 * lanes <= head_dim; at += 4 * lanes)
-        weigh_columns<CODING, Q, 4>(weights, v, row_bytes, head_dim, at, count, out);
-    for (; at < head_dim; at += lanes) weigh_columns<CODING, Q, 1>(weights, v, row_bytes, head_dim, at, count, out);
+        weigh_columns<CODING, Q, 4, HEAD>(weights, v, row_bytes, head_dim, at, count, out);
+    for (; at < head_dim; at += lanes) weigh_columns<CODING, Q, 1, HEAD>(weights, v, row_bytes, head_dim, at, count, out);
 }
 
-template <Coding CODING, int Q>
+// `count` rows of an integer page from token `first` on as floats [count, H].
+void decode_rows(const Grid& grid, const uint8_t* codes, int64_t head_dim, int64_t group, int64_t first, int count, float* out) {
+    const int64_t groups = (head_dim + group - 1) / group;
+    for (int s = 0; s < count; ++s) {
+        const uint8_t* row = codes + (first + s) * head_dim;
+        for (int64_t g = 0; g < groups; ++g) {
+            const float scale = half(grid.scale[(first + s) * groups + g]), minimum = half(grid.minimum[(first + s) * groups + g]);
+            const int64_t end = (g + 1) * group < head_dim ? (g + 1) * group : head_dim;
+            int64_t i = g * group;
+            for (; i + lanes <= end; i += lanes) store_f(out + s * head_dim + i, load_u8s(row + i) * scale + minimum);
+            for (; i < end; ++i) out[s * head_dim + i] = static_cast<float>(row[i]) * scale + minimum;
+        }
+    }
+}
+
+template <Coding CODING, int Q, bool UNIFIED, int HEAD>
 void attend_some(const Attend& a, int first_query) {
-    constexpr float none = -std::numeric_limits<float>::infinity();
-    const int64_t head_dim = a.pages.head_dim, row_bytes = head_dim * (CODING == Coding::f32 ? 4 : 2);
-    const float* const* q = a.q + first_query;
+    constexpr bool coded = CODING == Coding::ints;
+    constexpr Coding READ = coded ? Coding::f32 : CODING;
+    const int64_t head_dim = HEAD > 0 ? HEAD : a.pages.head_dim, row_bytes = head_dim * (READ == Coding::f32 ? 4 : 2);
     const int64_t *low = a.low + first_query, *high = a.high + first_query;
     float* out = a.out + first_query * head_dim;
-    float largest_score[Q], weight[Q];
-    for (int n = 0; n < Q; ++n) largest_score[n] = none, weight[n] = 0;
+    FV top[Q], weight[Q];
+    float largest_score[Q], total_weight[Q];
+    for (int n = 0; n < Q; ++n) top[n] = splat_f(none), weight[n] = FV{}, largest_score[n] = none, total_weight[n] = 0;
     for (int64_t i = 0; i < Q * head_dim; ++i) out[i] = 0;
     alignas(64) float scores[Q * block];
-    int64_t least = high[0], most = 0;
-    for (int n = 0; n < Q; ++n) least = low[n] < least ? low[n] : least, most = high[n] > most ? high[n] : most;
+    const float* q[Q];
+    for (int n = 0; n < Q; ++n) q[n] = a.q[first_query + n];
+    alignas(64) float moved[paired<READ, HEAD> ? Q * HEAD : 1];
+    if constexpr (paired<READ, HEAD>)
+        for (int n = 0; n < Q; ++n) {
+            for (int64_t i = 0; i < HEAD; ++i) moved[n * HEAD + place_of(i)] = q[n][i];
+            q[n] = moved + n * HEAD;
+        }
+    alignas(64) float decoded[coded ? block * max_head_dim : 1];
+    int64_t least = low[0], most = high[0], inner = low[0], outer = high[0];
+    for (int n = 1; n < Q; ++n) {
+        least = low[n] < least ? low[n] : least, inner = low[n] > inner ? low[n] : inner;
+        most = high[n] > most ? high[n] : most, outer = high[n] < outer ? high[n] : outer;
+    }
     const int64_t from = a.first > least ? a.first : least, to = a.last < most ? a.last : most;
     for (int64_t s = from; s < to;) {
         const int64_t page = s / a.pages.page, inside = s % a.pages.page;
-        int64_t left = a.pages.page - inside < to - s ? a.pages.page - inside : to - s;
+        const int64_t left = a.pages.page - inside < to - s ? a.pages.page - inside : to - s;
         const int count = static_cast<int>(left < block ? left : block);
-        score<CODING, Q>(q, a.pages.k[page] + inside * row_bytes, row_bytes, head_dim, count, scores);
+        const uint8_t *keys = a.pages.k[page] + inside * row_bytes, *values = a.pages.v[page] + inside * row_bytes;
+        if constexpr (coded) {
+            decode_rows(a.pages.k_grid[page], a.pages.k[page], head_dim, a.pages.group, inside, count, decoded);
+            keys = values = reinterpret_cast<const uint8_t*>(decoded);
+        }
+        score<READ, Q, HEAD>(q, keys, row_bytes, head_dim, count, scores);
+        float scale = a.scale;
+        if (a.softcap > 0 || s < inner || s + count > outer || count % lanes) {
+            // What the plain loops below do not know: a cap on the scores, keys a query does not see, lanes without a key.
+            for (int n = 0; n < Q; ++n) {
+                float* row = scores + n * block;
+                for (int j = count; j % lanes; ++j) row[j] = none;
+                for (int j = 0; j < count; j += lanes) {
+                    const FV x = load<FV>(row + j) * a.scale;
+                    store_f(row + j, a.softcap > 0 ? capped(x, a.softcap) : x);
+                }
+                for (int j = count; j % lanes; ++j) row[j] = none;
+                for (int j = 0; j < count && s + j < low[n]; ++j) row[j] = none;
+                for (int64_t j = high[n] > s ? high[n] - s : 0; j < count; ++j) row[j] = none;
+            }
+            scale = 1;
+        }
         for (int n = 0; n < Q; ++n) {
             float* row = scores + n * block;
-            for (int j = count; j % lanes; ++j) row[j] = none;
-            FV top = splat_f(none);
-            for (int j = 0; j < count; j += lanes) {
-                FV x = load<FV>(row + j) * a.scale;
-                if (a.softcap > 0) {
-                    const FV e = exp_of(x * (2.0f / a.softcap));
-                    x = (1.0f - 2.0f / (e + 1.0f)) * a.softcap;
-                }
-                store_f(row + j, x);
-            }
-            for (int j = count; j % lanes; ++j) row[j] = none;
-            if (s < low[n])
-                for (int j = 0; j < count && s + j < low[n]; ++j) row[j] = none;
-            for (int64_t j = high[n] > s ? high[n] - s : 0; j < count; ++j) row[j] = none;
-            for (int j = 0; j < count; j += lanes) top = max_of(top, load<FV>(row + j));
-            const float peak = largest(top);
-            float shift = a.phi;
-            if (a.unified) {
-                if (peak > largest_score[n]) largest_score[n] = peak;
+            if constexpr (UNIFIED) {
+                weights_unified(row, count, scale, a.phi, top[n], weight[n]);
             } else {
+                FV most_here = splat_f(none);
+                for (int j = 0; j < count; j += lanes) most_here = max_of(load<FV>(row + j), most_here);
+                const float peak = largest(most_here) * scale;
                 if (peak > largest_score[n]) {
-                    if (weight[n] > 0) {
+                    if (total_weight[n] > 0) {
                         const float by = std::exp(largest_score[n] - peak);
-                        weight[n] *= by;
+                        total_weight[n] *= by;
                         for (int64_t i = 0; i < head_dim; i += lanes)
                             store_f(out + n * head_dim + i, load<FV>(out + n * head_dim + i) * by);
                     }
                     largest_score[n] = peak;
                 }
-                shift = largest_score[n] == none ? 0.0f : largest_score[n];
+                total_weight[n] += sum_of(weights_online(row, count, scale, largest_score[n] == none ? 0.0f : largest_score[n]));
             }
-            FV sum = {};
-            for (int j = 0; j < count; j += lanes) {
-                const FV p = exp_of(load<FV>(row + j) - shift);
-                sum += p;
-                store_f(row + j, p);
-            }
-            weight[n] += sum_of(sum);
         }
-        weigh<CODING, Q>(scores, a.pages.v[page] + inside * row_bytes, row_bytes, head_dim, count, out);
+        if constexpr (coded) decode_rows(a.pages.v_grid[page], a.pages.v[page], head_dim, a.pages.group, inside, count, decoded);
+        weigh<READ, Q, HEAD>(scores, values, row_bytes, head_dim, count, out);
         s += count;
     }
-    for (int n = 0; n < Q; ++n) a.largest[first_query + n] = largest_score[n], a.weight[first_query + n] = weight[n];
+    if constexpr (paired<READ, HEAD>)
+        for (int n = 0; n < Q; ++n) {
+            memcpy(moved, out + n * HEAD, sizeof(float) * HEAD);
+            for (int64_t i = 0; i < HEAD; ++i) out[n * HEAD + i] = moved[place_of(i)];
+        }
+    for (int n = 0; n < Q; ++n) {
+        a.largest[first_query + n] = UNIFIED ? largest(top[n]) : largest_score[n];
+        a.weight[first_query + n] = UNIFIED ? sum_of(weight[n]) : total_weight[n];
+    }
+}
+
+template <Coding CODING, int Q, bool UNIFIED>
+inline void attend_sized(const Attend& a, int first_query) {
+    if constexpr (CODING == Coding::f16) return attend_some<CODING, Q, UNIFIED, 0>(a, first_query);
+    switch (a.pages.head_dim) {  // the usual sizes, unrolled
+        case 64: return attend_some<CODING, Q, UNIFIED, 64>(a, first_query);
+        case 128: return attend_some<CODING, Q, UNIFIED, 128>(a, first_query);
+        default: return attend_some<CODING, Q, UNIFIED, 0>(a, first_query);
+    }
+}
+
+template <Coding CODING, int Q>
+inline void attend_as(const Attend& a, int first_query) {
+    return a.unified ? attend_sized<CODING, Q, true>(a, first_query) : attend_sized<CODING, Q, false>(a, first_query);
 }
 
 template <Coding CODING>
 void attend_coding(const Attend& a) {
     int n = 0;
-    for (; n + 3 <= a.queries; n += 3) attend_some<CODING, 3>(a, n);
-    if (a.queries - n == 2) attend_some<CODING, 2>(a, n);
-    if (a.queries - n == 1) attend_some<CODING, 1>(a, n);
+    for (; n + 3 <= a.queries; n += 3) attend_as<CODING, 3>(a, n);
+    if (a.queries - n == 2) attend_as<CODING, 2>(a, n);
+    if (a.queries - n == 1) attend_as<CODING, 1>(a, n);
 }
 
 }  // namespace
@@ -157,7 +289,24 @@ void attend(const Attend& a) {
     switch (a.pages.coding) {
         case Coding::f32: return attend_coding<Coding::f32>(a);
         case Coding::f16: return attend_coding<Coding::f16>(a);
+        case Coding::ints: return attend_coding<Coding::ints>(a);
         default: return attend_coding<Coding::bf16>(a);
+    }
+}
+
+void encode_grid(const float* x, int64_t count, int64_t group, uint8_t* codes, uint16_t* scale, uint16_t* minimum) {
+    for (int64_t first = 0, g = 0; first < count; first += group, ++g) {
+        const int64_t end = first + group < count ? first + group : count;
+        float least = x[first], most = x[first];
+        for (int64_t i = first; i < end; ++i) least = x[i] < least ? x[i] : least, most = x[i] > most ? x[i] : most;
+        minimum[g] = half_bits(least);
+        const float base = half(minimum[g]);
+        scale[g] = half_bits((most - base) / 255.0f);
+        const float step = half(scale[g]), by = step > 0 ? 1.0f / step : 0.0f;
+        for (int64_t i = first; i < end; ++i) {
+            const float code = (x[i] - base) * by + 0.5f;
+            codes[i] = static_cast<uint8_t>(code > 255.0f ? 255.0f : code > 0 ? code : 0.0f);
+        }
     }
 }
 

@@ -34,7 +34,15 @@ inline To as(From v) {
     return to;
 }
 
-inline FV splat_f(float x) { return FV{} + x; }
+inline FV splat_f(float x) {  // FV{} + x would add, because of negative zeros
+#if defined(__AVX512F__)
+    return as<FV>(_mm512_set1_ps(x));
+#elif defined(__AVX2__)
+    return as<FV>(_mm256_set1_ps(x));
+#else
+    return FV{x, x, x, x, x, x, x, x};
+#endif
+}
 inline IV splat_i(int32_t x) { return IV{} + x; }
 inline FV to_float(IV v) { return __builtin_convertvector(v, FV); }
 inline void store_f(float* to, FV v) { memcpy(to, &v, sizeof v); }
@@ -98,13 +106,12 @@ inline float largest(FV v) {
     return most;
 }
 
-// exp for x <= about 88, within 2 ulp; anything below -87.3 gives 0. Source: Cephes expf (argument reduction by ln 2,
-// polynomial of degree 5), Moshier.
+// exp within 2 ulp: 0 below about -87.7, infinity from about 88.4 on, NaN of NaN. Source: Cephes expf (argument reduction by
+// ln 2, polynomial of degree 5), Moshier. The exponents -127 and 128, to which x is clamped, are those of 0 and infinity.
 inline FV exp_of(FV x) {
-    const FV low = splat_f(-87.33654f);
-    const IV under = x < low;
-    x = x > splat_f(88.7f) ? splat_f(88.7f) : x;
-    x = under ? low : x;
+    const FV low = splat_f(-88.0f), high = splat_f(89.0f);
+    x = low > x ? low : x;
+    x = high < x ? high : x;
     const FV magic = splat_f(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
     const FV n = x * 1.44269504088896341f + magic;
     const FV whole = n - magic;
@@ -118,8 +125,7 @@ inline FV exp_of(FV x) {
     p = p * r + 5.0000001201e-1f;
     const FV y = p * (r * r) + r + 1.0f;
     const IV power = (as<IV>(n) - as<IV>(magic) + 127) << 23;
-    const FV result = y * as<FV>(power);
-    return under ? FV{} : result;
+    return y * as<FV>(power);
 }
 
 // Sums of products of neighbouring bytes, unsigned times signed, as int16; the caller keeps them in range.

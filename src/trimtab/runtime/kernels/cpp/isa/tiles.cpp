@@ -57,7 +57,7 @@ template <Coding CODING, int T>
 void dot_float(const Tiles& w, int64_t tile, const Input& in, int64_t t0, float* out) {
     const uint8_t* data = w.data + tile * w.data_bytes();
     const float* x[T];
-    constexpr int chains = T >= 4 ? 1 : T == 2 ? 2 : 4;  // a multiply-add waits four cycles for the one before
+    constexpr int chains = T >= 4 ? 1 : T >= 2 ? 2 : 4;  // a multiply-add waits four cycles for the one before
     FV sum[chains][T][parts];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
@@ -310,11 +310,160 @@ void dot_tokens(const Tiles& w, int64_t tile, const Input& in, int64_t t0, float
     }
 }
 
+// Calls f(T, t) for blocks of at most MOST tokens, alike in size.
+template <int MOST, class F>
+inline void blocks_of(int64_t tokens, F&& f) {
+    const int64_t blocks = (tokens + MOST - 1) / MOST;
+    for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t from = tokens * i / blocks, size = tokens * (i + 1) / blocks - from;
+        switch (size) {
+            case 1: f(std::integral_constant<int, 1>{}, from); break;
+            case 2: f(std::integral_constant<int, 2>{}, from); break;
+            case 3: f(std::integral_constant<int, 3>{}, from); break;
+            case 4: f(std::integral_constant<int, 4>{}, from); break;
+            case 5: f(std::integral_constant<int, 5>{}, from); break;
+            default: f(std::integral_constant<int, 6>{}, from); break;
+        }
+    }
+}
+
+template <Coding CODING>
+void dot_floats(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out) {
+    blocks_of<6>(tokens, [&](auto size, int64_t t) {
+        dot_float<CODING, decltype(size)::value>(w, tile, in, t0 + t, out + t * 16);
+    });
+}
+
 void dot_tile(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out) {
+    switch (w.coding) {
+        case Coding::f32: return dot_floats<Coding::f32>(w, tile, in, t0, tokens, out);
+        case Coding::f16: return dot_floats<Coding::f16>(w, tile, in, t0, tokens, out);
+        case Coding::bf16: return dot_floats<Coding::bf16>(w, tile, in, t0, tokens, out);
+        default: break;
+    }
     int64_t t = 0;
     for (; t + 4 <= tokens; t += 4) dot_tokens<4>(w, tile, in, t0 + t, out + t * 16);
     for (; t + 2 <= tokens; t += 2) dot_tokens<2>(w, tile, in, t0 + t, out + t * 16);
     for (; t < tokens; ++t) dot_tokens<1>(w, tile, in, t0 + t, out + t * 16);
+}
+
+void dot_each(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out) {
+    for (int64_t t = 0; t < tokens; ++t) dot_tokens<1>(w, tile, in, t0 + t, out + t * 16);
+}
+
+// --------------------------------------------------------------------------------------------------- decoded products
+
+// Scale and minimum of one group for the rows of one part.
+inline void scales_of(const Tiles& w, int64_t tile, int64_t g, int part, FV& scale, FV& minimum) {
+    const int row = part * lanes;
+    if (w.scales == Scales::half) {
+        const int64_t at = (tile * w.groups() + g) * 16 + row;
+        scale = load_halves(w.scale + at);
+        if (w.minimum) minimum = load_halves(w.minimum + at);
+        return;
+    }
+    const int64_t blocks = w.padded() / 256;
+    if (w.scales == Scales::q4_k) {
+        const int64_t block = tile * blocks + g / 8;
+        const uint8_t* sub = w.sub + (block * 16 + g % 8) * 16 + row;
+        scale = load_halves(w.scale + block * 32 + row) * load_u8s(sub);
+        minimum = -(load_halves(w.scale + block * 32 + 16 + row) * load_u8s(sub + 8 * 16));
+        return;
+    }
+    const int64_t block = tile * blocks + g / 16;
+    const int8_t* sub = reinterpret_cast<const int8_t*>(w.sub) + (block * 16 + g % 16) * 16 + row;
+    scale = load_halves(w.scale + block * 16 + row) * load_i8s(sub);
+}
+
+constexpr int64_t panel = 256;  // columns decoded at a time: 16 KiB of floats, half of a first-level cache
+
+// Columns 32 u .. 32 u + 31 of a tile of ints as floats [32, 16].
+template <int BITS>
+void decode_unit(const Tiles& w, int64_t tile, int64_t u, float* out) {
+    const uint8_t* unit = w.data + tile * w.data_bytes() + u * 64 * BITS;
+    const bool centred = w.minimum == nullptr && w.scales != Scales::q4_k;
+    for (int part = 0; part < parts; ++part) {
+        FV scale = {}, minimum = {};
+        int64_t held = -1;  // group whose scales are at hand
+        each(
+            [&](auto index) {
+                constexpr int i = decltype(index)::value;
+                const int64_t g = (u * 32 + 4 * i) / w.group;
+                if (g != held) {
+                    scales_of(w, tile, g, part, scale, minimum);
+                    if (centred) minimum = scale * -static_cast<float>(1 << (BITS - 1));
+                    held = g;
+                }
+                const UV codes = as<UV>(codes_of<BITS, i>(unit, part));
+                for (int j = 0; j < 4; ++j)
+                    store_f(out + (4 * i + j) * 16 + part * lanes, to_float(as<IV>((codes >> (8 * j)) & 255u)) * scale + minimum);
+            },
+            std::make_integer_sequence<int, 8>{});
+    }
+}
+
+// Columns k0 .. k0 + count - 1 of a tile as floats [count, 16]; k0 is a multiple of `panel`.
+const float* decode_panel(const Tiles& w, int64_t tile, int64_t k0, int64_t count, float* out) {
+    const uint8_t* data = w.data + tile * w.data_bytes();
+    switch (w.coding) {
+        case Coding::f32: return reinterpret_cast<const float*>(data) + k0 * 16;
+        case Coding::f16:
+            for (int64_t i = 0; i < count * 16; i += lanes)
+                store_f(out + i, load_halves(reinterpret_cast<const uint16_t*>(data) + k0 * 16 + i));
+            return out;
+        case Coding::bf16:
+            for (int64_t p = 0; p < count / 2; ++p)
+                for (int part = 0; part < parts; ++part) {
+                    const UV both = load<UV>(data + (k0 / 2 + p) * 64 + part * 4 * lanes);
+                    store_f(out + 2 * p * 16 + part * lanes, as<FV>(both << 16));
+                    store_f(out + (2 * p + 1) * 16 + part * lanes, as<FV>(both & 0xffff0000u));
+                }
+            return out;
+        default: break;
+    }
+    for (int64_t u = 0; u < count / 32; ++u) {
+        const int64_t at = k0 / 32 + u;
+        float* to = out + u * 32 * 16;
+        switch (w.bits) {
+            case 1: decode_unit<1>(w, tile, at, to); break;
+            case 2: decode_unit<2>(w, tile, at, to); break;
+            case 3: decode_unit<3>(w, tile, at, to); break;
+            case 4: decode_unit<4>(w, tile, at, to); break;
+            case 5: decode_unit<5>(w, tile, at, to); break;
+            case 6: decode_unit<6>(w, tile, at, to); break;
+            case 7: decode_unit<7>(w, tile, at, to); break;
+            default: decode_unit<8>(w, tile, at, to); break;
+        }
+    }
+    return out;
+}
+
+// out [T, 16] (+)= columns [count, 16] times x [T, stride].
+template <int T>
+inline void dot_panel(const float* columns, const float* x, int64_t stride, int64_t count, bool add, float* out) {
+    FV sum[T][parts];
+    for (int t = 0; t < T; ++t)
+        for (int part = 0; part < parts; ++part) sum[t][part] = add ? load<FV>(out + t * 16 + part * lanes) : FV{};
+    for (int64_t k = 0; k < count; ++k) {
+        FV column[parts];
+        for (int part = 0; part < parts; ++part) column[part] = load<FV>(columns + k * 16 + part * lanes);
+        for (int t = 0; t < T; ++t)
+            for (int part = 0; part < parts; ++part) sum[t][part] += column[part] * x[t * stride + k];
+    }
+    for (int t = 0; t < T; ++t)
+        for (int part = 0; part < parts; ++part) store_f(out + t * 16 + part * lanes, sum[t][part]);
+}
+
+void dot_decoded(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out) {
+    alignas(64) float decoded[panel * 16];
+    const int64_t cols = w.padded();
+    for (int64_t k0 = 0; k0 < cols; k0 += panel) {
+        const int64_t count = cols - k0 < panel ? cols - k0 : panel;
+        const float* columns = decode_panel(w, tile, k0, count, decoded);
+        blocks_of<6>(tokens, [&](auto size, int64_t t) {
+            dot_panel<decltype(size)::value>(columns, in.x + (t0 + t) * in.stride + k0, in.stride, count, k0 > 0, out + t * 16);
+        });
+    }
 }
 
 // ------------------------------------------------------------------------------------------------------------ inputs
@@ -410,8 +559,10 @@ void activate(Act act, float* gate, const float* up, int64_t count) {
 void attend(const Attend& a);  // attend.cpp
 void encode(Coding coding, const float* x, int64_t count, uint8_t* out);
 void rotate(float* x, const float* cos, const float* sin, int64_t half);
+void encode_grid(const float* x, int64_t count, int64_t group, uint8_t* codes, uint16_t* scale, uint16_t* minimum);
 
 extern const TileKernels tile_table;
-const TileKernels tile_table = {dot_tile, norm, quantize, activate, attend, encode, rotate};
+const TileKernels tile_table = {dot_tile, norm, quantize, activate, attend, encode, rotate,
+                                encode_grid, dot_each, dot_decoded};
 
 }  // namespace trimtab::TRIMTAB_ISA

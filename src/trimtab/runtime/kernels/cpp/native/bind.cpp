@@ -2,9 +2,12 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+
+#include <chrono>
 
 #include "native/program.h"
 #include "rows.h"
@@ -99,19 +102,95 @@ void unpack_tiles(Array<const uint8_t, 1> packed, int bits, Array<uint8_t, 2> ou
 }
 
 // y [T, N] = x [T, K] @ W.T with the codes of the activations made on the way: one product, outside a program.
-int64_t multiply(const BoundTiles& w, Array<const float, 2> x, int passes, int threads, Array<float, 2> y) {
+int64_t multiply(const BoundTiles& w, Array<const float, 2> x, int passes, int threads, Array<float, 2> y, int64_t flat,
+                 int64_t decoded) {
     nb::gil_scoped_release release;
     Program program(threads);
     const int64_t tokens = static_cast<int64_t>(x.shape(0)), cols = w.tiles.cols;
     const int source = program.add_values(cols, false), out = program.add_values(w.tiles.rows, false);
     Product product;
-    product.w = w.tiles, product.values = out;
+    product.w = w.tiles, product.values = out, product.flow = {flat, decoded};
     program.linear("product", source, nullptr, {product}, Store::set, Act::none, passes);
     Step step;
     const int64_t starts[] = {0, tokens}, past[] = {0};
     step.tokens = tokens, step.rows = 1, step.starts = starts, step.past = past;
     program.run_on(step, source, x.data(), out, y.data());
     return program.kernels()[0]->weight_read;
+}
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// Seconds of the product of x [T, K] with matrices of one shape under several dataflows (flat, decoded), [flows][repeats].
+// The flows take turns, and every run takes the next matrix, so that a long list of them comes from memory.
+std::vector<std::vector<double>> time_products(const std::vector<const BoundTiles*>& w, Array<const float, 2> x, int passes,
+                                               int threads, const std::vector<std::pair<int64_t, int64_t>>& flows, int repeats) {
+    nb::gil_scoped_release release;
+    Program program(threads);
+    const int64_t tokens = static_cast<int64_t>(x.shape(0));
+    const Tiles& first = w[0]->tiles;
+    const int source = program.add_values(first.cols, false), out = program.add_values(first.rows, false);
+    for (const BoundTiles* each : w)
+        for (const auto& [flat, decoded] : flows) {
+            Product product;
+            product.w = each->tiles, product.values = out, product.flow = {flat, decoded};
+            program.linear("product", source, nullptr, {product}, Store::set, Act::none, passes);
+        }
+    Step step;
+    const int64_t starts[] = {0, tokens}, past[] = {0};
+    step.tokens = tokens, step.rows = 1, step.starts = starts, step.past = past;
+    program.reserve(step);
+    std::memcpy(program.values(source).data, x.data(), static_cast<size_t>(4 * tokens * first.cols));
+    std::vector<std::vector<double>> found(flows.size());
+    size_t next = 0;
+    for (int i = 0; i < repeats; ++i)
+        for (size_t f = 0; f < flows.size(); ++f) {
+            const auto start = std::chrono::steady_clock::now();
+            program.run_one(step, (next++ % w.size()) * flows.size() + f);
+            found[f].push_back(seconds_since(start));
+        }
+    return found;
+}
+
+// Partial sums of queries [Q, H] over keys [first, last) of pages [page, H]: out [Q, H], weight and largest [Q]. A query n
+// sees keys [low[n], high[n]).
+void attend_pages(int coding, Array<const float, 2> q, const std::vector<Bytes>& k, const std::vector<Bytes>& v,
+                  const std::vector<std::tuple<Halves, Halves, Halves, Halves>>& grids, int64_t page, int64_t group,
+                  int64_t first, int64_t last, Array<const int64_t, 1> low, Array<const int64_t, 1> high, float scale,
+                  float softcap, std::optional<float> phi, Array<float, 2> out, Array<float, 1> weight,
+                  Array<float, 1> largest) {
+    std::vector<const uint8_t*> keys, values;
+    std::vector<Grid> k_grid, v_grid;
+    for (const Bytes& array : k) keys.push_back(array.data());
+    for (const Bytes& array : v) values.push_back(array.data());
+    for (const auto& [k_scale, k_minimum, v_scale, v_minimum] : grids) {
+        k_grid.push_back({k_scale.data(), k_minimum.data()});
+        v_grid.push_back({v_scale.data(), v_minimum.data()});
+    }
+    const int64_t queries = static_cast<int64_t>(q.shape(0)), head_dim = static_cast<int64_t>(q.shape(1));
+    nb::gil_scoped_release release;
+    for (int64_t n = 0; n < queries; n += max_queries) {
+        const float* rows[max_queries];
+        Attend job;
+        job.queries = static_cast<int>(std::min<int64_t>(max_queries, queries - n));
+        for (int i = 0; i < job.queries; ++i) rows[i] = q.data() + (n + i) * head_dim;
+        job.pages = {static_cast<Coding>(coding), keys.data(), values.data(), page, head_dim, k_grid.data(), v_grid.data(), group};
+        job.first = first, job.last = last, job.q = rows, job.low = low.data() + n, job.high = high.data() + n;
+        job.scale = scale, job.softcap = softcap, job.unified = phi.has_value(), job.phi = phi.value_or(0.0f);
+        job.largest = largest.data() + n, job.weight = weight.data() + n, job.out = out.data() + n * head_dim;
+        tile_kernels().attend(job);
+    }
+}
+
+// Rows [S, H] into integer pages: codes [S, H], scale and minimum [S, ceil(H / group)] as bits of halves.
+void encode_grid(Array<const float, 2> x, int64_t group, Array<uint8_t, 2> codes, Array<uint16_t, 2> scale,
+                 Array<uint16_t, 2> minimum) {
+    const int64_t rows = static_cast<int64_t>(x.shape(0)), size = static_cast<int64_t>(x.shape(1));
+    const int64_t groups = (size + group - 1) / group;
+    for (int64_t i = 0; i < rows; ++i)
+        tile_kernels().encode_grid(x.data() + i * size, size, group, codes.data() + i * size, scale.data() + i * groups,
+                                   minimum.data() + i * groups);
 }
 
 Norm make_norm(Bound& b, bool layer, float eps, int64_t size, std::optional<Floats> weight, std::optional<Floats> bias) {
@@ -130,7 +209,13 @@ void bind_native(nb::module_& m) {
           nb::arg("group"), nb::arg("data"), nb::arg("scale").none(), nb::arg("minimum").none(), nb::arg("sub").none());
     m.def("pack_tiles", &pack_tiles);
     m.def("unpack_tiles", &unpack_tiles);
-    m.def("multiply", &multiply);
+    m.def("multiply", &multiply, nb::arg("w"), nb::arg("x"), nb::arg("passes"), nb::arg("threads"), nb::arg("y"),
+          nb::arg("flat") = 1, nb::arg("decoded") = int64_t{1} << 40);
+    m.def("time_products", &time_products);
+    m.def("attend_pages", &attend_pages, nb::arg("coding"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("grids"),
+          nb::arg("page"), nb::arg("group"), nb::arg("first"), nb::arg("last"), nb::arg("low"), nb::arg("high"),
+          nb::arg("scale"), nb::arg("softcap"), nb::arg("phi").none(), nb::arg("out"), nb::arg("weight"), nb::arg("largest"));
+    m.def("encode_grid", &encode_grid);
     nb::class_<Norm>(m, "Norm");
     nb::class_<Bound>(m, "Program")
         .def(nb::init<int>(), nb::arg("threads"))
@@ -155,13 +240,15 @@ void bind_native(nb::module_& m) {
              })
         .def("linear",
              [](Bound& b, const std::string& name, int source, const Norm* norm,
-                const std::vector<std::tuple<const BoundTiles*, int, int64_t, std::optional<Floats>, float, float>>& products,
+                const std::vector<std::tuple<const BoundTiles*, int, int64_t, std::optional<Floats>, float, float, int64_t, int64_t>>&
+                    products,
                 int store, int act, int passes) {
                  std::vector<Product> made;
-                 for (const auto& [tiles, values, column, bias, scale, softcap] : products) {
+                 for (const auto& [tiles, values, column, bias, scale, softcap, flat, decoded] : products) {
                      Product product;
                      product.w = tiles->tiles, product.values = values, product.column = column;
                      product.bias = b.floats(bias), product.scale = scale, product.softcap = softcap;
+                     product.flow = {flat, decoded};
                      b.keep.insert(b.keep.end(), tiles->keep.begin(), tiles->keep.end());
                      made.push_back(product);
                  }
@@ -187,19 +274,32 @@ void bind_native(nb::module_& m) {
         .def("attend",
              [](Bound& b, const std::string& name, int layer, int qkv, int out, int rope, int64_t heads, int64_t kv_heads,
                 int64_t head_dim, int64_t window, int coding, const Norm* q_norm, const Norm* k_norm, float scale, float softcap,
-                std::optional<std::tuple<float, float, float>> unified) {
+                std::optional<std::tuple<float, float, float>> unified, int64_t group, bool append) {
                  Attention a;
                  a.layer = layer, a.qkv = qkv, a.out = out, a.rope = rope, a.heads = heads, a.kv_heads = kv_heads;
                  a.head_dim = head_dim, a.window = window, a.coding = static_cast<Coding>(coding);
                  if (q_norm) a.has_q_norm = true, a.q_norm = *q_norm;
                  if (k_norm) a.has_k_norm = true, a.k_norm = *k_norm;
-                 a.scale = scale, a.softcap = softcap;
+                 a.scale = scale, a.softcap = softcap, a.group = group, a.append = append;
                  if (unified) a.unified = true, a.phi = std::get<0>(*unified), a.low = std::get<1>(*unified), a.high = std::get<2>(*unified);
                  b.program.attend(name, a);
              },
              nb::arg("name"), nb::arg("layer"), nb::arg("qkv"), nb::arg("out"), nb::arg("rope"), nb::arg("heads"),
              nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("window"), nb::arg("coding"), nb::arg("q_norm").none(),
-             nb::arg("k_norm").none(), nb::arg("scale"), nb::arg("softcap"), nb::arg("unified").none())
+             nb::arg("k_norm").none(), nb::arg("scale"), nb::arg("softcap"), nb::arg("unified").none(),
+             nb::arg("group") = 0, nb::arg("append") = true)
+        .def("split", [](Bound& b, int64_t keys) { b.program.split(keys); })
+        .def("run_on",
+             [](Bound& b, Array<const int64_t, 1> starts, Array<const int64_t, 1> past, Array<const int64_t, 3> cache, int source,
+                Array<const float, 2> x, int out, Array<float, 2> y) {
+                 Step step;
+                 step.tokens = static_cast<int64_t>(x.shape(0)), step.rows = static_cast<int64_t>(past.shape(0));
+                 step.starts = starts.data(), step.past = past.data(), step.cache = cache.data();
+                 nb::gil_scoped_release release;
+                 const auto start = std::chrono::steady_clock::now();
+                 b.program.run_on(step, source, x.data(), out, y.data());
+                 return seconds_since(start);
+             })
         .def("run",
              [](Bound& b, Array<const int64_t, 1> ids, Array<const int64_t, 1> starts, Array<const int64_t, 1> past,
                 Array<const int64_t, 1> reach, Array<const int64_t, 1> logits_rows, Array<const int64_t, 3> cache, int values,

@@ -17,12 +17,23 @@ struct Norm {
     int64_t nbytes() const { return size * 4 * ((weight ? 1 : 0) + (bias ? 1 : 0)); }
 };
 
+constexpr int max_head_dim = 512;
+
+// What the codes of one integer page stand for: scale * code + minimum, both fp16 [page, ceil(H / group)].
+struct Grid {
+    const uint16_t* scale = nullptr;
+    const uint16_t* minimum = nullptr;
+};
+
 // Keys and values of one KV head of one sequence in pages of `page` tokens, [page, H] each.
 struct Pages {
-    Coding coding = Coding::f32;  // f32, f16 or bf16
+    Coding coding = Coding::f32;  // f32, f16, bf16, or ints: uint8 codes
     const uint8_t* const* k = nullptr;
     const uint8_t* const* v = nullptr;
     int64_t page = 0, head_dim = 0;
+    const Grid* k_grid = nullptr;  // by page; ints only
+    const Grid* v_grid = nullptr;
+    int64_t group = 0;             // elements along H that share a scale
 };
 
 // Queries over keys [first, last): partial sums, largest score and sum of weights of each query, to be merged or divided.
@@ -34,7 +45,7 @@ struct Attend {
     const int64_t* low = nullptr;    // [queries] a query sees keys [low, high)
     const int64_t* high = nullptr;
     float scale = 1, softcap = 0;    // softcap 0: none
-    bool unified = false;            // subtract phi instead of the running maximum
+    bool unified = false;            // subtract phi instead of the running maximum; ranges of keys know nothing of each other
     float phi = 0;
     float* largest = nullptr;        // [queries] out: running maximum (unified: the largest score)
     float* weight = nullptr;         // [queries] out: sum of exp(score - maximum or phi)
@@ -55,6 +66,12 @@ struct TileKernels {
     void (*encode)(Coding coding, const float* x, int64_t count, uint8_t* out);
     // Rotate pairs (i, i + half) of x by cos, sin [half].
     void (*rotate)(float* x, const float* cos, const float* sin, int64_t half);
+    // A row of keys or values into an integer page.
+    void (*encode_grid)(const float* x, int64_t count, int64_t group, uint8_t* codes, uint16_t* scale, uint16_t* minimum);
+    // As dot_tile, one token after the other.
+    void (*dot_each)(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out);
+    // As dot_tile from floats in `in.x`, the tile decoded to floats once for all tokens.
+    void (*dot_decoded)(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out);
 };
 
 const TileKernels& tile_kernels();  // of the instruction set in use

@@ -118,6 +118,12 @@ struct LinearKernel : Kernel {
     Store store = Store::set;
     Act act = Act::silu;
 
+    // Whether some product wants its tiles as floats, and so the input of codes as well.
+    bool decodes(int64_t tokens) const {
+        for (const Product& p : products)
+            if (p.w.coding == Coding::ints && p.flow.decodes(tokens)) return true;
+        return false;
+    }
     int64_t scratch_bytes(int64_t tokens) const override {
         int64_t bytes = aligned(4 * products[0].w.cols);
         for (const Input& in : inputs) bytes += in.bytes(tokens);
@@ -128,7 +134,7 @@ struct LinearKernel : Kernel {
         const Values& from = c.program.values(source);
         const bool gather = c.program.values(products[0].values).logits;
         const int64_t tokens = gather ? c.step.logits : c.step.tokens, cols = products[0].w.cols;
-        const bool own = tokens <= alone;
+        const bool own = tokens <= alone, decoded = decodes(tokens);
         char* private_ = c.own + worker.id * c.own_bytes;
         float* normed = reinterpret_cast<float*>(private_);
         char* at = own ? private_ + aligned(4 * cols) : c.shared;
@@ -136,6 +142,7 @@ struct LinearKernel : Kernel {
         const size_t forms = inputs.size();
         for (size_t i = 0; i < forms; ++i) {
             ready[i] = inputs[i];
+            ready[i].decoded = decoded && ready[i].ints;
             ready[i].place(at, tokens);
             at += ready[i].bytes(tokens);
         }
@@ -171,13 +178,15 @@ struct LinearKernel : Kernel {
         const Values& to = c.program.values(one.values);
         const int64_t n0 = tile * tile_rows, count = std::min<int64_t>(tile_rows, one.w.rows - n0);
         alignas(64) float out[token_block * tile_rows], second[token_block * tile_rows];
-        for (int64_t t0 = 0; t0 < tokens; t0 += token_block / 2) {
-            const int64_t here = std::min(token_block / 2, tokens - t0);
-            ready[one.input].dot(one.w, tile, t0, here, out);
+        // A second pass over the input makes two rows of every token.
+        const int64_t together = ready[one.input].passes > 1 ? token_block / 2 : token_block;
+        for (int64_t t0 = 0; t0 < tokens; t0 += together) {
+            const int64_t here = std::min(together, tokens - t0);
+            dot(one, tile, ready[one.input], tokens, t0, here, out);
             finish(one, n0, count, here, out);
             if (store == Store::gated) {
                 const Product& other = products[p + 1];
-                ready[other.input].dot(other.w, tile, t0, here, second);
+                dot(other, tile, ready[other.input], tokens, t0, here, second);
                 finish(other, n0, count, here, second);
                 k.activate(act, out, second, here * tile_rows);
             } else if (act != Act::none) {
@@ -195,6 +204,13 @@ struct LinearKernel : Kernel {
         int64_t bytes = one.w.tile_bytes() + (one.bias ? 4 * count : 0);
         if (store == Store::gated) bytes += products[p + 1].w.tile_bytes() + (products[p + 1].bias ? 4 * count : 0);
         return bytes;
+    }
+
+    // out [here, 16] for tokens t0 .. of a step of `tokens`, with room for two rows a token where the input has two passes.
+    static void dot(const Product& p, int64_t tile, const Input& in, int64_t tokens, int64_t t0, int64_t here, float* out) {
+        const TileKernels& k = tile_kernels();
+        if (p.flow.decodes(tokens)) return k.dot_decoded(p.w, tile, in, t0, here, out);
+        in.dot(tokens < p.flow.flat ? k.dot_each : k.dot_tile, p.w, tile, t0, here, out);
     }
 
     static void finish(const Product& p, int64_t n0, int64_t count, int64_t tokens, float* out) {
@@ -230,7 +246,23 @@ struct NormAddKernel : Kernel {
 struct AttendKernel : Kernel {
     Attention a;
 
-    int64_t item() const { return a.coding == Coding::f32 ? 4 : 2; }
+    bool coded() const { return a.coding == Coding::ints; }
+    int64_t groups() const { return coded() ? (a.head_dim + a.group - 1) / a.group : 0; }
+    // Bytes of one key or value: where they lie side by side, and in all.
+    int64_t row_bytes() const { return a.head_dim * (coded() ? 1 : a.coding == Coding::f32 ? 4 : 2); }
+    int64_t token_bytes() const { return row_bytes() + 4 * groups(); }
+
+    // Keys or values of KV head g in a run with room for `room` tokens a head, see Step::cache.
+    struct Run {
+        uint8_t* data;
+        uint16_t *scale, *minimum;
+    };
+    Run run_of(int64_t address, int64_t room, int64_t g) const {
+        uint8_t* base = reinterpret_cast<uint8_t*>(static_cast<uintptr_t>(address));
+        if (!coded()) return {base + g * room * row_bytes(), nullptr, nullptr};
+        uint16_t* scales = reinterpret_cast<uint16_t*>(base + a.kv_heads * room * row_bytes());
+        return {base + g * room * row_bytes(), scales + g * room * groups(), scales + (a.kv_heads + g) * room * groups()};
+    }
 
     void run(Context& c, Worker& worker) override {
         place(c, worker);
@@ -275,11 +307,15 @@ struct AttendKernel : Kernel {
                 const float* table = rope->table + t * 2 * rope->half();
                 k.rotate(x, table, table + rope->half(), rope->half());
             }
-            if (is_query) continue;
+            if (is_query || !a.append) continue;
             const int64_t* at = cache(c, row);
-            uint8_t* base = reinterpret_cast<uint8_t*>(static_cast<uintptr_t>(at[is_key ? 0 : 1]));
-            k.encode(a.coding, x, a.head_dim, base + (g * at[2] + position) * a.head_dim * item());
-            written += a.head_dim * item();
+            const Run to = run_of(at[is_key ? 0 : 1], at[2], g);
+            if (coded())
+                k.encode_grid(x, a.head_dim, a.group, to.data + position * a.head_dim, to.scale + position * groups(),
+                              to.minimum + position * groups());
+            else
+                k.encode(a.coding, x, a.head_dim, to.data + position * row_bytes());
+            written += token_bytes();
         }
         kv_written += written;
         if (worker.id == 0) weight_read += (a.has_q_norm ? a.q_norm.nbytes() : 0) + (a.has_k_norm ? a.k_norm.nbytes() : 0);
@@ -305,10 +341,11 @@ struct AttendKernel : Kernel {
 
     void call(const Context& c, Queries& set, int64_t row, int64_t g, int64_t first, int64_t last, bool unified, float* out) {
         const int64_t* at = cache(c, row);
-        const uint8_t* k = reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(at[0])) + g * at[2] * a.head_dim * item();
-        const uint8_t* v = reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(at[1])) + g * at[2] * a.head_dim * item();
+        const Run keys = run_of(at[0], at[2], g), values = run_of(at[1], at[2], g);
+        const uint8_t *k = keys.data, *v = values.data;
+        const Grid k_grid{keys.scale, keys.minimum}, v_grid{values.scale, values.minimum};
         Attend job;
-        job.pages = {a.coding, &k, &v, int64_t{1} << 40, a.head_dim};
+        job.pages = {a.coding, &k, &v, int64_t{1} << 40, a.head_dim, &k_grid, &v_grid, a.group};
         job.first = first, job.last = last, job.queries = set.count;
         job.q = set.q, job.low = set.low, job.high = set.high;
         job.scale = a.scale, job.softcap = a.softcap, job.unified = unified, job.phi = a.phi;
@@ -332,7 +369,7 @@ struct AttendKernel : Kernel {
     void attend(Context& c, const Piece& piece, int64_t g) {
         const int64_t per = a.heads / a.kv_heads;
         const Values& to = c.program.values(a.out);
-        alignas(64) float sums[max_queries * 512];
+        alignas(64) float sums[max_queries * max_head_dim];
         const int64_t most = std::min<int64_t>(max_queries, static_cast<int64_t>(sizeof sums / 4) / a.head_dim);
         Queries set;
         auto flush = [&] {
@@ -368,7 +405,7 @@ struct AttendKernel : Kernel {
             const int64_t oldest = c.step.past[piece.row];
             const int64_t from = a.window > 0 ? std::max<int64_t>(0, oldest + 1 - a.window) : 0;
             const int64_t first = std::max(piece.first_key, from), last = std::min(piece.last_key, held);
-            kv_read += std::max<int64_t>(0, last - first) * 2 * a.head_dim * item();
+            kv_read += std::max<int64_t>(0, last - first) * 2 * token_bytes();
         }
     }
 
@@ -483,7 +520,7 @@ void Program::cut(const Step& step) {
     for (int64_t row = 0; row < step.rows; ++row) {
         const int64_t first = step.starts[row], fresh = step.starts[row + 1] - first, past = step.past[row];
         if (fresh == 1) {
-            const int64_t keys = past + 1, range = keys <= 512 ? 64 : keys <= 2048 ? 128 : 256;
+            const int64_t keys = past + 1, range = split_ > 0 ? split_ : keys <= 512 ? 64 : keys <= 2048 ? 128 : 256;
             if (keys <= range) {
                 pieces_.push_back({row, first, 1, 0, keys, -1});
                 continue;
@@ -536,7 +573,8 @@ void Program::lay_out(const Step& step) {
     }
 }
 
-void Program::run(const Step& step, const int64_t* reach, bool timed) {
+// Lays out everything a step needs, and cuts its attention.
+Context Program::prepare(const Step& step) {
     lay_out(step);
     int64_t bytes = 0;
     for (const Rope& rope : ropes_) bytes += aligned(8 * rope.half() * step.tokens);
@@ -552,7 +590,25 @@ void Program::run(const Step& step, const int64_t* reach, bool timed) {
     }
     char* scratch = scratch_arena_.grow(shared + own * workers_.count());
     float* partial = reinterpret_cast<float*>(partial_arena_.grow(4 * slots_ * heads_ * (head_dim_ + 2)));
-    Context context{*this, step, scratch, scratch + shared, own, partial};
+    return {*this, step, scratch, scratch + shared, own, partial};
+}
+
+void Program::run_one(const Step& step, size_t kernel) {
+    Context context = prepare(step);
+    struct Job {
+        Kernel& kernel;
+        Context& context;
+    } job{*kernels_[kernel], context};
+    workers_.run(
+        [](void* pointer, Worker& worker) {
+            Job& j = *static_cast<Job*>(pointer);
+            j.kernel.run(j.context, worker);
+        },
+        &job);
+}
+
+void Program::run(const Step& step, const int64_t* reach, bool timed) {
+    Context context = prepare(step);
     struct Job {
         Program& program;
         Context& context;

@@ -25,7 +25,8 @@ struct Step {
     const int64_t* starts = nullptr;       // [B + 1] offsets of each row's tokens
     const int64_t* past = nullptr;         // [B] tokens each row has in the cache
     const int64_t* logits_rows = nullptr;  // [R] tokens whose logits are wanted
-    // [layers, B, 3]: address of keys, of values, tokens a head has room for: [G, room, H] each
+    // [layers, B, 3]: address of keys, of values, tokens a head has room for: [G, room, H] each. Integer pages have uint8
+    // codes there, followed by fp16 scales and fp16 minima [G, room, ceil(H / group)] each.
     const int64_t* cache = nullptr;
 };
 
@@ -62,6 +63,13 @@ struct Kernel {
 
 enum class Store : int { set, add, gated };
 
+// Which kernel multiplies a tile with the T tokens of a step: one token after the other below `flat`, blocks of tokens that
+// share what is read of the tile from there on, and from `decoded` on the tile as floats, decoded once for all tokens.
+struct Dataflow {
+    int64_t flat = 1, decoded = int64_t{1} << 40;
+    bool decodes(int64_t tokens) const { return tokens >= decoded; }
+};
+
 struct Product {
     Tiles w;
     int input = 0;            // index of the inputs of its kernel
@@ -69,6 +77,7 @@ struct Product {
     int64_t column = 0;       // first column there
     const float* bias = nullptr;
     float scale = 1, softcap = 0;
+    Dataflow flow;
 };
 
 struct Rope {
@@ -83,6 +92,8 @@ struct Attention {
     int layer = 0, qkv = 0, out = 0, rope = -1;  // qkv: queries, keys, values of a token side by side; rope -1: none
     int64_t heads = 0, kv_heads = 0, head_dim = 0, window = 0;             // window 0: none
     Coding coding = Coding::f32;
+    int64_t group = 0;     // ints: elements along H that share a scale
+    bool append = true;    // false: the cache holds the keys and values of the new tokens already
     bool has_q_norm = false, has_k_norm = false;
     Norm q_norm, k_norm;
     float scale = 1, softcap = 0;
@@ -117,11 +128,17 @@ class Program {
     void gate_first(const std::string& name, GateFirstFFN ffn);
     void norm_add(const std::string& name, int source, const Norm& norm, int values);
     void attend(const std::string& name, const Attention& attention);
+    // Keys in one piece of attention work of a single token; 0: by the number of keys.
+    void split(int64_t keys) { split_ = keys; }
 
     // Runs one step; `reach` [B] is the length each row will have in the end, which chooses its rope.
     void run(const Step& step, const int64_t* reach, bool timed);
     // Runs one step on given values [T, width] instead of what an embedding yields, and copies out others.
     void run_on(const Step& step, int source, const float* x, int out, float* y);
+    // Makes room for the values of a step, which then stay where they are while steps of this size run.
+    void reserve(const Step& step) { lay_out(step); }
+    // Runs one kernel alone.
+    void run_one(const Step& step, size_t kernel);
 
     const Values& values(int index) const { return values_[static_cast<size_t>(index)]; }
     const Rope& rope(int index) const { return ropes_[static_cast<size_t>(index)]; }
@@ -140,6 +157,7 @@ class Program {
     };
 
     void lay_out(const Step& step);
+    Context prepare(const Step& step);
     void cut(const Step& step);
     void turn(const Step& step, const int64_t* reach, Worker& worker);
 
@@ -148,6 +166,7 @@ class Program {
     std::vector<Rope> ropes_;
     std::vector<std::unique_ptr<Kernel>> kernels_;
     Arena values_arena_, scratch_arena_, partial_arena_, rope_arena_;
+    int64_t split_ = 0;
     int64_t heads_ = 0, per_kv_ = 0, head_dim_ = 0, slots_ = 0;  // largest over attention kernels
     std::vector<Piece> pieces_;
 };

@@ -66,9 +66,10 @@ struct Tiles {
 struct Input {
     bool ints = false;
     int passes = 1;
+    bool decoded = false;  // ints only: what the codes stand for lies in x too
     int64_t stride = 0;  // columns of a row, padded
     int64_t act_group = 0, group = 0;
-    float* x = nullptr;
+    float* x = nullptr;      // of ints: what the codes stand for, where a product wants it
     int8_t* codes = nullptr;
     float* scale = nullptr;  // [T, stride / act_group]
     float* sum = nullptr;    // [T, ceil(stride / group)]
@@ -88,8 +89,9 @@ struct Input {
     void place(char* at, int64_t tokens);
     // Codes or copies one token of `cols` values.
     void fill(int64_t t, const float* x, int64_t cols) const;
-    // out [tokens, 16] = a tile times tokens t0 .. t0 + tokens - 1; out has room for `passes` rows a token.
-    void dot(const Tiles& w, int64_t tile, int64_t t0, int64_t tokens, float* out) const;
+    // out [tokens, 16] = a tile times tokens t0 .. t0 + tokens - 1 by `kernel`; out has room for `passes` rows a token.
+    using Kernel = void (*)(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out);
+    void dot(Kernel kernel, const Tiles& w, int64_t tile, int64_t t0, int64_t tokens, float* out) const;
 };
 
 }  // namespace trimtab

@@ -1,0 +1,1 @@
+"""Techniques of this seam: one technique, one file."""
