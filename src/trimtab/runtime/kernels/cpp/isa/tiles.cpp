@@ -172,7 +172,7 @@ template <int BITS, int FOURS, int T, int STEP>
 void dot_ints(const Tiles& w, int64_t tile, const Input& in, int64_t t0, float* out) {
     constexpr int unit_bytes = 64 * BITS, cols = 4 * FOURS;
     const uint8_t* codes = w.data + tile * w.data_bytes();
-    const int64_t groups = w.groups(), acts = in.stride / cols;
+    const int64_t groups = w.groups(), acts = in.stride / cols, sums = (in.stride + in.group - 1) / in.group;
     const bool centred = w.minimum == nullptr && w.scales != Scales::q4_k;
     const float zero = (centred ? static_cast<float>(1 << (BITS - 1)) : 0.0f) - (BITS == 8 && signed_bytes ? 128.0f : 0.0f);
     const int64_t per_group = w.group / cols;
@@ -212,7 +212,7 @@ void dot_ints(const Tiles& w, int64_t tile, const Input& in, int64_t t0, float* 
                 FV scale, minimum = {};
                 scales_of(w, tile, g, first + s, scale, minimum);
                 for (int t = 0; t < T; ++t) {
-                    const float sum = in.sum[(t0 + t) * groups + g];
+                    const float sum = in.sum[(t0 + t) * sums + g];
                     total[s][t] += scale * (part[s][t] - zero * sum);
                     if (!centred) total[s][t] += minimum * sum;
                 }
