@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +17,40 @@ from trimtab.runtime.weights.gguf import GgufFile
 from trimtab.spec.configs import load_spec
 from trimtab.spec.gguf_header import TYPE_NAMES
 
-_SIZES = {"block_count": 1, "context_length": 64, "embedding_length": 8, "feed_forward_length": 16, "attention.head_count": 2}
+_SIZES = {
+    "block_count": 1,
+    "context_length": 64,
+    "embedding_length": 8,
+    "feed_forward_length": 16,
+    "attention.head_count": 2,
+}
 _SHAPES = {
     "token_embd": (10, 8), "output_norm": (8,), "blk.0.attn_norm": (8,), "blk.0.ffn_norm": (8,), "blk.0.ffn_gate": (16, 8),
     "blk.0.ffn_up": (16, 8), "blk.0.ffn_down": (8, 16), **{f"blk.0.attn_{x}": (8, 8) for x in ("q", "k", "v", "output")},
 }  # fmt: skip
 #: Numbers that headers get wrong: nothing, signs, the ends of every width.
-EDGES = [0, 1, 2, 3, 7, 8, 9, 13, 31, 127, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
+EDGES = [
+    0,
+    1,
+    2,
+    3,
+    7,
+    8,
+    9,
+    13,
+    31,
+    127,
+    255,
+    2**15,
+    2**16 - 1,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+]
 
 
 def text(value: bytes) -> bytes:
@@ -36,7 +62,9 @@ def header(keys: list[tuple[bytes, bytes]], tensors: list[tuple[bytes, tuple[int
     made = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys))
     made += b"".join(text(key) + value for key, value in keys)
     for name, extents, kind, offset in tensors:
-        made += text(name) + struct.pack(f"<I{len(extents)}Q", len(extents), *extents) + struct.pack("<IQ", kind, offset)
+        made += (
+            text(name) + struct.pack(f"<I{len(extents)}Q", len(extents), *extents) + struct.pack("<IQ", kind, offset)
+        )
     return made
 
 
@@ -45,7 +73,9 @@ def small_model() -> tuple[bytes, int]:
     keys = [(b"general.architecture", struct.pack("<I", 8) + text(b"llama"))]
     keys += [(f"llama.{key}".encode(), struct.pack("<II", 4, size)) for key, size in _SIZES.items()]
     keys.append((b"llama.rope.freq_base", struct.pack("<If", 6, 1e4)))
-    keys.append((b"tokenizer.ggml.tokens", struct.pack("<IIQ", 9, 8, 10) + b"".join(text(b"t%d" % i) for i in range(10))))
+    keys.append(
+        (b"tokenizer.ggml.tokens", struct.pack("<IIQ", 9, 8, 10) + b"".join(text(b"t%d" % i) for i in range(10)))
+    )
     tensors, body = [], 0
     for name, dims in _SHAPES.items():
         tensors.append((f"{name}.weight".encode(), dims[::-1], 0, body))
@@ -126,7 +156,9 @@ offsets = st.sampled_from([0, 0, 0, 32, 1]) | st.sampled_from(EDGES)
 
 @given(
     st.lists(
-        st.tuples(st.binary(max_size=6), st.lists(extents, max_size=5).map(tuple), kinds, offsets), min_size=1, max_size=3
+        st.tuples(st.binary(max_size=6), st.lists(extents, max_size=5).map(tuple), kinds, offsets),
+        min_size=1,
+        max_size=3,
     ),
     st.integers(0, 4096),
 )
@@ -160,7 +192,9 @@ def test_metadata_of_any_type(key: str, value: tuple[int, bytes]) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 2**31 - 1, 2**64 - 1])
-@pytest.mark.parametrize("key", [*_SIZES, "attention.head_count_kv", "attention.key_length", "attention.sliding_window", "vocab_size"])
+@pytest.mark.parametrize(
+    "key", [*_SIZES, "attention.head_count_kv", "attention.key_length", "attention.sliding_window", "vocab_size"]
+)
 def test_sizes_out_of_all_proportion(key: str, number: int) -> None:
     """Refused from the header alone, before anything of that size is made."""
     outcome(with_key(f"llama.{key}", (10, struct.pack("<Q", number))))

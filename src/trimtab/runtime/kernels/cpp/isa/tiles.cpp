@@ -93,8 +93,9 @@ inline BV codes_of(const uint8_t* unit, int part) {
     }
     if constexpr (BITS & 1) {
         const WV word = load<WV>(at);
-        const int by = I - shift;
-        found |= as<BV>((by >= 0 ? word >> by : word << -by) & static_cast<uint16_t>(0x0101 << shift));
+        constexpr int by = I - (BITS & 6);  // BITS & 6 is `shift`, as a constant also where a sanitizer watches shifts
+        constexpr uint16_t mask = 0x0101 << (BITS & 6);
+        found |= as<BV>((by >= 0 ? word >> by : word << -by) & mask);
     }
     return found;
 }
