@@ -133,12 +133,14 @@ class GgufHeader:
         found = []
         for _ in range(tensors):
             name, position = self._string(position)
+            if not name.isprintable():
+                raise self._corrupt(f"the name {name!r} of a tensor is not text")
             (axes,) = struct.unpack_from("<I", self.buffer, position)
             if not 1 <= axes <= 4:
-                raise self._corrupt(f"tensor {name!r} has {axes} axes")
+                raise self._corrupt(f"tensor {name} has {axes} axes")
             extents = struct.unpack_from(f"<{axes}Q", self.buffer, position + 4)
             if 0 in extents:
-                raise self._corrupt(f"tensor {name!r} has an extent of 0")
+                raise self._corrupt(f"tensor {name} has an extent of 0")
             kind, offset = struct.unpack_from("<IQ", self.buffer, position + 4 + 8 * axes)
             position += 4 + 8 * axes + 12
             found.append((name, tuple(reversed(extents)), TYPE_NAMES.get(kind, f"type {kind}"), offset))
@@ -153,11 +155,11 @@ class GgufHeader:
                 rows *= extent
             info = TensorInfo(name, (rows, dims[-1]), dims, kind, start + offset)
             if info.kind in GGUF_BLOCKS and dims[-1] % GGUF_BLOCKS[info.kind][0]:
-                raise self._corrupt(f"the rows of tensor {name!r} do not divide into {info.kind} blocks")
+                raise self._corrupt(f"the rows of tensor {name} do not divide into {info.kind} blocks")
             end = info.offset + (info.nbytes or 0)
             if end > self.size:
                 raise SpecError(
-                    f"{self.path} is truncated: tensor {name!r} ends at byte {end}, the file has {self.size}. Fetch it again."
+                    f"{self.path} is truncated: tensor {name} ends at byte {end}, the file has {self.size}. Fetch it again."
                 )
             self.tensors[name] = info
 
