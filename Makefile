@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 CPP_SOURCES := $(wildcard src/trimtab/runtime/kernels/cpp/*.* src/trimtab/runtime/kernels/cpp/*/*.*)
 
-.PHONY: setup demo test test-all lint format bench bench-peers clean
+.PHONY: setup demo test test-all test-cpp lint format bench bench-peers clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -34,6 +34,12 @@ test: setup
 
 test-all: setup
 	$(PYTEST)
+
+# The CPU kernels under sanitizers. Needs a compiler and CMake only, neither Python nor .venv.
+test-cpp:
+	@cmake -S tests/cpp -B build/cpp-tests | grep -e "not tested" || true
+	@cmake --build build/cpp-tests --parallel 2
+	build/cpp-tests/kernel_tests
 
 lint: setup
 	$(BIN)/ruff format --check .

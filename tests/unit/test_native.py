@@ -133,6 +133,16 @@ def test_integer_products_are_those_of_the_coded_input(isa: str, form: WeightFor
     assert read == packed.nbytes
 
 
+@pytest.mark.parametrize(("cols", "group"), [(48, 16), (80, 16), (144, 48)])
+def test_rows_of_an_odd_number_of_groups(isa: str, cols: int, group: int) -> None:
+    """Codes are padded to 32 columns; there is no scale of the padding."""
+    packed, x = tile(encode(values(40, cols), WeightFormat(kind="int", bits=6, group=group))), values(3, cols, seed=1)
+    y, read = product(packed, x)
+    wanted = coded(x, 16).astype(np.float64) @ decode(packed).T.astype(np.float64)
+    np.testing.assert_allclose(y, wanted, rtol=2e-5, atol=2e-5 * np.abs(wanted).max())
+    assert read == packed.nbytes
+
+
 @pytest.mark.parametrize("kind", sorted(GGUF_BLOCKS))
 def test_products_of_block_formats(isa: str, kind: str) -> None:
     packed, x = tile(blocks(kind, 33, 512)), values(3, 512, seed=1)

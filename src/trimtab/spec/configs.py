@@ -232,11 +232,15 @@ def spec_from_gguf(path: str | Path, name: str | None = None) -> ModelSpec:
 
 @functools.lru_cache(maxsize=8)
 def _cached_gguf(file: Path, name: str, size: int, modified: int) -> ModelSpec:
-    from trimtab.spec.families.gguf import config_from_gguf, from_header
+    from trimtab.spec.families.gguf import config_from_gguf, from_header, refuse_parts
     from trimtab.spec.gguf_header import GgufHeader
 
     header = GgufHeader(file)
-    return from_header(spec_from_config(config_from_gguf(header.metadata, header.tensors), name), header)
+    try:
+        refuse_parts(header)
+        return from_header(spec_from_config(config_from_gguf(header.metadata, header.tensors), name), header)
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise SpecError(f"{file}: a value in the metadata has the wrong type or size ({error}).") from error
 
 
 def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any] | None = None) -> dict[str, Any]:

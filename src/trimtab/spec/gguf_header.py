@@ -30,6 +30,8 @@ TYPE_NAMES = {
 #: GGUF value types with a fixed size: id -> struct code.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY, _FLOAT32 = 8, 9, 6
+#: Arrays inside arrays; files hold one or two.
+_MOST_NESTED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +103,13 @@ class GgufHeader:
                 self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
         except FileNotFoundError:
             raise SpecError(f"{self.path} does not exist. Give the path of a .gguf file.") from None
+        except OSError as error:
+            raise SpecError(f"{self.path} cannot be read: {error.strerror}. Give the path of a .gguf file.") from None
         if bytes(self.buffer[:4]) != b"GGUF":
             raise SpecError(f"{self.path} is not a GGUF file: it does not begin with 'GGUF'.")
         try:
             self._read()
-        except (struct.error, UnicodeDecodeError, IndexError, OverflowError) as error:
+        except (struct.error, IndexError, OverflowError) as error:
             raise SpecError(
                 f"{self.path} is truncated or corrupt: its header ends early or makes no sense ({error}). Fetch it again."
             ) from None
@@ -129,16 +133,20 @@ class GgufHeader:
         found = []
         for _ in range(tensors):
             name, position = self._string(position)
+            if not name.isprintable():
+                raise self._corrupt(f"the name {name!r} of a tensor is not text")
             (axes,) = struct.unpack_from("<I", self.buffer, position)
             if not 1 <= axes <= 4:
                 raise self._corrupt(f"tensor {name} has {axes} axes")
             extents = struct.unpack_from(f"<{axes}Q", self.buffer, position + 4)
+            if 0 in extents:
+                raise self._corrupt(f"tensor {name} has an extent of 0")
             kind, offset = struct.unpack_from("<IQ", self.buffer, position + 4 + 8 * axes)
             position += 4 + 8 * axes + 12
             found.append((name, tuple(reversed(extents)), TYPE_NAMES.get(kind, f"type {kind}"), offset))
-        align = int(self.metadata.get("general.alignment", 32))
-        if align < 1:
-            raise self._corrupt(f"its alignment is {align}")
+        align = self.metadata.get("general.alignment", 32)
+        if not isinstance(align, int) or align < 1:
+            raise self._corrupt(f"its alignment is {align!r}")
         start = -(-position // align) * align
         self.tensors: dict[str, TensorInfo] = {}
         for name, dims, kind, offset in found:
@@ -163,7 +171,10 @@ class GgufHeader:
         end = position + 8 + length
         if end > self.size:
             raise self._corrupt(f"a text of {length} bytes at byte {position} runs past its end")
-        return self.buffer[position + 8 : end].decode(), end
+        try:
+            return self.buffer[position + 8 : end].decode(), end
+        except UnicodeDecodeError:
+            raise self._corrupt(f"the text at byte {position} is not UTF-8") from None
 
     def _array(self, position: int) -> tuple[int, int, int]:
         """(element type, count, position of the first element)."""
@@ -172,8 +183,10 @@ class GgufHeader:
             raise self._corrupt(f"an array of {count} elements at byte {position} runs past its end")
         return kind, count, position + 12
 
-    def _skip(self, kind: int, position: int) -> int:
-        """Position behind a value."""
+    def _skip(self, kind: int, position: int, depth: int = 0) -> int:
+        """Position behind a value; `depth` counts the arrays around it."""
+        if depth > _MOST_NESTED:
+            raise self._corrupt(f"arrays are nested more than {_MOST_NESTED} deep at byte {position}")
         if kind in _SCALARS:
             position += struct.calcsize("<" + _SCALARS[kind])
         elif kind == _STRING:
@@ -188,7 +201,7 @@ class GgufHeader:
                     position += 8 + length(buffer, position)[0]
             else:
                 for _ in range(count):
-                    position = self._skip(kind, position)
+                    position = self._skip(kind, position, depth + 1)
         else:
             raise self._corrupt(f"value type {kind} at byte {position} is not known")
         if position > self.size:

@@ -65,7 +65,7 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any] | N
     if architecture not in ARCHITECTURES:
         close = did_you_mean(str(architecture), ARCHITECTURES)
         raise UnsupportedModelError(
-            f"GGUF architecture '{architecture}' is not built.{close} Known: {', '.join(sorted(ARCHITECTURES))}."
+            f"GGUF architecture {str(architecture)!r} is not built.{close} Known: {', '.join(sorted(ARCHITECTURES))}."
         )
     config: dict[str, Any] = {"model_type": ARCHITECTURES[architecture], "torch_dtype": "float32"}
     for theirs, ours in _KEYS.items():
@@ -144,17 +144,37 @@ def _by_family(
         config |= {"activation_function": "gelu_new", "seq_length": config.get("max_position_embeddings")}
 
 
-def from_header(spec: ModelSpec, header: GgufHeader) -> ModelSpec:
-    """Return `spec` as the file holds it: formats of its tensors, and the rotary factors it holds as tensors.
+def refuse_parts(header: GgufHeader) -> None:
+    """Refuse a file that cannot hold the whole model, before anything as large as it announces is built.
 
     Raises:
-        SpecError: the file lacks a weight, or is one part of several.
-        UnsupportedModelError: a weight type Trimtab does not read.
+        SpecError: it is one part of several, lacks whole blocks, or is shorter than one row of what it announces.
     """
     if header.metadata.get("split.count", 0) > 1:
         raise SpecError(
             f"{header.path} is one part of {header.metadata['split.count']}. Merge the parts first (llama-gguf-split --merge)."
         )
+
+    def size(key: str) -> int:
+        return header.metadata.get(f"{header.metadata.get('general.architecture')}.{key}", 0)
+
+    heads = ("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length")
+    for key in ("embedding_length", "feed_forward_length", "expert_count", *heads):
+        if isinstance(size(key), int) and size(key) > header.size:
+            raise SpecError(f"{header.path} announces {key} {size(key)} and has {header.size} bytes. Fetch it again.")
+    announced = size("block_count")
+    held = len({name.split(".")[1] for name in header.tensors if name.startswith("blk.")})
+    if announced > held:
+        raise SpecError(f"{header.path} announces {announced} blocks and holds tensors of {held}. Fetch it again.")
+
+
+def from_header(spec: ModelSpec, header: GgufHeader) -> ModelSpec:
+    """Return `spec` as the file holds it: formats of its tensors, and the rotary factors it holds as tensors.
+
+    Raises:
+        SpecError: the file lacks a weight.
+        UnsupportedModelError: a weight type Trimtab does not read.
+    """
     spelling = spelling_of(spec, header)
     spec = with_stored_biases(spec, header.tensors, spelling)
     found = sources(spec, header.tensors, spelling, str(header.path))

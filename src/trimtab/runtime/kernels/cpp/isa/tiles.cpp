@@ -112,8 +112,9 @@ inline BV codes_of(const uint8_t* unit, int part) {
     }
     if constexpr (BITS & 1) {
         const WV word = load<WV>(at);
-        const int by = I - shift;
-        found |= as<BV>((by >= 0 ? word >> by : word << -by) & static_cast<uint16_t>(0x0101 << shift));
+        constexpr int by = I - (BITS & 6);  // BITS & 6 is `shift`, as a constant also where a sanitizer watches shifts
+        constexpr uint16_t mask = 0x0101 << (BITS & 6);
+        found |= as<BV>((by >= 0 ? word >> by : word << -by) & mask);
     }
     return found;
 }
@@ -218,6 +219,7 @@ template <int BITS, int FOURS, int T, Scales KIND>
 void dot_ints(const Tiles& w, int64_t tile, const Input& in, int64_t t0, float* out) {
     constexpr int cols = 4 * FOURS, act_bytes = cols * 2 * BITS;  // bytes of a tile's codes in one act group
     const int64_t groups = w.groups(), acts = in.stride / cols, per_group = w.group / cols;
+    const int64_t summed = (in.stride + in.group - 1) / in.group;  // groups of the padded input
     const bool centred = KIND == Scales::q6_k || (KIND == Scales::half && w.minimum == nullptr);
     const float zero = (centred ? static_cast<float>(1 << (BITS - 1)) : 0.0f) - (BITS == 8 && signed_bytes ? 128.0f : 0.0f);
     ScaleReader<KIND> reader(w, tile);
@@ -227,7 +229,7 @@ void dot_ints(const Tiles& w, int64_t tile, const Input& in, int64_t t0, float* 
     FV total[parts][T];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
-        x[t] = in.codes + (t0 + t) * in.stride, scales[t] = in.scale + (t0 + t) * acts, sums[t] = in.sum + (t0 + t) * groups;
+        x[t] = in.codes + (t0 + t) * in.stride, scales[t] = in.scale + (t0 + t) * acts, sums[t] = in.sum + (t0 + t) * summed;
 #pragma GCC unroll 2
         for (int p = 0; p < parts; ++p) total[p][t] = FV{};
     }

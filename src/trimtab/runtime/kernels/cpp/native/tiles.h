@@ -39,7 +39,8 @@ struct Tiles {
                : coding == Coding::bf16 ? (cols + 1) / 2 * 2
                                         : cols;
     }
-    int64_t groups() const { return coding == Coding::ints ? (padded() + group - 1) / group : 0; }
+    // Scales of a row. Padding has none: in rows of an odd number of groups of 16 it would be one group more.
+    int64_t groups() const { return coding == Coding::ints ? (cols + group - 1) / group : 0; }
     // Columns of an input that share one activation scale.
     int64_t act_group() const { return group % 64 == 0 ? 64 : group % 32 == 0 ? 32 : 16; }
     int64_t data_bytes() const {  // of one tile

@@ -1,0 +1,187 @@
+// dot_tile of every instruction set against plain sums in double precision.
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "check.h"
+#include "isas.h"
+#include "matrices.h"
+
+namespace trimtab {
+namespace {
+
+constexpr int64_t most_tokens = 9;  // twice four and one: every number of tokens a kernel works on together
+
+// An input of `rows` rows (tokens times passes) with room for exactly that.
+struct Made {
+    Input in;
+    std::vector<float> x, scale, sum;
+    std::vector<int8_t> codes;
+
+    Made(const Tiles& w, int64_t rows, int passes) {
+        in.ints = w.coding == Coding::ints, in.stride = w.padded(), in.passes = passes;
+        if (!in.ints) {
+            x.resize(static_cast<size_t>(rows * in.stride)), in.x = x.data();
+            return;
+        }
+        in.act_group = w.act_group(), in.group = w.group;
+        codes.resize(static_cast<size_t>(rows * in.stride));
+        scale.resize(static_cast<size_t>(rows * acts())), sum.resize(static_cast<size_t>(rows * groups()));
+        in.codes = codes.data(), in.scale = scale.data(), in.sum = sum.data();
+    }
+    int64_t acts() const { return in.stride / in.act_group; }
+    int64_t groups() const { return (in.stride + in.group - 1) / in.group; }
+    double value(int64_t row, int64_t k) const {
+        if (!in.ints) return x[static_cast<size_t>(row * in.stride + k)];
+        return static_cast<double>(scale[static_cast<size_t>(row * acts() + k / in.act_group)]) *
+               codes[static_cast<size_t>(row * in.stride + k)];
+    }
+};
+
+void fill(Made& made, Random& random, int64_t rows, int64_t cols, Fill how) {
+    Input& in = made.in;
+    for (int64_t row = 0; row < rows; ++row) {
+        if (!in.ints) {
+            for (int64_t k = 0; k < cols; ++k) in.x[row * in.stride + k] = random.uniform(-1, 1);
+            continue;
+        }
+        for (int64_t a = 0; a < made.acts(); ++a) in.scale[row * made.acts() + a] = random.uniform(0.001f, 0.01f);
+        std::vector<double> sums(static_cast<size_t>(made.groups()));
+        for (int64_t k = 0; k < cols; ++k) {
+            const int64_t code = how == Fill::largest ? (row % 2 ? -127 : 127) : random.between(-127, 127);
+            in.codes[row * in.stride + k] = static_cast<int8_t>(code);
+            sums[static_cast<size_t>(k / in.group)] += made.value(row, k);
+        }
+        for (int64_t g = 0; g < made.groups(); ++g)
+            in.sum[row * made.groups() + g] = static_cast<float>(sums[static_cast<size_t>(g)]);
+    }
+}
+
+void check_matrix(const Isa& isa, const Plain& p, Random& random, Fill how, const std::string& what) {
+    const Tiles& w = p.tiles;
+    Made made(w, most_tokens, 1);
+    fill(made, random, most_tokens, w.cols, how);
+    // Every addition rounds by at most half an ulp of what has been added up. Integers are added up exactly inside a
+    // scale.
+    const double roundings = static_cast<double>(made.in.ints ? 4 * made.acts() + 16 : w.cols + 8);
+    std::vector<double> expected(static_cast<size_t>(most_tokens * w.rows)), room(expected.size());
+    for (int64_t t = 0; t < most_tokens; ++t)
+        for (int64_t n = 0; n < w.rows; ++n) {
+            double y = 0, terms = 0;
+            for (int64_t k = 0; k < w.cols; ++k) {
+                const double x = made.value(t, k);
+                y += p.at(n, k) * x, terms += p.bound(n, k) * std::fabs(x);
+            }
+            expected[static_cast<size_t>(t * w.rows + n)] = y;
+            room[static_cast<size_t>(t * w.rows + n)] = roundings * std::ldexp(terms, -24);
+        }
+    for (int64_t tokens = 1; tokens <= most_tokens; ++tokens)
+        for (int64_t tile = 0; tile < w.tiles(); ++tile) {
+            const int64_t t0 = most_tokens - tokens;  // the last row ends where its buffer ends
+            std::vector<float> out(static_cast<size_t>(tokens * 16));
+            isa.table->dot_tile(w, tile, made.in, t0, tokens, out.data());
+            for (int64_t t = 0; t < tokens; ++t)
+                for (int64_t n = tile * 16; n < std::min(w.rows, tile * 16 + 16); ++n) {
+                    const size_t at = static_cast<size_t>((t0 + t) * w.rows + n);
+                    const double y = out[static_cast<size_t>(t * 16 + n % 16)];
+                    CHECK(std::fabs(y - expected[at]) <= room[at],
+                          "%s %s rows=%d cols=%d tokens=%d t=%d n=%d: %.9g, not %.9g", isa.name, what.c_str(),
+                          static_cast<int>(w.rows), static_cast<int>(w.cols), static_cast<int>(tokens),
+                          static_cast<int>(t), static_cast<int>(n), y, expected[at]);
+                }
+        }
+}
+
+TEST(dot_tile_of_floats) {
+    for (const Isa& isa : isas()) {
+        Random random(1);
+        for (Coding coding : {Coding::f32, Coding::f16, Coding::bf16})
+            for (int64_t cols : {1, 2, 3, 7, 48, 101})
+                for (int64_t rows : {1, 19, 32})
+                    check_matrix(isa, float_matrix(random, coding, rows, cols), random, Fill::random,
+                                 "float coding " + std::to_string(static_cast<int>(coding)));
+    }
+}
+
+TEST(dot_tile_of_ints) {
+    for (const Isa& isa : isas()) {
+        Random random(2);
+        for (int bits = 1; bits <= 8; ++bits)
+            for (bool minimum : {false, true})
+                for (int64_t group : {0, 16, 32, 48, 64, 96, 128}) {
+                    const std::string what = "bits=" + std::to_string(bits) + (minimum ? " minimum" : "") +
+                                             " group=" + std::to_string(group);
+                    // Groups divide the row; whole rows have any length. One group, and an odd number of them.
+                    const int64_t lengths[] = {group ? group : random.between(1, 40),
+                                               group ? 3 * group : random.between(41, 300)};
+                    for (int64_t cols : lengths) {
+                        const int64_t rows = random.between(1, 37);
+                        check_matrix(isa, int_matrix(random, Scales::half, bits, minimum, rows, cols, group), random,
+                                     Fill::random, what);
+                    }
+                    check_matrix(isa,
+                                 int_matrix(random, Scales::half, bits, minimum, 17, lengths[1], group, Fill::largest),
+                                 random, Fill::largest, what + " largest");
+                }
+    }
+}
+
+TEST(dot_tile_of_super_blocks) {
+    for (const Isa& isa : isas()) {
+        Random random(3);
+        for (int64_t cols : {256, 768})
+            for (Fill how : {Fill::random, Fill::largest})
+                for (int64_t rows : {5, 33}) {
+                    check_matrix(isa, int_matrix(random, Scales::q4_k, 4, true, rows, cols, 32, how), random, how,
+                                 "q4_k");
+                    check_matrix(isa, int_matrix(random, Scales::q4_k, 5, true, rows, cols, 32, how), random, how,
+                                 "q5_k");
+                    check_matrix(isa, int_matrix(random, Scales::q6_k, 6, false, rows, cols, 16, how), random, how,
+                                 "q6_k");
+                }
+    }
+}
+
+// quantize and dot_tile together: off by what the codes of x round away, half a step of each.
+TEST(products_of_quantized_inputs_in_one_and_two_passes) {
+    constexpr int64_t tokens = 5;
+    for (const Isa& isa : isas()) {
+        Random random(4);
+        for (int passes : {1, 2})
+            for (int bits = 1; bits <= 8; ++bits)
+                for (int64_t group : {0, 16, 48, 32, 128}) {
+                    const int64_t cols = group ? group * 3 : random.between(1, 200), rows = 21;
+                    const Plain p = int_matrix(random, Scales::half, bits, random.coin(), rows, cols, group);
+                    Made made(p.tiles, tokens * passes, passes);
+                    std::vector<std::vector<float>> x;
+                    for (int64_t t = 0; t < tokens; ++t) {
+                        x.push_back(random.floats(cols));
+                        x.back()[static_cast<size_t>(random.below(cols))] = 40;  // as the residual stream has them
+                        isa.table->quantize(made.in, t, x.back().data(), cols);
+                    }
+                    for (int64_t tile = 0; tile < p.tiles.tiles(); ++tile) {
+                        std::vector<float> out(static_cast<size_t>(tokens * passes * 16));
+                        isa.table->dot_tile(p.tiles, tile, made.in, 0, tokens * passes, out.data());
+                        for (int64_t t = 0; t < tokens; ++t)
+                            for (int64_t n = tile * 16; n < std::min(rows, tile * 16 + 16); ++n) {
+                                double y = 0, expected = 0, room = 0;
+                                for (int pass = 0; pass < passes; ++pass)
+                                    y += out[static_cast<size_t>((t * passes + pass) * 16 + n % 16)];
+                                for (int64_t k = 0; k < cols; ++k) {
+                                    const double v = x[static_cast<size_t>(t)][static_cast<size_t>(k)];
+                                    const double step = made.in.scale[t * passes * made.acts() + k / made.in.act_group];
+                                    expected += p.at(n, k) * v;
+                                    room += std::fabs(p.at(n, k)) * step * (passes == 2 ? 0.5 / 254 : 0.5) +
+                                            p.bound(n, k) * std::fabs(v) * 1e-5;
+                                }
+                                CHECK(std::fabs(y - expected) <= room * 1.001,
+                                      "%s bits=%d group=%d passes=%d: %.9g, not %.9g", isa.name, bits,
+                                      static_cast<int>(group), passes, y, expected);
+                            }
+                    }
+                }
+    }
+}
+
+}  // namespace
+}  // namespace trimtab

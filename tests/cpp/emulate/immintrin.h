@@ -1,0 +1,42 @@
+// AVX-512 intrinsics in portable C, for processors without them. The macros that announce AVX-512 are set by the build
+// to select the kernels' branches; SIMDe must not see them, or it would call instructions that are not there.
+#pragma once
+#pragma push_macro("__AVX512F__")
+#pragma push_macro("__AVX512BW__")
+#pragma push_macro("__AVX512VL__")
+#pragma push_macro("__AVX512DQ__")
+#pragma push_macro("__AVX512VNNI__")
+#pragma push_macro("__AVX512VBMI__")
+#undef __AVX512F__
+#undef __AVX512BW__
+#undef __AVX512VL__
+#undef __AVX512DQ__
+#undef __AVX512VNNI__
+#undef __AVX512VBMI__
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+#pragma pop_macro("__AVX512F__")
+#pragma pop_macro("__AVX512BW__")
+#pragma pop_macro("__AVX512VL__")
+#pragma pop_macro("__AVX512DQ__")
+#pragma pop_macro("__AVX512VNNI__")
+#pragma pop_macro("__AVX512VBMI__")
+
+// SIMDe 0.7 gives this alias four parameters.
+#undef _mm512_madd_epi16
+#define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
+
+// SIMDe 0.7 lacks this one.
+#ifndef _mm512_cvtph_ps
+static inline simde__m512 trimtab_mm512_cvtph_ps(simde__m256i halves) {
+    simde__m128i part[2];
+    simde__m256 wide[2];
+    simde__m512 all;
+    __builtin_memcpy(part, &halves, sizeof part);
+    wide[0] = simde_mm256_cvtph_ps(part[0]), wide[1] = simde_mm256_cvtph_ps(part[1]);
+    __builtin_memcpy(&all, wide, sizeof all);
+    return all;
+}
+#define _mm512_cvtph_ps(halves) trimtab_mm512_cvtph_ps(halves)
+#endif
