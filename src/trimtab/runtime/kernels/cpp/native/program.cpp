@@ -126,7 +126,10 @@ struct LinearKernel : Kernel {
     }
     int64_t scratch_bytes(int64_t tokens) const override {
         int64_t bytes = aligned(4 * products[0].w.cols);
-        for (const Input& in : inputs) bytes += in.bytes(tokens);
+        for (Input in : inputs) {
+            in.decoded = in.ints && decodes(tokens);
+            bytes += in.bytes(tokens);
+        }
         return bytes;
     }
 
