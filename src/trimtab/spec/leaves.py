@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from trimtab.errors import SpecError, unknown
 from trimtab.spec.formats import ACT_KINDS, BF16, WeightFormat
+from trimtab.spec.product import EXACT, Product
 from trimtab.spec.tree import Node
 
 
@@ -22,6 +23,8 @@ class LinearSpec(Node):
             feature is one contiguous row that can be skipped.
         act: how the input is coded for the product: ``none`` (as the activations are: a packed matrix is then decoded for it),
             ``fp8``, ``int8`` or ``fp4``.
+        product: how the product is computed where that is not by the values of the matrix; needs rows on an integer grid of at
+            most 4 bits, or ternary ones.
     """
 
     n: int
@@ -31,12 +34,15 @@ class LinearSpec(Node):
     bias_format: WeightFormat = BF16
     layout: str = "row"
     act: str = "none"
+    product: Product = EXACT
 
     def __post_init__(self) -> None:
         if self.layout not in ("row", "transposed"):
             raise SpecError(f"layout '{self.layout}' is not known. Allowed: row, transposed.")
         if self.act not in ACT_KINDS:
             raise unknown("input format", self.act, ACT_KINDS)
+        if self.product != EXACT and self.layout != "row":
+            raise SpecError("A matrix stored transposed has no product by table lookup: its groups run along the outputs.")
 
     @property
     def stored_shape(self) -> tuple[int, int]:

@@ -93,7 +93,10 @@ def load_native(
     lowered_spec(spec)  # refuses before anything is converted
     # The tokenizer must not hold on to `loaded`: its weights are freed once they are tiled.
     tokenizer = functools.partial(read_tokenizer, loaded.tokenizer_source)
-    weights = reencode(loaded.weights, spec)
+    weights, materials = loaded.weights, Materials()
+    for technique in sorted(chosen, key=lambda t: t.stage):
+        weights = technique.convert(weights, loaded.spec, spec, materials)
+    weights = reencode(weights, spec)
     del loaded
     return NativeModel(lower(spec, weights, threads), tokenizer)
 

@@ -7,6 +7,11 @@
 #include "native/native.h"
 
 namespace trimtab::TRIMTAB_ISA {
+
+void lookup_tile(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out);  // lookup.cpp
+void tabulate(const Input& in, int64_t t, const float* x, int64_t cols);
+void decode_tile(const Tiles& w, int64_t tile, float* out);
+
 namespace {
 
 constexpr int parts = tile_rows / lanes;  // registers that hold one column of a tile
@@ -254,6 +259,7 @@ void dot_tokens(const Tiles& w, int64_t tile, const Input& in, int64_t t0, float
 }
 
 void dot_tile(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out) {
+    if (w.lookup()) return lookup_tile(w, tile, in, t0, tokens, out);
     int64_t t = 0;
     for (; t + 4 <= tokens; t += 4) dot_tokens<4>(w, tile, in, t0 + t, out + t * 16);
     for (; t + 2 <= tokens; t += 2) dot_tokens<2>(w, tile, in, t0 + t, out + t * 16);
@@ -355,6 +361,6 @@ void encode(Coding coding, const float* x, int64_t count, uint8_t* out);
 void rotate(float* x, const float* cos, const float* sin, int64_t half);
 
 extern const TileKernels tile_table;
-const TileKernels tile_table = {dot_tile, norm, quantize, activate, attend, encode, rotate};
+const TileKernels tile_table = {dot_tile, norm, quantize, tabulate, decode_tile, activate, attend, encode, rotate};
 
 }  // namespace trimtab::TRIMTAB_ISA

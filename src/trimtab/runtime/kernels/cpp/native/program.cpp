@@ -12,6 +12,7 @@ namespace trimtab {
 namespace {
 
 constexpr int64_t alone = 2;         // tokens up to which every worker prepares the input for itself: cheaper than a barrier
+constexpr int64_t lookup_tokens = 8;  // up to which products are looked up; above, decoding the matrix once is cheaper
 constexpr int64_t token_block = 64;  // rows of input one tile is multiplied with before its results are stored
 constexpr int64_t huge_page = int64_t{2} << 20;
 
@@ -119,14 +120,19 @@ struct LinearKernel : Kernel {
     Store store = Store::set;
     Act act = Act::silu;
 
+    bool lookups = false;  // some product works by table lookup
+
     static int64_t input_bytes(const Input& in, int64_t tokens) {
+        if (in.lookup())  // room for floats too: many tokens are multiplied with the decoded matrix
+            return std::max(aligned(tokens * in.stride * 4), aligned(tokens * in.table_bytes()) + aligned(tokens * in.scales() * 4) +
+                                                                 aligned(tokens * in.sums() * 4));
         if (!in.ints) return aligned(tokens * in.stride * 4);
         const int64_t rows = tokens * in.passes;
         return aligned(rows * in.stride) + aligned(rows * (in.stride / in.act_group) * 4) +
                aligned(rows * ((in.stride + in.group - 1) / in.group) * 4);
     }
     int64_t scratch_bytes(int64_t tokens) const override {
-        int64_t bytes = aligned(4 * products[0].w.cols);
+        int64_t bytes = aligned(4 * products[0].w.cols) * (lookups ? 1 + 2 * tile_rows : 1);
         for (const Input& in : inputs) bytes += input_bytes(in, tokens);
         return bytes;
     }
@@ -146,6 +152,14 @@ struct LinearKernel : Kernel {
             in = inputs[i];
             char* here = at;
             at += input_bytes(in, tokens);
+            if (in.lookup() && tokens <= lookup_tokens) {
+                in.tables = reinterpret_cast<uint8_t*>(here);
+                here += aligned(tokens * in.table_bytes());
+                in.scale = reinterpret_cast<float*>(here);
+                here += aligned(tokens * in.scales() * 4);
+                in.sum = reinterpret_cast<float*>(here);
+                continue;
+            }
             if (!in.ints) {
                 in.x = reinterpret_cast<float*>(here);
                 continue;
@@ -166,6 +180,10 @@ struct LinearKernel : Kernel {
                     k.quantize(ready[i], t, row, cols);
                     continue;
                 }
+                if (ready[i].tables) {
+                    k.tabulate(ready[i], t, row, cols);
+                    continue;
+                }
                 float* to = ready[i].x + t * ready[i].stride;
                 std::memcpy(to, row, static_cast<size_t>(cols) * 4);
                 for (int64_t j = cols; j < ready[i].stride; ++j) to[j] = 0;
@@ -180,7 +198,7 @@ struct LinearKernel : Kernel {
         for (size_t p = 0; p < products.size(); p += static_cast<size_t>(step_by)) {
             const int64_t tiles = products[p].w.tiles();
             for (int64_t j = std::max(begin, before); j < std::min(end, before + tiles); ++j)
-                bytes += multiply(c, ready, p, j - before, tokens);
+                bytes += multiply(c, private_, ready, p, j - before, tokens);
             before += tiles;
         }
         weight_read += bytes;
@@ -190,19 +208,24 @@ struct LinearKernel : Kernel {
         worker.wait();
     }
 
-    int64_t multiply(Context& c, const Input* ready, size_t p, int64_t tile, int64_t tokens) {
+    int64_t multiply(Context& c, char* own, const Input* ready, size_t p, int64_t tile, int64_t tokens) {
         const TileKernels& k = tile_kernels();
         const Product& one = products[p];
         const Values& to = c.program.values(one.values);
         const int64_t n0 = tile * tile_rows, count = std::min<int64_t>(tile_rows, one.w.rows - n0);
         alignas(64) float out[token_block * tile_rows], second[token_block * tile_rows];
+        float* room = reinterpret_cast<float*>(own + aligned(4 * one.w.cols));
+        int64_t at = tile, at2 = tile;
+        const Tiles w = prepared(one.w, tokens, room, at);
+        Tiles w2;
+        if (store == Store::gated) w2 = prepared(products[p + 1].w, tokens, room + one.w.cols * tile_rows, at2);
         for (int64_t t0 = 0; t0 < tokens; t0 += token_block / 2) {
             const int64_t here = std::min(token_block / 2, tokens - t0);
-            dot(one, tile, ready[one.input], t0, here, out);
+            dot(w, at, ready[one.input], t0, here, out);
             finish(one, n0, count, here, out);
             if (store == Store::gated) {
                 const Product& other = products[p + 1];
-                dot(other, tile, ready[other.input], t0, here, second);
+                dot(w2, at2, ready[other.input], t0, here, second);
                 finish(other, n0, count, here, second);
                 k.activate(act, out, second, here * tile_rows);
             } else if (act != Act::none) {
@@ -222,9 +245,19 @@ struct LinearKernel : Kernel {
         return bytes;
     }
 
+    // The matrix to multiply with: of one that is looked up, many tokens take the tile decoded into `room`, as tile 0.
+    static Tiles prepared(const Tiles& w, int64_t tokens, float* room, int64_t& tile) {
+        if (!w.lookup() || tokens <= lookup_tokens) return w;
+        tile_kernels().decode_tile(w, tile, room);
+        Tiles decoded;
+        decoded.data = reinterpret_cast<const uint8_t*>(room), decoded.rows = tile_rows, decoded.cols = w.cols;
+        tile = 0;
+        return decoded;
+    }
+
     // out [tokens, 16], with room for two rows a token.
-    static void dot(const Product& p, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out) {
-        tile_kernels().dot_tile(p.w, tile, in, t0 * in.passes, tokens * in.passes, out);
+    static void dot(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out) {
+        tile_kernels().dot_tile(w, tile, in, t0 * in.passes, tokens * in.passes, out);
         if (in.passes == 1) return;
         for (int64_t t = 0; t < tokens; ++t)
             for (int64_t i = 0; i < tile_rows; ++i)
@@ -487,11 +520,19 @@ void Program::linear(const std::string& name, int source, const Norm* norm, std:
     for (Product& product : products) {
         Input in;
         in.ints = product.w.coding == Coding::ints, in.stride = product.w.padded();
-        if (in.ints) in.act_group = product.w.act_group(), in.group = product.w.group, in.passes = passes;
+        if (in.ints || product.w.lookup()) in.act_group = product.w.act_group(), in.group = product.w.group;
+        if (in.ints) in.passes = passes;
+        if (product.w.lookup()) {
+            kernel->lookups = true;
+            in.coding = product.w.planes() ? Coding::planes : Coding::ternary, in.cols = product.w.cols;
+            in.entry = product.w.entry, in.fast_average = product.w.fast_average;
+        }
         size_t i = 0;
         for (; i < kernel->inputs.size(); ++i) {
             const Input& have = kernel->inputs[i];
-            if (have.ints == in.ints && have.stride == in.stride && have.group == in.group) break;
+            if (have.ints == in.ints && have.stride == in.stride && have.group == in.group && have.coding == in.coding &&
+                have.act_group == in.act_group && have.entry == in.entry && have.fast_average == in.fast_average)
+                break;
         }
         if (i == kernel->inputs.size()) kernel->inputs.push_back(in);
         product.input = static_cast<int>(i);
