@@ -19,9 +19,9 @@ inline __m512i look_up(__m512i acc, __m512i nibbles, __m512i tables, __m512i wei
     return _mm512_dpbusd_epi32(acc, weight, _mm512_permutexvar_epi8(index, tables));
 }
 
-// acc [16] = sum over `units` of 32 columns and planes of 2^plane * entry. Coding lanes.
+// Sum over `units` of 32 columns and planes of 2^plane * entry, int32 of 16 rows. Coding lanes.
 template <int BITS>
-inline void sum_lanes(const uint8_t* data, const int8_t* table, int64_t units, int32_t* acc) {
+inline __m512i sum_lanes(const uint8_t* data, const int8_t* table, int64_t units) {
     __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};  // two chains: a product takes several cycles
     for (int64_t u = 0; u < units; ++u) {
         const __m512i one = _mm512_loadu_si512(table + u * 128), two = _mm512_loadu_si512(table + u * 128 + 64);
@@ -32,7 +32,7 @@ inline void sum_lanes(const uint8_t* data, const int8_t* table, int64_t units, i
             sum[1] = look_up(sum[1], _mm512_srli_epi16(both, 4), two, weight);
         }
     }
-    _mm512_storeu_si512(acc, _mm512_add_epi32(sum[0], sum[1]));
+    return _mm512_add_epi32(sum[0], sum[1]);
 }
 
 }  // namespace

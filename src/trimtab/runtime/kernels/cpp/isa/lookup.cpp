@@ -86,33 +86,35 @@ void average_plainly(const Tiles& w, int64_t tile, const uint8_t* table, int64_t
         }
 }
 
-template <int BITS>
-inline bool sum_fast([[maybe_unused]] const Tiles& w, [[maybe_unused]] int64_t tile, [[maybe_unused]] const int8_t* table,
-                     [[maybe_unused]] int64_t first, [[maybe_unused]] int64_t last, [[maybe_unused]] int32_t* acc) {
+#if defined(__AVX2__)
+inline void keep_rows(const Rows16& sum, IV* acc) { memcpy(acc, &sum, sizeof sum); }
+#endif
+
+// Whether segments of `step` columns can be added by `sum_fast`.
+inline bool has_fast([[maybe_unused]] const Tiles& w, [[maybe_unused]] int64_t step) {
 #if defined(__AVX512VBMI__)
-    if (w.coding == Coding::lanes && first % 8 == 0 && last % 8 == 0) {
-        sum_lanes<BITS>(piece_of(w, tile, first / 8, 0), table + first * 16, (last - first) / 8, acc);
-        return true;
+    if (w.coding == Coding::lanes) return step % 32 == 0;
+#endif
+#if defined(__AVX2__)
+    return w.coding == Coding::planes && step % 16 == 0;
+#else
+    return false;
+#endif
+}
+
+// As sum_plainly, in registers.
+template <int BITS>
+inline void sum_fast([[maybe_unused]] const Tiles& w, [[maybe_unused]] const uint8_t* data, [[maybe_unused]] const int8_t* table,
+                     [[maybe_unused]] int64_t first, [[maybe_unused]] int64_t last, [[maybe_unused]] IV* acc) {
+#if defined(__AVX512VBMI__)
+    if (w.coding == Coding::lanes) {
+        acc[0] = as<IV>(sum_lanes<BITS>(data + first / 8 * BITS * 64, table + first * 16, (last - first) / 8));
+        return;
     }
 #endif
 #if defined(__AVX2__)
-    if (w.coding == Coding::planes && first % 4 == 0 && last % 4 == 0) {
-        sum_halves<BITS>(piece_of(w, tile, 0, 0), table, first / 4, last / 4, acc);
-        return true;
-    }
+    keep_rows(sum_halves<BITS>(data, table, first / 4, last / 4), acc);
 #endif
-    return false;
-}
-
-inline void sum_bytes(const Tiles& w, int64_t tile, const int8_t* table, int64_t first, int64_t last, int32_t* acc) {
-    bool done = false;
-    switch (w.bits) {
-        case 1: done = sum_fast<1>(w, tile, table, first, last, acc); break;
-        case 2: done = sum_fast<2>(w, tile, table, first, last, acc); break;
-        case 3: done = sum_fast<3>(w, tile, table, first, last, acc); break;
-        default: done = sum_fast<4>(w, tile, table, first, last, acc);
-    }
-    if (!done) sum_plainly(w, tile, table, first, last, acc);
 }
 
 inline void average(const Tiles& w, int64_t tile, const uint8_t* table, int64_t first, int64_t last, int32_t* acc) {
@@ -122,45 +124,62 @@ inline void average(const Tiles& w, int64_t tile, const uint8_t* table, int64_t 
     average_plainly(w, tile, table, first, last, acc);
 }
 
-void planes_tile(const Tiles& w, int64_t tile, const Input& in, int64_t t, float* out) {
+// One tile times one token. FAST: int8 or int16 entries, no averages, segments that sum_fast can add.
+template <int BITS, bool FAST>
+void planes_bits(const Tiles& w, int64_t tile, const Input& in, int64_t t, float* out) {
     const int64_t cols = w.padded(), groups = w.groups(), acts = in.scales(), blocks = cols / 4;
     const int64_t step = std::gcd(w.group, in.act_group);
     const uint8_t* table = in.tables + t * in.table_bytes();
     const int8_t* low = reinterpret_cast<const int8_t*>(table);
-    const float half_levels = static_cast<float>((1 << w.bits) - 1) * 0.5f;
-    alignas(64) int32_t acc[tile_rows], high[tile_rows];
-    alignas(64) float exact[tile_rows];
+    const uint8_t* data = w.data + tile * w.data_bytes();
+    const float* scales = in.scale + t * acts;
+    const bool two = in.entry == Entry::i16;
+    constexpr float half_levels = static_cast<float>((1 << BITS) - 1) * 0.5f;
     FV total[parts] = {};
+    int64_t left = in.act_group;  // columns until the next table scale
     for (int64_t g = 0; g < groups; ++g) {
         FV part[parts] = {};
         const int64_t end = g == groups - 1 ? cols : (g + 1) * w.group;
         for (int64_t from = g * w.group; from < end; from += step) {
             const int64_t to = std::min(from + step, end), first = from / 4, last = to / 4;
-            for (int64_t line = from / 32 * 64 * w.bits; line < to / 32 * 64 * w.bits; line += 64)
-                prefetch(w.data + tile * w.data_bytes() + line + 2048);
-            if (in.entry == Entry::f32) {
-                sum_floats(w, tile, reinterpret_cast<const float*>(table), first, last, exact);
-                for (int i = 0; i < parts; ++i) part[i] += load<FV>(exact + i * lanes);
-                continue;
-            }
-            const float scale = in.scale[t * acts + from / in.act_group];
-            if (w.fast_average && to - from == in.act_group) {
-                average(w, tile, table, first, last, acc);
-                const float count = static_cast<float>(last - first);
-                const float bias = count * std::log2(count) * 0.25f * 2.0f * half_levels;  // over all planes, as their weights
-                for (int i = 0; i < parts; ++i) part[i] += (to_float(load<IV>(acc + i * lanes)) * count - bias) * scale;
-                continue;
-            }
-            if (w.fast_average) {  // what is left of a row: entries are offset by 128
-                sum_offset(w, tile, table, first, last, acc);
+            const float scale = *scales;
+            left -= step;
+            if (left == 0) ++scales, left = in.act_group;
+            IV acc[parts];
+            if constexpr (FAST) {
+                sum_fast<BITS>(w, data, low, first, last, acc);
+                if (two) {
+                    IV high[parts];
+                    sum_fast<BITS>(w, data, low + blocks * 16, first, last, high);
+                    for (int i = 0; i < parts; ++i) acc[i] += 256 * high[i];
+                }
             } else {
-                sum_bytes(w, tile, low, first, last, acc);
+                alignas(64) int32_t sums[tile_rows], high[tile_rows];
+                if (in.entry == Entry::f32) {
+                    alignas(64) float exact[tile_rows];
+                    sum_floats(w, tile, reinterpret_cast<const float*>(table), first, last, exact);
+                    for (int i = 0; i < parts; ++i) part[i] += load<FV>(exact + i * lanes);
+                    continue;
+                }
+                if (w.fast_average && to - from == in.act_group) {
+                    average(w, tile, table, first, last, sums);
+                    const float count = static_cast<float>(last - first);
+                    // A level rounds up by a half every other time: log2(count) / 4 a sum, times the weights of all planes.
+                    const float bias = count * std::log2(count) * 0.25f * 2.0f * half_levels;
+                    for (int i = 0; i < parts; ++i) part[i] += (to_float(load<IV>(sums + i * lanes)) * count - bias) * scale;
+                    continue;
+                }
+                if (w.fast_average)  // what is left of a row
+                    sum_offset(w, tile, table, first, last, sums);
+                else
+                    sum_plainly(w, tile, low, first, last, sums);
+                if (two) {
+                    sum_plainly(w, tile, low + blocks * 16, first, last, high);
+                    for (int r = 0; r < tile_rows; ++r) sums[r] += 256 * high[r];
+                }
+                for (int i = 0; i < parts; ++i) acc[i] = load<IV>(sums + i * lanes);
             }
-            if (in.entry == Entry::i16) {
-                sum_bytes(w, tile, low + blocks * 16, first, last, high);
-                for (int r = 0; r < tile_rows; ++r) acc[r] += 256 * high[r];
-            }
-            for (int i = 0; i < parts; ++i) part[i] += to_float(load<IV>(acc + i * lanes)) * scale;
+            for (int i = 0; i < parts; ++i) part[i] += to_float(acc[i]) * scale;
         }
         const float sum = in.sum[t * in.sums() + g];
         for (int i = 0; i < parts; ++i) {
@@ -174,6 +193,17 @@ void planes_tile(const Tiles& w, int64_t tile, const Input& in, int64_t t, float
         }
     }
     for (int i = 0; i < parts; ++i) store_f(out + i * lanes, total[i]);
+}
+
+void planes_tile(const Tiles& w, int64_t tile, const Input& in, int64_t t, float* out) {
+    const bool fast = in.entry != Entry::f32 && !w.fast_average && has_fast(w, std::gcd(w.group, in.act_group));
+    auto run = [&](auto with, auto without) { (fast ? with : without)(w, tile, in, t, out); };
+    switch (w.bits) {
+        case 1: return run(planes_bits<1, true>, planes_bits<1, false>);
+        case 2: return run(planes_bits<2, true>, planes_bits<2, false>);
+        case 3: return run(planes_bits<3, true>, planes_bits<3, false>);
+        default: return run(planes_bits<4, true>, planes_bits<4, false>);
+    }
 }
 
 // Tables of one token; see Input.
@@ -268,31 +298,32 @@ inline Triple triple_of(const uint8_t* tile, int64_t triple, int64_t r) {
 // Place of the low byte of an entry of a triple in the tables; the high byte is 32 further.
 inline int64_t entry_at(int64_t triple) { return triple / 2 * 64 + triple % 2 * 16; }
 
-// acc [16] = sum over units [first, last) of the entries with their signs.
-void sum_triples(const uint8_t* tile, const int8_t* table, int64_t first, int64_t last, int32_t* acc) {
+// Sum over units [first, last) of the entries with their signs.
+inline void sum_triples(const uint8_t* tile, const int8_t* table, int64_t first, int64_t last, IV* acc) {
 #if defined(__AVX2__)
-    return sum_triples_avx2(tile, table, first, last, acc);
+    keep_rows(sum_triples_avx2(tile, table, first, last), acc);
 #else
-    for (int r = 0; r < tile_rows; ++r) acc[r] = 0;
+    alignas(64) int32_t sums[tile_rows] = {};
     for (int64_t k = first * unit_triples; k < last * unit_triples; ++k)
         for (int r = 0; r < tile_rows; ++r) {
             const Triple found = triple_of(tile, k, r);
             const int value = table[entry_at(k) + found.index] + 255 * table[entry_at(k) + 32 + found.index];
-            acc[r] += found.negative ? -value : value;
+            sums[r] += found.negative ? -value : value;
         }
+    for (int i = 0; i < parts; ++i) acc[i] = load<IV>(sums + i * lanes);
 #endif
 }
 
 void ternary_tile(const Tiles& w, int64_t tile, const Input& in, int64_t t, float* out) {
     const uint8_t* data = w.data + tile * w.data_bytes();
     const int8_t* table = reinterpret_cast<const int8_t*>(in.tables + t * in.table_bytes());
-    alignas(64) int32_t acc[tile_rows];
+    IV acc[parts];
     FV total[parts] = {};
     const int64_t groups = w.groups(), per = (w.group + 11) / 12, units = w.units();
     for (int64_t g = 0; g < groups; ++g) {
         sum_triples(data, table, g * per, std::min((g + 1) * per, units), acc);
         for (int i = 0; i < parts; ++i)
-            total[i] += load_halves(w.scale + (tile * groups + g) * 16 + i * lanes) * to_float(load<IV>(acc + i * lanes));
+            total[i] += load_halves(w.scale + (tile * groups + g) * 16 + i * lanes) * to_float(acc[i]);
     }
     const float scale = in.scale[t];
     for (int i = 0; i < parts; ++i) store_f(out + i * lanes, total[i] * scale);

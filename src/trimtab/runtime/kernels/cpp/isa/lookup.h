@@ -18,31 +18,55 @@ inline __m256i joined(__m256i v) {
     return _mm256_cvtepi16_epi32(_mm_add_epi16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
 }
 
-// acc [16] = sum over pieces [first, last) of 16 columns and planes of 2^plane * entry. Coding planes.
-template <int BITS>
-inline void sum_halves(const uint8_t* data, const int8_t* table, int64_t first, int64_t last, int32_t* acc) {
-    const __m256i nibble = _mm256_set1_epi8(15);
-    __m256i all_low = _mm256_setzero_si256(), all_high = all_low;
-    while (first < last) {
-        // A piece adds at most 2 * 127 * 15 = 3810 to an int16, so four pieces and both halves stay in range.
-        const int64_t stop = first + 4 < last ? first + 4 : last;
-        __m256i low = _mm256_setzero_si256(), high = low;
-        for (; first < stop; ++first) {
-            const uint8_t* at = data + first / 2 * 64 * BITS + first % 2 * 32;
-            const __m256i one = load_256(table + first * 64), two = load_256(table + first * 64 + 32);
-            for (int p = 0; p < BITS; ++p) {
-                const __m256i both = load_256(at + p * 64);
-                const __m256i a = _mm256_shuffle_epi8(one, _mm256_and_si256(both, nibble));
-                const __m256i b = _mm256_shuffle_epi8(two, _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble));
-                const __m256i weight = _mm256_set1_epi8(static_cast<char>(1 << p));
-                low = _mm256_add_epi16(low, _mm256_maddubs_epi16(weight, _mm256_unpacklo_epi8(a, b)));
-                high = _mm256_add_epi16(high, _mm256_maddubs_epi16(weight, _mm256_unpackhi_epi8(a, b)));
-            }
+struct Rows16 {
+    __m256i first, second;  // int32 of rows 0..7 and 8..15
+};
+
+// Sums of pieces on their way, int16 of rows 0..7 and 8..15 in both halves. A piece of 16 columns adds at most
+// 2 * 127 * 15 = 3810, so four pieces and both halves stay in range.
+struct Pieces {
+    __m256i low, high;
+
+    template <int BITS>
+    inline void add(const uint8_t* piece, const int8_t* table) {
+        const __m256i nibble = _mm256_set1_epi8(15);
+        const __m256i one = load_256(table), two = load_256(table + 32);
+        for (int p = 0; p < BITS; ++p) {
+            const __m256i both = load_256(piece + p * 64);
+            const __m256i a = _mm256_shuffle_epi8(one, _mm256_and_si256(both, nibble));
+            const __m256i b = _mm256_shuffle_epi8(two, _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble));
+            const __m256i weight = _mm256_set1_epi8(static_cast<char>(1 << p));
+            low = _mm256_add_epi16(low, _mm256_maddubs_epi16(weight, _mm256_unpacklo_epi8(a, b)));
+            high = _mm256_add_epi16(high, _mm256_maddubs_epi16(weight, _mm256_unpackhi_epi8(a, b)));
         }
-        all_low = _mm256_add_epi32(all_low, joined(low)), all_high = _mm256_add_epi32(all_high, joined(high));
     }
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc), all_low);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + 8), all_high);
+};
+
+// Sum over pieces [first, last) of 16 columns and planes of 2^plane * entry. Coding planes.
+template <int BITS>
+inline Rows16 sum_halves(const uint8_t* data, const int8_t* table, int64_t first, int64_t last) {
+    const __m256i zero = _mm256_setzero_si256();
+    Rows16 all = {zero, zero};
+    if (first % 2 == 0)
+        for (; first + 4 <= last; first += 4) {
+            const uint8_t* at = data + first * 32 * BITS;
+            const int8_t* entries = table + first * 64;
+            for (int line = 0; line < 2 * BITS; ++line) _mm_prefetch(reinterpret_cast<const char*>(at + 2048 + 64 * line), _MM_HINT_T0);
+            Pieces sum = {zero, zero};
+            sum.add<BITS>(at, entries);
+            sum.add<BITS>(at + 32, entries + 64);
+            sum.add<BITS>(at + 64 * BITS, entries + 128);
+            sum.add<BITS>(at + 64 * BITS + 32, entries + 192);
+            all.first = _mm256_add_epi32(all.first, joined(sum.low));
+            all.second = _mm256_add_epi32(all.second, joined(sum.high));
+        }
+    for (; first < last; ++first) {
+        Pieces sum = {zero, zero};
+        sum.add<BITS>(data + first / 2 * 64 * BITS + first % 2 * 32, table + first * 64);
+        all.first = _mm256_add_epi32(all.first, joined(sum.low));
+        all.second = _mm256_add_epi32(all.second, joined(sum.high));
+    }
+    return all;
 }
 
 // The vector form of average_plainly: 2 or 4 pieces, unsigned entries.
@@ -67,55 +91,65 @@ inline void average_halves(const uint8_t* data, int bits, const uint8_t* table, 
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + 8), _mm256_cvtepi16_epi32(_mm256_extracti128_si256(sum, 1)));
 }
 
-// acc [16] = sum over units [first, last) of 12 columns of the entries with their signs. Low bytes are added in int16; high
-// bytes, -1, 0 or 1, in int8. Entries stay within [-127, 127], so that a sign is exact in a byte.
-inline void sum_triples_avx2(const uint8_t* tile, const int8_t* table, int64_t first, int64_t last, int32_t* acc) {
-    const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi8(1);
-    __m256i low_rows = _mm256_setzero_si256(), high_rows = low_rows;
+// Sums of triples on their way: low bytes are added in int16, high bytes, -1, 0 or 1, in int8. Entries stay within
+// [-127, 127], so that a sign is exact in a byte.
+struct Triples {
+    __m256i low, high, carry;
+
+    // One unit; bit 7 of the bytes of `sign` is the sign of its first half, and moves on to that of the next unit.
+    inline void add(const uint8_t* unit, const int8_t* table, __m256i& sign) {
+        const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi8(1);
+        const __m256i both = load_256(unit);
+        const __m256i a = _mm256_and_si256(both, nibble), b = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
+        const __m256i next = _mm256_add_epi8(sign, sign);
+        const __m256i sign_a = _mm256_or_si256(sign, one), sign_b = _mm256_or_si256(next, one);
+        sign = _mm256_add_epi8(next, next);
+        const __m256i low_a = _mm256_sign_epi8(_mm256_shuffle_epi8(load_256(table), a), sign_a);
+        const __m256i high_a = _mm256_sign_epi8(_mm256_shuffle_epi8(load_256(table + 32), a), sign_a);
+        const __m256i low_b = _mm256_sign_epi8(_mm256_shuffle_epi8(load_256(table + 64), b), sign_b);
+        const __m256i high_b = _mm256_sign_epi8(_mm256_shuffle_epi8(load_256(table + 96), b), sign_b);
+        low = _mm256_add_epi16(low, _mm256_maddubs_epi16(one, _mm256_unpacklo_epi8(low_a, low_b)));
+        high = _mm256_add_epi16(high, _mm256_maddubs_epi16(one, _mm256_unpackhi_epi8(low_a, low_b)));
+        carry = _mm256_add_epi8(carry, _mm256_add_epi8(high_a, high_b));
+    }
+};
+
+inline __m256i widened(__m256i v) {
+    return _mm256_add_epi32(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(v)), _mm256_cvtepi16_epi32(_mm256_extracti128_si256(v, 1)));
+}
+
+// Sum over units [first, last) of 12 columns of the entries with their signs.
+inline Rows16 sum_triples_avx2(const uint8_t* tile, const int8_t* table, int64_t first, int64_t last) {
+    Rows16 all = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     while (first < last) {
         // 60 units add at most 2 * 60 to an int8 and 60 * 2 * 127 to an int16.
         const int64_t stop = first + 60 < last ? first + 60 : last;
-        __m256i low = _mm256_setzero_si256(), high = low, carry = low;
-        __m256i sign = low;
-        bool fresh = true;
-        for (; first < stop; ++first) {
-            const int64_t place = first % 4;
+        Triples sum = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+        while (first < stop) {
             const uint8_t* block = tile + first / 4 * 160;
-            if (place == 0 || fresh) {
-                sign = load_256(block);
-                // What a shift carries into the neighbouring byte never reaches bit 7 within the halves that are left.
-                if (place) sign = _mm256_sll_epi16(sign, _mm_cvtsi32_si128(static_cast<int>(2 * place)));
-                fresh = false;
+            int64_t place = first % 4;
+            __m256i sign = load_256(block);
+            _mm_prefetch(reinterpret_cast<const char*>(block + 2048), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(block + 2048 + 64), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(block + 2048 + 128), _MM_HINT_T0);
+            if (place == 0 && first + 4 <= stop) {
+                for (int u = 0; u < 4; ++u) sum.add(block + 32 + u * 32, table + (first + u) * 128, sign);
+                first += 4;
+                continue;
             }
-            const __m256i both = load_256(block + 32 + place * 32);
-            const int8_t* at = table + first * 128;
-            const __m256i a = _mm256_and_si256(both, nibble), b = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
-            const __m256i sign_a = _mm256_or_si256(sign, one);
-            sign = _mm256_add_epi8(sign, sign);
-            const __m256i sign_b = _mm256_or_si256(sign, one);
-            sign = _mm256_add_epi8(sign, sign);
-            const __m256i low_a = _mm256_sign_epi8(_mm256_shuffle_epi8(load_256(at), a), sign_a);
-            const __m256i high_a = _mm256_sign_epi8(_mm256_shuffle_epi8(load_256(at + 32), a), sign_a);
-            const __m256i low_b = _mm256_sign_epi8(_mm256_shuffle_epi8(load_256(at + 64), b), sign_b);
-            const __m256i high_b = _mm256_sign_epi8(_mm256_shuffle_epi8(load_256(at + 96), b), sign_b);
-            low = _mm256_add_epi16(low, _mm256_maddubs_epi16(one, _mm256_unpacklo_epi8(low_a, low_b)));
-            high = _mm256_add_epi16(high, _mm256_maddubs_epi16(one, _mm256_unpackhi_epi8(low_a, low_b)));
-            carry = _mm256_add_epi8(carry, _mm256_add_epi8(high_a, high_b));
+            // What a shift carries into the neighbouring byte never reaches bit 7 within the halves that are left.
+            sign = _mm256_sll_epi16(sign, _mm_cvtsi32_si128(static_cast<int>(2 * place)));
+            for (; place < 4 && first < stop; ++place, ++first) sum.add(block + 32 + place * 32, table + first * 128, sign);
         }
-        auto widened = [](__m256i v) {
-            return _mm256_add_epi32(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(v)),
-                                    _mm256_cvtepi16_epi32(_mm256_extracti128_si256(v, 1)));
-        };
-        const __m256i carries = _mm256_add_epi16(_mm256_cvtepi8_epi16(_mm256_castsi256_si128(carry)),
-                                                 _mm256_cvtepi8_epi16(_mm256_extracti128_si256(carry, 1)));
+        const __m256i carries = _mm256_add_epi16(_mm256_cvtepi8_epi16(_mm256_castsi256_si128(sum.carry)),
+                                                 _mm256_cvtepi8_epi16(_mm256_extracti128_si256(sum.carry, 1)));
         const __m256i by = _mm256_set1_epi32(255);
         const __m256i low_carry = _mm256_cvtepi16_epi32(_mm256_castsi256_si128(carries));
         const __m256i high_carry = _mm256_cvtepi16_epi32(_mm256_extracti128_si256(carries, 1));
-        low_rows = _mm256_add_epi32(low_rows, _mm256_add_epi32(widened(low), _mm256_mullo_epi32(low_carry, by)));
-        high_rows = _mm256_add_epi32(high_rows, _mm256_add_epi32(widened(high), _mm256_mullo_epi32(high_carry, by)));
+        all.first = _mm256_add_epi32(all.first, _mm256_add_epi32(widened(sum.low), _mm256_mullo_epi32(low_carry, by)));
+        all.second = _mm256_add_epi32(all.second, _mm256_add_epi32(widened(sum.high), _mm256_mullo_epi32(high_carry, by)));
     }
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc), low_rows);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + 8), high_rows);
+    return all;
 }
 
 #endif
