@@ -50,12 +50,21 @@ CASES = {
         "streaming-llm:sink=4,recent=100000",
         ("streaming-llm:sink=-1", "streaming-llm:recent=0"),
     ),
+    "tmac": Case(
+        ("tmac:bits=2,group=32,kernel=lut", "tmac:bits=ternary,group=-1"),
+        None,
+        ("tmac:bits=5", "tmac:bits=x", "tmac:group=33", "tmac:group=16", "tmac:group=100000", "tmac:group=x", "tmac:g=3",
+         "tmac:act_group=48", "tmac:table=i4", "tmac:fast_agg=1,table=i16", "tmac:fast_agg=1,kernel=vnni",
+         "tmac:bits=ternary,zp=1", "tmac:group=tensor", "tmac:isa=neon", "tmac:kernel=amx", "tmac:threads=-1"),
+    ),
 }
 SETTINGS = [setting for case in CASES.values() for setting in case.settings]
 PAIRS = [
     "rtn:bits=4,group=16+cats:sparsity=0.5",
     "rtn:bits=4,group=16+gemfilter:layer=1,topk=7",
     "rtn:bits=4,group=16+streaming-llm:sink=2,recent=6",
+    "rtn:bits=4,group=16+tmac:kernel=lut",
+    "tmac:bits=3,group=32,kernel=lut+gemfilter:layer=1,topk=7",
     "cats:sparsity=0.5+gemfilter:layer=1,topk=7",
     "cats:sparsity=0.5+streaming-llm:sink=2,recent=6",
     "gemfilter:layer=1,topk=7+streaming-llm:sink=2,recent=4",

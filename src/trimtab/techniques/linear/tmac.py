@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from trimtab.errors import SpecError, unknown
+from trimtab.errors import SpecError
 from trimtab.spec.formats import GGUF_BLOCKS, WeightFormat
 from trimtab.spec.leaves import LinearSpec
 from trimtab.spec.model import ModelSpec
@@ -50,33 +50,33 @@ class Tmac(Technique):
 
     def __post_init__(self) -> None:
         if self.bits not in (1, 2, 3, 4, "ternary"):
-            raise SpecError(f"tmac: bits={self.bits} is not possible: T-MAC handles 1-4 bits or ternary. Try bits=4.")
+            raise SpecError(f"tmac: bits={self.bits} is not possible: T-MAC handles 1-4 bits or ternary. Allowed: 1, 2, 3, 4, ternary. Try bits=4.")
         if self.act_group not in (32, 64, "K"):
             raise SpecError(f"tmac: act_group={self.act_group} is not possible. Allowed: 32, 64, K. Try act_group=64.")
         if self.g not in ((3, 4) if self.ternary else (4,)):
             raise SpecError(f"tmac: g={self.g} is not possible with bits={self.bits}. Allowed: 4, and 3 with bits=ternary.")
         self._check_group()
         if self.ternary and (self.zp or self.fast_agg or self.kernel == "vnni"):
-            raise SpecError("tmac: ternary weights have no zero point, no averages and no other kernel. Drop zp, fast_agg and kernel.")
+            raise SpecError("tmac: ternary weights have no zero point, no averages and no other kernel. Allowed with bits=ternary: zp=0, fast_agg=0, kernel=auto or lut.")
         if self.group == "tensor" and not self.ternary:
-            raise SpecError("tmac: group=tensor is for bits=ternary. Use group=-1 for one scale a row.")
+            raise SpecError("tmac: group=tensor is for bits=ternary. Allowed: 32 or more, -1. Try group=-1, one scale a row.")
         try:
             product = self.product
         except SpecError as error:
             raise SpecError(f"tmac: {error}") from None
         if product.fast_agg and product.kernel == "vnni":
-            raise SpecError("tmac: fast_agg=1 averages table entries; kernel=vnni has none. Use kernel=lut.")
+            raise SpecError("tmac: fast_agg=1 averages table entries; kernel=vnni has none. Allowed: auto, lut.")
 
     def _check_group(self) -> None:
         if isinstance(self.group, str):
             if self.group != "tensor":
-                raise unknown("tmac: group", self.group, ("tensor", "-1", "32", "64", "128"))
+                raise SpecError(f"tmac: group={self.group} is not possible. Allowed: 32 or more, -1 or tensor. Try group=128.")
             return
         if self.group == -1:
             return
         if self.group % 4 and not self.ternary:
             near = max(32, round(self.group / 4) * 4)
-            raise SpecError(f"tmac: group={self.group} is not a multiple of g={self.g}, the activations of a table. Try group={near}.")
+            raise SpecError(f"tmac: group={self.group} is not a multiple of g={self.g}, the activations of a table. Allowed: multiples of {self.g} from 32 on, -1. Try group={near}.")
         if self.group < 32:
             raise SpecError(f"tmac: group={self.group} is not possible. Allowed: 32 or more, -1 or tensor. Try group=32.")
 

@@ -321,6 +321,18 @@ void ternary_tile(const Tiles& w, int64_t tile, const Input& in, int64_t t, floa
     FV total[parts] = {};
     const int64_t groups = w.groups(), per = (w.group + 11) / 12, units = w.units();
     for (int64_t g = 0; g < groups; ++g) {
+        if (in.entry == Entry::f32) {
+            alignas(64) float exact[tile_rows] = {};
+            const float* entries = reinterpret_cast<const float*>(table);
+            for (int64_t k = g * per * unit_triples; k < std::min((g + 1) * per, units) * unit_triples; ++k)
+                for (int r = 0; r < tile_rows; ++r) {
+                    const Triple found = triple_of(data, k, r);
+                    exact[r] += found.negative ? -entries[k * 16 + found.index] : entries[k * 16 + found.index];
+                }
+            for (int i = 0; i < parts; ++i)
+                total[i] += load_halves(w.scale + (tile * groups + g) * 16 + i * lanes) * load<FV>(exact + i * lanes);
+            continue;
+        }
         sum_triples(data, table, g * per, std::min((g + 1) * per, units), acc);
         for (int i = 0; i < parts; ++i)
             total[i] += load_halves(w.scale + (tile * groups + g) * 16 + i * lanes) * to_float(acc[i]);
@@ -336,13 +348,22 @@ void ternary_tables(const Input& in, int64_t t, const float* x, int64_t cols) {
     float most = 0;
     for (int64_t k = 0; k < cols; ++k) most = std::max(most, std::fabs(x[k]));
     const float by = most > 0 ? 127.0f / most : 0.0f;
-    in.scale[t] = most / 127.0f;
+    const bool exact = in.entry == Entry::f32;
+    in.scale[t] = exact ? 1.0f : most / 127.0f;
     int8_t* table = reinterpret_cast<int8_t*>(in.tables + t * in.table_bytes());
     const V16 d0 = load<V16>(digits.of[0]), d1 = load<V16>(digits.of[1]), d2 = load<V16>(digits.of[2]);
     int64_t triple = 0;
     for (int64_t start = 0; start < cols; start += in.group) {
         const int64_t end = std::min(start + in.group, cols);
         for (int64_t k = start; k < end || triple % unit_triples; k += 3, ++triple) {
+            if (exact) {
+                float* entry = reinterpret_cast<float*>(table) + triple * 16;
+                for (int i = 0; i < 16; ++i) {
+                    entry[i] = 0;
+                    for (int j = 0; j < 3 && k + j < end; ++j) entry[i] += digits.of[j][i] * x[k + j];
+                }
+                continue;
+            }
             int16_t q[3];
             for (int j = 0; j < 3; ++j)
                 q[j] = k + j < end ? static_cast<int16_t>(std::nearbyint(x[k + j] * by)) : static_cast<int16_t>(0);

@@ -92,7 +92,7 @@ struct Tiles {
 // Lookups: tables instead of codes. Planes: 16 entries for every 4 columns, entry j = sum over k of (bit k of j ? +x_k : -x_k);
 // one byte: int8 [K / 4, 16]; two: the low bytes of all as signed numbers, then the high ones; or floats. A scale per act_group
 // columns. Ternary: the entries of a unit are those of two triples, low bytes, high bytes, then of the other two: 128 bytes,
-// entry = 255 * high + low; one scale for the row.
+// entry = 255 * high + low; one scale for the row. Or floats [4 triples, 16] of x itself, and no scale.
 struct Input {
     bool ints = false;
     Coding coding = Coding::f32;  // of the matrices whose tables these are: ternary or planes
@@ -110,7 +110,7 @@ struct Input {
 
     bool lookup() const { return coding == Coding::ternary || coding == Coding::planes; }
     int64_t table_bytes() const {  // of one token
-        if (coding == Coding::ternary) return (cols / group * ((group + 11) / 12) + (cols % group + 11) / 12) * 128;
+        if (coding == Coding::ternary) return (cols / group * ((group + 11) / 12) + (cols % group + 11) / 12) * (entry == Entry::f32 ? 256 : 128);
         return stride * (entry == Entry::i8 ? 4 : entry == Entry::i16 ? 8 : 16);
     }
     int64_t scales() const { return (stride + act_group - 1) / act_group; }  // of one token
