@@ -335,7 +335,8 @@ def test_decoder_and_program_agree(tiny_model: Model, tiny_materials: Any, text:
         for at, count in ((0, 20), (20, 3), (23, 1), (24, 1)):
             step = [ids[at : at + count]]
             first, second = (s.prefill(step, reserve=20) if at == 0 else s.extend(step) for s in both)
-            np.testing.assert_allclose(first, second, rtol=2e-3, atol=2e-3)
+            # The last digit of an activation may round a table entry to the next byte, which is seldom and small.
+            assert nmse(first, second) < 2e-5
 
 
 def test_products_of_a_model_are_the_kernel_s(tiny_model: Model, tiny_materials: Any) -> None:
@@ -409,7 +410,7 @@ def test_with_dtype_gives_up_the_product(tiny_model: Model) -> None:
     spec = spec_of(tiny_model, "tmac:bits=2,group=32")
     node = dict(spec.linears())["layers.0.mlp.up_proj"]
     assert hash(node) == hash(dataclasses.replace(node)) and node.product != EXACT
-    plain = dict(spec.with_dtype("float32").linears())["layers.0.mlp.up_proj"]
+    plain = dict(spec.with_dtype("float32", keep_packed=False).linears())["layers.0.mlp.up_proj"]
     assert plain.product == EXACT and plain.format.is_float
 
 
