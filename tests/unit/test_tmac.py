@@ -151,7 +151,9 @@ def test_integer_tables_are_the_rounded_sums(isa: str, kind: str, bits: int, gro
         packed, x = encode(values(33, cols), planes(bits, group, cols, kind=kind)), values(1, cols, seed=1)
         for table, top in (("i8", 127), ("i16", 32639)):
             found = multiply(packed, LookupTable(table=table, act_group=act_group), x)
-            np.testing.assert_allclose(found, tabulated(packed, x, act_group, top), rtol=2e-5, atol=2e-5 * np.abs(found).max())
+            np.testing.assert_allclose(
+                found, tabulated(packed, x, act_group, top), rtol=2e-5, atol=2e-5 * np.abs(found).max()
+            )
 
 
 def tabulated(packed: Packed, x: np.ndarray, act_group: int, top: int) -> np.ndarray:
@@ -165,7 +167,9 @@ def tabulated(packed: Packed, x: np.ndarray, act_group: int, top: int) -> np.nda
     whole = np.zeros((rows, wide), np.int64)
     whole[:, :cols] = codes
     y = np.zeros(rows)
-    step = np.repeat([np.abs(padded[a : a + act].reshape(-1, 4)).sum(1).max() / top for a in range(0, wide, act)], act)[:wide]
+    step = np.repeat([np.abs(padded[a : a + act].reshape(-1, 4)).sum(1).max() / top for a in range(0, wide, act)], act)[
+        :wide
+    ]
     group = packed.format.group
     for first in range(0, cols, 4):
         block = padded[first : first + 4].astype(np.float64)
@@ -236,7 +240,9 @@ def test_averages_are_lossy_and_not_biased(isa: str, act_group: int) -> None:
     assert 3 * nmse(sums, wanted) < nmse(averages, wanted) < 0.02
     scale = decode(packed).std()
     shift = float(((averages - wanted) / (scale * np.abs(x).mean())).mean())
-    assert abs(shift) < 1.0, shift  # the bias alone: about half a unit of every table, 576 / act_group of them, both planes
+    assert abs(shift) < 1.0, (
+        shift
+    )  # the bias alone: about half a unit of every table, 576 / act_group of them, both planes
 
 
 def test_every_instruction_set_averages_alike() -> None:
@@ -295,7 +301,9 @@ def test_the_kernel_is_timed_once_and_remembered(own_home: Path, monkeypatch: py
     assert tiles_of(form, LookupTable(), 32, 128).kind == "int" and len(asked) == 2
     for product in (LookupTable(kernel="lut"), LookupTable(table="i16"), LookupTable(fast_agg=True)):
         assert tiles_of(form, product, 32, 128).kind in PLANE_KINDS
-    assert tiles_of(planes(2, 36, 128), LookupTable(), 32, 128).kind in PLANE_KINDS  # groups that other tiles cannot hold
+    assert (
+        tiles_of(planes(2, 36, 128), LookupTable(), 32, 128).kind in PLANE_KINDS
+    )  # groups that other tiles cannot hold
     assert len(asked) == 2
 
 
@@ -379,7 +387,12 @@ def test_a_bias_is_kept(kernel: str) -> None:
     import torch
 
     node = LinearSpec(
-        n=33, k=100, bias=True, format=planes(4, 32, 100), bias_format=WeightFormat(kind="fp32"), product=LookupTable(kernel=kernel)
+        n=33,
+        k=100,
+        bias=True,
+        format=planes(4, 32, 100),
+        bias_format=WeightFormat(kind="fp32"),
+        product=LookupTable(kernel=kernel),
     )
     packed, bias = encode(values(33, 100), node.format), values(33, seed=2) * 100
     linear = Linear("x", node, Weights({"x": packed, "x.bias": encode(bias, node.bias_format)}))
@@ -440,17 +453,20 @@ def test_rows_that_no_table_divides_are_padded(isa: str) -> None:
     packed, x = encode(values(16, 37), planes(3, -1, 37)), values(2, 37, seed=1)
     assert packed.shape == (16, 37)
     wanted = exact(packed, x)
-    np.testing.assert_allclose(multiply(packed, LookupTable(table="f32"), x), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    np.testing.assert_allclose(
+        multiply(packed, LookupTable(table="f32"), x), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max()
+    )
 
 
-@pytest.mark.parametrize("text", ["tmac:bits=2,group=32,kernel=lut,isa=avx512", "tmac:bits=ternary,group=32,isa=avx512"])
+@pytest.mark.parametrize(
+    "text", ["tmac:bits=2,group=32,kernel=lut,isa=avx512", "tmac:bits=ternary,group=32,isa=avx512"]
+)
 def test_an_instruction_set_that_is_missing_is_named(tiny_model: Model, tiny_materials: Any, text: str) -> None:
     missing = _core.missing_flags("avx512")
     if not missing or missing == "?":
         pytest.skip("this processor has AVX-512, or the build has not")
-    with pytest.raises(HardwareError, match="avx512vbmi"):
-        with applied(tiny_model, text, materials=tiny_materials) as model:
-            model.logits([[1, 2]])
+    with pytest.raises(HardwareError, match="avx512vbmi"), applied(tiny_model, text, materials=tiny_materials) as model:
+        model.logits([[1, 2]])
     spec = spec_of(tiny_model, text)
     with pytest.raises(HardwareError, match="avx512vbmi"):
         lower(spec, reencode(tiny_model.weights, spec))

@@ -42,18 +42,26 @@ class LookupTable(Product):
     threads: int = 0
 
     def __post_init__(self) -> None:
-        for what, asked, allowed in (("table", self.table, TABLES), ("kernel", self.kernel, KERNELS), ("isa", self.isa, ISAS)):
+        for what, asked, allowed in (
+            ("table", self.table, TABLES),
+            ("kernel", self.kernel, KERNELS),
+            ("isa", self.isa, ISAS),
+        ):
             if asked not in allowed:
                 raise SpecError(f"{what}={asked} is not possible. Allowed: {', '.join(allowed)}.")
         if self.act_group < 0 or self.act_group % 4:
-            raise SpecError(f"act_group={self.act_group} is not a multiple of 4. Allowed: 32, 64, or 0 for a whole row.")
+            raise SpecError(
+                f"act_group={self.act_group} is not a multiple of 4. Allowed: 32, 64, or 0 for a whole row."
+            )
         if self.fast_agg and (self.table != "i8" or self.act_group not in (32, 64)):
             raise SpecError(
                 f"fast_agg averages bytes in trees of 8 or 16: table={self.table}, act_group={self.act_group} do not allow it. "
                 "Allowed: table=i8 with act_group=32 or 64."
             )
         if not 0 <= self.threads <= 1024:
-            raise SpecError(f"threads={self.threads} is not possible. Allowed: 1..1024, or 0 for all this process may use.")
+            raise SpecError(
+                f"threads={self.threads} is not possible. Allowed: 1..1024, or 0 for all this process may use."
+            )
 
 
 EXACT = Product()

@@ -18,7 +18,7 @@ from trimtab.runtime.native.products import as_tiles, core_tiles, tiles_of
 from trimtab.runtime.native.program import NativeProgram
 from trimtab.runtime.numerics import decode
 from trimtab.runtime.rope import frequencies
-from trimtab.runtime.weights.packed import Packed, Weights
+from trimtab.runtime.weights.packed import Weights
 from trimtab.spec import tree
 from trimtab.spec.cache import All
 from trimtab.spec.formats import FP32, WeightFormat

@@ -52,7 +52,9 @@ def tiles_of(format: WeightFormat, product: Product, rows: int, cols: int) -> We
         return format
     planes, ints = grid_format(format, "bitplane"), grid_format(format, "int")
     if planes is None or ints is None:
-        raise SpecError(f"A matrix in {format} has no product by table lookup. Those with one: 1 to 4 bits in groups, ternary.")
+        raise SpecError(
+            f"A matrix in {format} has no product by table lookup. Those with one: 1 to 4 bits in groups, ternary."
+        )
     planes.buffers(rows, cols)  # refuses groups that do not fit
     if product.isa != "auto":
         use_isa(product.isa)
@@ -101,7 +103,7 @@ def core_tiles(packed: Packed, product: Product = EXACT) -> _core.Tiles:
 
 
 def multiply(packed: Packed, product: Product, x: np.ndarray, threads: int = 1, passes: int = 1) -> np.ndarray:
-    """y [T, N] = x [T, K] @ W.T for a matrix as `stored_for` made it.
+    """Return y [T, N] = x [T, K] @ W.T for a matrix as `stored_for` made it.
 
     Args:
         packed: W.
@@ -127,7 +129,9 @@ def kernel_of(planes: WeightFormat, product: LookupTable, rows: int, cols: int) 
         ints.buffers(rows, cols)
     except SpecError:
         return "lut"
-    return _fastest(planes, product, min(rows, max(TILE_ROWS, _TIMED // cols // TILE_ROWS * TILE_ROWS)), cols, _core.isa())
+    return _fastest(
+        planes, product, min(rows, max(TILE_ROWS, _TIMED // cols // TILE_ROWS * TILE_ROWS)), cols, _core.isa()
+    )
 
 
 @functools.cache

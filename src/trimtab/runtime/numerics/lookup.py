@@ -39,7 +39,9 @@ def lay_out(packed: Packed, kind: str, buffers: dict[str, np.ndarray] | None = N
     """
     format = grid_format(packed.format, kind)
     if format is None or packed.layout != "row":
-        raise SpecError(f"A matrix in {packed.format} ({packed.layout}) holds no codes that could be laid out as {kind}.")
+        raise SpecError(
+            f"A matrix in {packed.format} ({packed.layout}) holds no codes that could be laid out as {kind}."
+        )
     if format == packed.format and buffers is None:
         return packed
     codes, scale, minimum = grid_of(packed)
@@ -47,7 +49,11 @@ def lay_out(packed: Packed, kind: str, buffers: dict[str, np.ndarray] | None = N
 
 
 def _packed(
-    codes: np.ndarray, scale: np.ndarray, minimum: np.ndarray | None, format: WeightFormat, buffers: dict[str, np.ndarray] | None
+    codes: np.ndarray,
+    scale: np.ndarray,
+    minimum: np.ndarray | None,
+    format: WeightFormat,
+    buffers: dict[str, np.ndarray] | None,
 ) -> Packed:
     from trimtab.runtime.kernels import _core
 

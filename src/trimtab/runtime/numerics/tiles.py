@@ -258,7 +258,7 @@ def _code_rows(packed: Packed) -> np.ndarray:
 
     format, (rows, cols) = packed.format, packed.shape
     bits = format.bits or SUPER_BLOCKS[format.kind][0]
-    tiles, units = packed.buffers["codes"].shape[:2]
+    tiles, units = packed.buffers["codes"].shape[0], packed.buffers["codes"].shape[1]
     out = np.empty((tiles * TILE_ROWS, units * UNIT_COLS), np.uint8)
     if format.kind in PLANE_KINDS:
         _core.unpack_planes(packed.buffers["codes"].reshape(-1), bits, format.kind == "bitlane", out)

@@ -38,7 +38,9 @@ class Tmac(Technique):
     paper: ClassVar[int | None] = 39
 
     bits: int | str = param(4, "bits of a weight", "1, 2, 3, 4, ternary")
-    group: int | str = param(128, "weights that share a scale", "32..K, a multiple of 4 (ternary: 32..K); -1 = a row; tensor = one scale")
+    group: int | str = param(
+        128, "weights that share a scale", "32..K, a multiple of 4 (ternary: 32..K); -1 = a row; tensor = one scale"
+    )
     g: int = param(4, "activations of one table", "4; 3 with ternary")
     zp: bool = param(False, "a zero point for every group", "0, 1")
     table: str = param("i8", "what a table keeps of a sum", "i8, i16, f32")
@@ -50,16 +52,26 @@ class Tmac(Technique):
 
     def __post_init__(self) -> None:
         if self.bits not in (1, 2, 3, 4, "ternary"):
-            raise SpecError(f"tmac: bits={self.bits} is not possible: T-MAC handles 1-4 bits or ternary. Allowed: 1, 2, 3, 4, ternary. Try bits=4.")
+            raise SpecError(
+                f"tmac: bits={self.bits} is not possible: T-MAC handles 1-4 bits or ternary. "
+                "Allowed: 1, 2, 3, 4, ternary. Try bits=4."
+            )
         if self.act_group not in (32, 64, "K"):
             raise SpecError(f"tmac: act_group={self.act_group} is not possible. Allowed: 32, 64, K. Try act_group=64.")
         if self.g not in ((3, 4) if self.ternary else (4,)):
-            raise SpecError(f"tmac: g={self.g} is not possible with bits={self.bits}. Allowed: 4, and 3 with bits=ternary.")
+            raise SpecError(
+                f"tmac: g={self.g} is not possible with bits={self.bits}. Allowed: 4, and 3 with bits=ternary."
+            )
         self._check_group()
         if self.ternary and (self.zp or self.fast_agg or self.kernel == "vnni"):
-            raise SpecError("tmac: ternary weights have no zero point, no averages and no other kernel. Allowed with bits=ternary: zp=0, fast_agg=0, kernel=auto or lut.")
+            raise SpecError(
+                "tmac: ternary weights have no zero point, no averages and no other kernel. "
+                "Allowed with bits=ternary: zp=0, fast_agg=0, kernel=auto or lut."
+            )
         if self.group == "tensor" and not self.ternary:
-            raise SpecError("tmac: group=tensor is for bits=ternary. Allowed: 32 or more, -1. Try group=-1, one scale a row.")
+            raise SpecError(
+                "tmac: group=tensor is for bits=ternary. Allowed: 32 or more, -1. Try group=-1, one scale a row."
+            )
         try:
             product = self.product
         except SpecError as error:
@@ -70,15 +82,22 @@ class Tmac(Technique):
     def _check_group(self) -> None:
         if isinstance(self.group, str):
             if self.group != "tensor":
-                raise SpecError(f"tmac: group={self.group} is not possible. Allowed: 32 or more, -1 or tensor. Try group=128.")
+                raise SpecError(
+                    f"tmac: group={self.group} is not possible. Allowed: 32 or more, -1 or tensor. Try group=128."
+                )
             return
         if self.group == -1:
             return
         if self.group % 4 and not self.ternary:
             near = max(32, round(self.group / 4) * 4)
-            raise SpecError(f"tmac: group={self.group} is not a multiple of g={self.g}, the activations of a table. Allowed: multiples of {self.g} from 32 on, -1. Try group={near}.")
+            raise SpecError(
+                f"tmac: group={self.group} is not a multiple of g={self.g}, the activations of a table. "
+                f"Allowed: multiples of {self.g} from 32 on, -1. Try group={near}."
+            )
         if self.group < 32:
-            raise SpecError(f"tmac: group={self.group} is not possible. Allowed: 32 or more, -1 or tensor. Try group=32.")
+            raise SpecError(
+                f"tmac: group={self.group} is not possible. Allowed: 32 or more, -1 or tensor. Try group=32."
+            )
 
     @property
     def ternary(self) -> bool:
@@ -90,7 +109,12 @@ class Tmac(Technique):
         """How every linear of the layers is multiplied."""
         columns = 0 if isinstance(self.act_group, str) else self.act_group
         return LookupTable(
-            table=self.table, act_group=columns, fast_agg=self.fast_agg, kernel=self.kernel, isa=self.isa, threads=self.threads
+            table=self.table,
+            act_group=columns,
+            fast_agg=self.fast_agg,
+            kernel=self.kernel,
+            isa=self.isa,
+            threads=self.threads,
         )
 
     def format(self, node: LinearSpec) -> WeightFormat:
@@ -118,11 +142,15 @@ class Tmac(Technique):
                     f"Use bits={node.format.bits or 'ternary'}, or start from floats."
                 )
             if node.layout != "row":
-                raise SpecError(f"{where} is stored transposed, which table lookup cannot read. Drop what stores it so.")
+                raise SpecError(
+                    f"{where} is stored transposed, which table lookup cannot read. Drop what stores it so."
+                )
             if node.act != "none":
                 raise SpecError(f"{where} codes its input as {node.act}. Load the model in another dtype.")
             if wanted != node.format and isinstance(self.group, int) and self.group > node.k:
-                raise SpecError(f"{where}: group={self.group} is longer than its rows of {node.k}. Allowed: 32..{node.k}. Try group=-1.")
+                raise SpecError(
+                    f"{where}: group={self.group} is longer than its rows of {node.k}. Allowed: 32..{node.k}. Try group=-1."
+                )
 
     def edits(self, spec: ModelSpec) -> Iterable[Edit]:
         """Format and product of every linear inside the layers."""
@@ -148,4 +176,6 @@ class Tmac(Technique):
 
     @staticmethod
     def _linears(spec: ModelSpec) -> Iterable[tuple[str, LinearSpec]]:
-        return ((path, node) for path, node in spec.linears() if path.startswith("layers.") and not path.endswith("router"))
+        return (
+            (path, node) for path, node in spec.linears() if path.startswith("layers.") and not path.endswith("router")
+        )
