@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <optional>
 
 namespace trimtab {
 namespace {
@@ -215,17 +216,19 @@ struct LinearKernel : Kernel {
         const int64_t n0 = tile * tile_rows, count = std::min<int64_t>(tile_rows, one.w.rows - n0);
         alignas(64) float out[token_block * tile_rows], second[token_block * tile_rows];
         float* room = reinterpret_cast<float*>(own + aligned(4 * one.w.cols));
-        int64_t at = tile, at2 = tile;
-        const Tiles w = prepared(one.w, tokens, room, at);
-        Tiles w2;
-        if (store == Store::gated) w2 = prepared(products[p + 1].w, tokens, room + one.w.cols * tile_rows, at2);
+        std::optional<Tiles> decoded, decoded2;
+        if (lookups && tokens > lookup_tokens) {
+            decoded = decode(one.w, tile, room);
+            if (store == Store::gated) decoded2 = decode(products[p + 1].w, tile, room + one.w.cols * tile_rows);
+        }
+        const Tiles& w = decoded ? *decoded : one.w;
         for (int64_t t0 = 0; t0 < tokens; t0 += token_block / 2) {
             const int64_t here = std::min(token_block / 2, tokens - t0);
-            dot(w, at, ready[one.input], t0, here, out);
+            dot(w, decoded ? 0 : tile, ready[one.input], t0, here, out);
             finish(one, n0, count, here, out);
             if (store == Store::gated) {
                 const Product& other = products[p + 1];
-                dot(w2, at2, ready[other.input], t0, here, second);
+                dot(decoded2 ? *decoded2 : other.w, decoded2 ? 0 : tile, ready[other.input], t0, here, second);
                 finish(other, n0, count, here, second);
                 k.activate(act, out, second, here * tile_rows);
             } else if (act != Act::none) {
@@ -245,13 +248,12 @@ struct LinearKernel : Kernel {
         return bytes;
     }
 
-    // The matrix to multiply with: of one that is looked up, many tokens take the tile decoded into `room`, as tile 0.
-    static Tiles prepared(const Tiles& w, int64_t tokens, float* room, int64_t& tile) {
-        if (!w.lookup() || tokens <= lookup_tokens) return w;
+    // A tile of a matrix that is looked up, decoded into `room` as the only tile of a matrix of floats; none of another matrix.
+    static std::optional<Tiles> decode(const Tiles& w, int64_t tile, float* room) {
+        if (!w.lookup()) return std::nullopt;
         tile_kernels().decode_tile(w, tile, room);
         Tiles decoded;
         decoded.data = reinterpret_cast<const uint8_t*>(room), decoded.rows = tile_rows, decoded.cols = w.cols;
-        tile = 0;
         return decoded;
     }
 
