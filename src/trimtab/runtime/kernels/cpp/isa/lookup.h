@@ -47,24 +47,33 @@ template <int BITS>
 inline Rows16 sum_halves(const uint8_t* data, const int8_t* table, int64_t first, int64_t last) {
     const __m256i zero = _mm256_setzero_si256();
     Rows16 all = {zero, zero};
-    if (first % 2 == 0)
+    auto take = [&](const Pieces& sum) {
+        all.first = _mm256_add_epi32(all.first, joined(sum.low)), all.second = _mm256_add_epi32(all.second, joined(sum.high));
+    };
+    // Two pieces, which are one unit, from an even one on.
+    auto unit = [&](Pieces& sum, int64_t piece) {
+        const uint8_t* at = data + piece * 32 * BITS;
+        for (int line = 0; line < BITS; ++line) _mm_prefetch(reinterpret_cast<const char*>(at + 2048 + 64 * line), _MM_HINT_T0);
+        sum.add<BITS>(at, table + piece * 64);
+        sum.add<BITS>(at + 32, table + piece * 64 + 64);
+    };
+    if (first % 2 == 0) {
         for (; first + 4 <= last; first += 4) {
-            const uint8_t* at = data + first * 32 * BITS;
-            const int8_t* entries = table + first * 64;
-            for (int line = 0; line < 2 * BITS; ++line) _mm_prefetch(reinterpret_cast<const char*>(at + 2048 + 64 * line), _MM_HINT_T0);
             Pieces sum = {zero, zero};
-            sum.add<BITS>(at, entries);
-            sum.add<BITS>(at + 32, entries + 64);
-            sum.add<BITS>(at + 64 * BITS, entries + 128);
-            sum.add<BITS>(at + 64 * BITS + 32, entries + 192);
-            all.first = _mm256_add_epi32(all.first, joined(sum.low));
-            all.second = _mm256_add_epi32(all.second, joined(sum.high));
+            unit(sum, first), unit(sum, first + 2);
+            take(sum);
         }
+        if (first + 2 <= last) {
+            Pieces sum = {zero, zero};
+            unit(sum, first);
+            take(sum);
+            first += 2;
+        }
+    }
     for (; first < last; ++first) {
         Pieces sum = {zero, zero};
         sum.add<BITS>(data + first / 2 * 64 * BITS + first % 2 * 32, table + first * 64);
-        all.first = _mm256_add_epi32(all.first, joined(sum.low));
-        all.second = _mm256_add_epi32(all.second, joined(sum.high));
+        take(sum);
     }
     return all;
 }
