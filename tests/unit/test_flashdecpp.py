@@ -70,7 +70,14 @@ def top_of(q: np.ndarray, k: np.ndarray, scale: float) -> float:
 
 
 def attention(softmax: Any = None, **options: Any) -> Attention:
-    made = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "scale": HEAD_DIM**-0.5, "split": SPLIT, **options}
+    made = {
+        "heads": HEADS,
+        "kv_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "scale": HEAD_DIM**-0.5,
+        "split": SPLIT,
+        **options,
+    }
     return Attention(**made) if softmax is None else Attention(softmax=softmax, **made)
 
 
@@ -79,7 +86,11 @@ def attention(softmax: Any = None, **options: Any) -> Attention:
 
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_any_phi_gives_the_softmax(isa: str, tokens: int) -> None:
-    q, k, v = values(1, HEADS, HEAD_DIM), values(KV_HEADS, tokens, HEAD_DIM, seed=1), values(KV_HEADS, tokens, HEAD_DIM, seed=2)
+    q, k, v = (
+        values(1, HEADS, HEAD_DIM),
+        values(KV_HEADS, tokens, HEAD_DIM, seed=1),
+        values(KV_HEADS, tokens, HEAD_DIM, seed=2),
+    )
     wanted, top = reference(q, k, v, HEAD_DIM**-0.5), top_of(q, k, HEAD_DIM**-0.5)
     coded = encode_pages(k), encode_pages(v)
     for offset in (-20.0, -3.0, 0.0, 3.0, 20.0):
@@ -110,7 +121,9 @@ def test_prompts_caps_and_windows(isa: str, softcap: float, window: int) -> None
         one = attention(softmax, heads=4, kv_heads=2, head_dim=32, scale=1.0, softcap=softcap, window=window)
         np.testing.assert_allclose(one.run(q, encode_pages(k), encode_pages(v)), wanted, rtol=1e-5, atol=1e-5)
         last = attention(softmax, heads=4, kv_heads=2, head_dim=32, scale=1.0, softcap=softcap, window=window, split=16)
-        np.testing.assert_allclose(last.run(q[-1:], encode_pages(k), encode_pages(v)), wanted[-1:], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            last.run(q[-1:], encode_pages(k), encode_pages(v)), wanted[-1:], rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("format", ["float32", "bfloat16", "float16", "int8"])
@@ -129,7 +142,11 @@ def test_paged_is_contiguous(isa: str, format: str, page: int | None) -> None:
 
 def adversarial(offset: float, tokens: int = 600) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """Queries whose largest score lies `offset` above the phi that is returned."""
-    q, k, v = values(1, HEADS, HEAD_DIM), values(KV_HEADS, tokens, HEAD_DIM, seed=1), values(KV_HEADS, tokens, HEAD_DIM, seed=2)
+    q, k, v = (
+        values(1, HEADS, HEAD_DIM),
+        values(KV_HEADS, tokens, HEAD_DIM, seed=1),
+        values(KV_HEADS, tokens, HEAD_DIM, seed=2),
+    )
     return q, k, v, top_of(q, k, HEAD_DIM**-0.5) - offset
 
 
@@ -158,7 +175,9 @@ def test_only_the_row_at_risk_is_computed_again(isa: str) -> None:
 def test_a_range_without_a_key_in_sight_changes_nothing(isa: str) -> None:
     q, k, v = values(3, 64), values(512, 64, seed=1), values(512, 64, seed=2)
     high = np.full(3, 256)
-    seen, hidden = (attend_range(q, k, v, first=a, last=b, high=high, scale=0.1, phi=0.0) for a, b in ((0, 256), (256, 512)))
+    seen, hidden = (
+        attend_range(q, k, v, first=a, last=b, high=high, scale=0.1, phi=0.0) for a, b in ((0, 256), (256, 512))
+    )
     assert np.isneginf(hidden.largest).all() and not hidden.weight.any() and not hidden.sums.any()
     wanted = reference(q[None, :, :], k[None, :256], v[None, :256], 0.1)[0]
     joined = (seen.sums + hidden.sums) / (seen.weight + hidden.weight)[:, None]
@@ -271,7 +290,9 @@ def test_product_kernels_agree(isa: str, form: WeightFormat, rows: int) -> None:
             np.testing.assert_allclose(found["gemm"], exact, rtol=2e-5, atol=bound)
 
 
-def test_profile_is_measured_once_and_reused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, home: Any) -> None:
+def test_profile_is_measured_once_and_reused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, home: Any
+) -> None:
     form = tiled_format(WeightFormat(kind="bf16"), 96)
     first = dataflow.thresholds(64, 96, form, 1, ("gemv", "flat", "gemm"), 1)
     said = capsys.readouterr().err
@@ -313,7 +334,9 @@ def test_program_follows_the_table(tiny_model: Any, monkeypatch: pytest.MonkeyPa
         asked.append((n, k))
         return 2, 5
 
-    monkeypatch.setattr(sys.modules["trimtab.runtime.native.lower"], "thresholds", thresholds)  # the package has a function of that name
+    monkeypatch.setattr(
+        sys.modules["trimtab.runtime.native.lower"], "thresholds", thresholds
+    )  # the package has a function of that name
     ids = np.random.default_rng(3).integers(0, 131, 40)
     wanted = tiny_model.logits([ids.tolist()])[0, -1].numpy()
     for dataflow_name in ("auto", "gemv", "flat", "gemm"):
@@ -353,7 +376,9 @@ def test_calibration_sees_the_scores_of_the_softmax(tiny_model: Any, tiny_materi
         np.testing.assert_allclose(scores.most, joined.max(1), atol=1e-4)
 
 
-@pytest.mark.parametrize("setting", ["flashdecpp", "flashdecpp:phi=0.5", "flashdecpp:phi=0.1|0.2|0.3,split=16,a=-5,b=5"])
+@pytest.mark.parametrize(
+    "setting", ["flashdecpp", "flashdecpp:phi=0.5", "flashdecpp:phi=0.1|0.2|0.3,split=16,a=-5,b=5"]
+)
 def test_both_engines_keep_the_logits(tiny_model: Any, tiny_materials: Any, setting: str) -> None:
     ids = np.random.default_rng(4).integers(0, 131, 90)
     wanted = tiny_model.logits([ids.tolist()])[0].numpy()
@@ -437,7 +462,6 @@ def test_models_it_does_not_fit(tiny_model: Any) -> None:
 
 def test_softcapped_scores_are_calibrated_as_capped() -> None:
     from tests.unit.test_native import family_model
-
     from trimtab.techniques.attention._scores import score_ranges
     from trimtab.techniques.materials import Materials
 

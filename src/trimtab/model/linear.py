@@ -18,6 +18,7 @@ from trimtab.runtime.numerics import decode
 from trimtab.runtime.step import Step
 from trimtab.runtime.weights.packed import Packed, Weights
 from trimtab.spec.leaves import EmbeddingSpec, LinearSpec, NormSpec
+from trimtab.spec.product import LookupTable
 
 #: Tokens up to which an integer matrix is multiplied in its packed form; above, decoding it once is cheaper.
 PACKED_TOKENS = 8
@@ -36,7 +37,7 @@ class Linear(nn.Module):
         super().__init__()
         self.path, self.spec = path, spec
         names = list(stored) if stored is not None else [path]
-        self.packed = [weights[name] for name in names]
+        self.packed = [self._laid_out(weights[name]) for name in names]
         self.biases = [weights[f"{name}.bias"] if spec.bias else None for name in names]
 
     def forward(self, x_TK: torch.Tensor, step: Step, index: int = 0) -> torch.Tensor:
@@ -53,9 +54,26 @@ class Linear(nn.Module):
         stored = self.biases[index]
         return None if stored is None else float_tensor(stored)[0].to(dtype)
 
+    def _laid_out(self, packed: Packed) -> Packed:
+        """The matrix as the kernel of its product reads it."""
+        if not isinstance(self.spec.product, LookupTable):
+            return packed
+        from trimtab.runtime.native.products import stored_for
+
+        return stored_for(packed, self.spec)
+
     def _product(self, x_TK: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
         form, transposed = packed.format, packed.layout == "transposed"
-        if form.kind == "int" and x_TK.shape[0] <= PACKED_TOKENS:
+        product = self.spec.product
+        if isinstance(product, LookupTable) and x_TK.shape[0] <= PACKED_TOKENS:
+            from trimtab.runtime.native.products import multiply
+
+            x = np.ascontiguousarray(x_TK.float().numpy())
+            y_TN = torch.from_numpy(multiply(packed, product, x, product.threads or torch.get_num_threads())).to(
+                x_TK.dtype
+            )
+            return y_TN if bias is None else y_TN + bias
+        if form.kind == "int" and not form.tiled and x_TK.shape[0] <= PACKED_TOKENS:
             kernel = int_gemv_t if transposed else int_gemv
             x = np.ascontiguousarray(x_TK.float().numpy())
             y_TN = torch.from_numpy(kernel(x, int_rows(packed), torch.get_num_threads())[0]).to(x_TK.dtype)

@@ -15,6 +15,7 @@ CHECKS = {
     7: "trimtab.papers.idealized_runtime",
     14: "trimtab.papers.frontier",
     34: "trimtab.papers.flashdecpp",
+    39: "trimtab.papers.tmac",
     52: "trimtab.papers.gemfilter",
     60: "trimtab.papers.cats",
 }

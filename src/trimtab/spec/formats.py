@@ -31,6 +31,14 @@ FLOAT_KINDS = ("fp32", "fp16", "bf16")
 SCALED_KINDS = ("fp8", "mxfp4")
 MX_BLOCK = 32
 
+#: What products by table lookup read, in tiles only. ``bitplane`` and ``bitlane`` hold one nibble for every 4 columns and bit
+#: of the code and differ in the order of nibbles alone: the first is for 16-byte shuffles, the second for 64-byte permutations.
+#: ``ternary`` holds -1, 0 or 1 as 5 bits for every 3 columns. See `runtime/kernels/cpp/native/tiles.h`.
+PLANE_KINDS = ("bitplane", "bitlane")
+LOOKUP_KINDS = (*PLANE_KINDS, "ternary")
+#: Columns and bytes (16 rows) of a unit of a ternary tile, and how many units share a piece of signs as large as one of them.
+TERNARY_COLS, TERNARY_BYTES, TERNARY_SHARED = 12, 32, 4
+
 #: How the input of a product may be coded, so that the product runs at that dtype's peak; ``none`` = as the activations are.
 ACT_KINDS = ("none", "fp8", "int8", "fp4")
 
@@ -103,13 +111,14 @@ class WeightFormat:
     """How the elements of one matrix are stored.
 
     Args:
-        kind: ``fp32 | fp16 | bf16``, ``fp8``, ``mxfp4``, ``int`` (group-affine integer grid) or a ggml block name such as
-            ``q4_1``.
-        bits: bits of one code, 2..8; only for ``int``.
-        group: elements along a stored row that share one scale; only for ``int``.
-        sym: ``int`` only. True: ``w = scale * (code - 2**(bits-1))``. False: ``w = scale * code + minimum``.
+        kind: ``fp32 | fp16 | bf16``, ``fp8``, ``mxfp4``, ``int`` (group-affine integer grid), ``bitplane`` or ``bitlane``
+            (the same grid as planes of bits), ``ternary`` (-1, 0 or 1 times a scale), or a ggml block name such as ``q4_1``.
+        bits: bits of one code, 1..8, and 1..4 in planes; only for ``int`` and planes.
+        group: elements along a stored row that share one scale; the last group of a row may be shorter in planes and ternary.
+        sym: ``int`` and planes. True: ``w = scale * (code - 2**(bits-1))``. False: ``w = scale * code + minimum``.
         tiled: True for the layout of the native program: rows and columns are padded to whole tiles, and a group is a
-            multiple of 16 or the whole row. Floats, ``int``, ``q4_k``, ``q5_k`` and ``q6_k`` have one.
+            multiple of 16 (planes: of 4) or the whole row. Floats, ``int``, ``q4_k``, ``q5_k`` and ``q6_k`` have one; planes
+            and ``ternary`` have no other.
 
     Raises:
         SpecError: unknown kind, bits outside 1..8, a group below 1, or a kind or group that has no tiles.
@@ -122,7 +131,9 @@ class WeightFormat:
     tiled: bool = False
 
     def __post_init__(self) -> None:
-        if self.tiled and not self.is_float and self.kind not in ("int", *SUPER_BLOCKS):
+        if self.kind in LOOKUP_KINDS:
+            self._check_lookup()
+        elif self.tiled and not self.is_float and self.kind not in ("int", *SUPER_BLOCKS):
             raise SpecError(
                 f"{self.kind} weights have no tiled layout. Those with one: floats, int, {', '.join(SUPER_BLOCKS)}."
             )
@@ -131,10 +142,20 @@ class WeightFormat:
                 raise SpecError(f"int weights: bits={self.bits} is not possible. Allowed: 1..8. Try bits=4.")
             if self.group < 1:
                 raise SpecError(f"int weights: group={self.group} is not possible. Allowed: 1 or more. Try group=32.")
-        elif self.kind not in (*FLOAT_KINDS, *SCALED_KINDS, *GGUF_BLOCKS):
+        elif self.kind not in (*FLOAT_KINDS, *SCALED_KINDS, *LOOKUP_KINDS, *GGUF_BLOCKS):
             from trimtab.errors import unknown
 
-            raise unknown("weight format", self.kind, (*FLOAT_KINDS, *SCALED_KINDS, "int", *GGUF_BLOCKS))
+            raise unknown("weight format", self.kind, (*FLOAT_KINDS, *SCALED_KINDS, "int", *LOOKUP_KINDS, *GGUF_BLOCKS))
+
+    def _check_lookup(self) -> None:
+        if not self.tiled:
+            raise SpecError(f"{self.kind} weights have a tiled layout only.")
+        if self.kind != "ternary" and not 1 <= self.bits <= 4:
+            raise SpecError(f"{self.kind} weights: bits={self.bits} is not possible. Allowed: 1..4. Try bits=4.")
+        if self.group < 1:
+            raise SpecError(
+                f"{self.kind} weights: group={self.group} is not possible. Allowed: 1 or more. Try group=64."
+            )
 
     @property
     def is_float(self) -> bool:
@@ -180,12 +201,15 @@ class WeightFormat:
         if self.is_float:
             return (Buffer("data", self.kind, (tiles, cols, TILE_ROWS)),)
         units = -(-cols // UNIT_COLS)
+        if self.kind in LOOKUP_KINDS:
+            return self._lookups(tiles, cols)
         if self.kind == "int":
-            if cols % self.group or (self.group % 16 and self.group != cols):
+            # A last group that is shorter is possible where groups are whole units.
+            if self.group != cols and (self.group % 16 or (cols % self.group and self.group % UNIT_COLS)):
                 raise SpecError(
                     f"{self} on rows of {cols}: tiles need groups of 16, 32, 48, ... that divide the row, or one group."
                 )
-            groups = (tiles, cols // self.group, TILE_ROWS)
+            groups = (tiles, -(-cols // self.group), TILE_ROWS)
             found = [Buffer("codes", "u8", (tiles, units, 64 * self.bits)), Buffer("scale", "fp16", groups)]
             return (*found, *(() if self.sym else (Buffer("minimum", "fp16", groups),)))
         bits, group, minimum = SUPER_BLOCKS[self.kind]
@@ -198,6 +222,18 @@ class WeightFormat:
             Buffer("sub", "u8", (tiles, blocks, kinds, 256 // group, TILE_ROWS)),
         )
 
+    def _lookups(self, tiles: int, cols: int) -> tuple[Buffer, ...]:
+        scales = (tiles, -(-cols // self.group), TILE_ROWS)
+        if self.kind == "ternary":
+            whole, rest = divmod(cols, self.group)
+            units = whole * -(-self.group // TERNARY_COLS) + -(-rest // TERNARY_COLS)
+            pieces = units + -(-units // TERNARY_SHARED)
+            return Buffer("codes", "u8", (tiles, pieces * TERNARY_BYTES)), Buffer("scale", "fp16", scales)
+        if self.group % 4 and self.group != cols:
+            raise SpecError(f"{self} on rows of {cols}: group={self.group} is not a multiple of 4, or the whole row.")
+        found = (Buffer("codes", "u8", (tiles, -(-cols // UNIT_COLS), self.bits, 64)), Buffer("scale", "fp16", scales))
+        return found if self.sym else (*found, Buffer("minimum", "fp16", scales))
+
     def nbytes(self, rows: int, cols: int) -> int:
         """Bytes of a stored [rows, cols] matrix: the sum over its buffers."""
         return sum(buffer.nbytes for buffer in self.buffers(rows, cols))
@@ -207,8 +243,10 @@ class WeightFormat:
         return self.nbytes(TILE_ROWS, cols) // TILE_ROWS if self.tiled else self.nbytes(1, cols)
 
     def __str__(self) -> str:
-        name = self.kind if self.kind != "int" else f"int{self.bits}-g{self.group}{'' if self.sym else '-asym'}"
-        return f"{name}-tiled" if self.tiled else name
+        name = self.kind
+        if self.kind == "int" or self.kind in LOOKUP_KINDS:
+            name = f"{self.kind}{self.bits or ''}-g{self.group}{'' if self.sym else '-asym'}"
+        return f"{name}-tiled" if self.tiled and self.kind not in LOOKUP_KINDS else name
 
 
 FP32 = WeightFormat(kind="fp32")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from trimtab.errors import SpecError, unknown
 from trimtab.spec.formats import ACT_KINDS, BF16, WeightFormat
+from trimtab.spec.product import EXACT, Product
 from trimtab.spec.tree import Node
-
 
 #: One token after the other (gemv), blocks of tokens that share what is read (flat), the matrix decoded to floats first (gemm).
 PRODUCT_KERNELS = ("gemv", "flat", "gemm")
@@ -28,6 +28,8 @@ class LinearSpec(Node):
             ``fp8``, ``int8`` or ``fp4``.
         kernels: which of `PRODUCT_KERNELS` may multiply; of several, the native program takes the one that is fastest for the
             tokens at hand. Results agree to the rounding of floats.
+        product: how the product is computed where that is not by the values of the matrix; needs rows on an integer grid of at
+            most 4 bits, or ternary ones.
     """
 
     n: int
@@ -38,6 +40,7 @@ class LinearSpec(Node):
     layout: str = "row"
     act: str = "none"
     kernels: tuple[str, ...] = ("flat",)
+    product: Product = EXACT
 
     def __post_init__(self) -> None:
         for name in self.kernels or ("none",):
@@ -47,6 +50,10 @@ class LinearSpec(Node):
             raise SpecError(f"layout '{self.layout}' is not known. Allowed: row, transposed.")
         if self.act not in ACT_KINDS:
             raise unknown("input format", self.act, ACT_KINDS)
+        if self.product != EXACT and self.layout != "row":
+            raise SpecError(
+                "A matrix stored transposed has no product by table lookup: its groups run along the outputs."
+            )
 
     @property
     def stored_shape(self) -> tuple[int, int]:

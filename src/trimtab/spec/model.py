@@ -25,6 +25,7 @@ from trimtab.spec.nodes import (
     MoESpec,
     StateSpaceSpec,
 )
+from trimtab.spec.product import EXACT
 from trimtab.spec.tree import Edit, Node, Written
 
 
@@ -158,7 +159,7 @@ class ModelSpec(Node):
                 elif isinstance(value, WeightFormat) and (value.is_float or not keep_packed):
                     updates[field.name] = weights
                     if isinstance(node, LinearSpec) and field.name == "format":
-                        updates["act"] = "none"
+                        updates |= {"act": "none", "product": EXACT}
                 elif isinstance(value, PageFormat):
                     updates[field.name] = page
             return dataclasses.replace(node, **updates)  # type: ignore[type-var]

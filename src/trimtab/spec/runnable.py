@@ -49,6 +49,8 @@ def _missing(node: tree.Node, int_pages: bool) -> str:
         return f"a product with its input coded as {node.act}"
     if isinstance(node, HeadSpec):
         known = ("int8",) if int_pages else ()
-        coded = next((form for form in (node.k_format, node.v_format) if not form.is_float and form.kind not in known), None)
+        coded = next(
+            (form for form in (node.k_format, node.v_format) if not form.is_float and form.kind not in known), None
+        )
         return f"attention over a cache in {coded}" if coded else ""
     return ""

@@ -101,7 +101,10 @@ def load_native(
         spec, weights = variant.spec.with_kv_dtype(kv_dtype), variant.weights
         del model, variant
     else:
-        weights = reencode(loaded.weights, spec)
+        weights = loaded.weights
+        for technique in sorted(chosen, key=lambda t: t.stage):
+            weights = technique.convert(weights, loaded.spec, spec, Materials())
+        weights = reencode(weights, spec)
     del loaded
     return NativeModel(lower(spec, weights, threads), tokenizer)
 
@@ -146,7 +149,9 @@ def load_engine(
             # A technique that fills weights of its own starts from floats.
             plain = all(type(technique).convert is Technique.convert for technique in parse_all(techniques))
             stored = ("file" if plain else "float32") if dtype == "auto" else dtype
-            return load_native(source, dtype=stored, techniques=techniques, threads=threads, kv_dtype=kv_dtype, materials=materials), ""
+            return load_native(
+                source, dtype=stored, techniques=techniques, threads=threads, kv_dtype=kv_dtype, materials=materials
+            ), ""
         except UnsupportedModelError as error:
             if engine == "native":
                 raise

@@ -17,17 +17,18 @@ from trimtab.runtime.kernels import _core
 from trimtab.runtime.native.arena import Arena
 from trimtab.runtime.native.attention import unified_limits
 from trimtab.runtime.native.dataflow import ONLY, thresholds
+from trimtab.runtime.native.products import as_tiles, core_tiles, tiles_of
 from trimtab.runtime.native.program import NativeProgram
 from trimtab.runtime.numerics import decode
-from trimtab.runtime.numerics.tiles import tile, tiled_format
 from trimtab.runtime.rope import frequencies
 from trimtab.runtime.weights.packed import Packed, Weights
 from trimtab.spec import tree
 from trimtab.spec.cache import All
-from trimtab.spec.formats import FP32, SUPER_BLOCKS, UNIT_COLS, WeightFormat
+from trimtab.spec.formats import FP32, WeightFormat
 from trimtab.spec.leaves import EmbeddingSpec, LinearSpec, NormSpec
 from trimtab.spec.model import ModelSpec
 from trimtab.spec.nodes import NO_FLOW, AttentionSpec, FFNSpec, GateFirst, LayerSpec
+from trimtab.spec.product import EXACT, LookupTable, Product
 from trimtab.spec.tree import Node
 
 #: Hugging Face names of activations -> index in `Act` of `cpp/kernels.h`.
@@ -39,8 +40,6 @@ _NONE = 4
 _ROW_KINDS = ("fp32", "bf16", "int")
 _CODINGS = {"fp32": 0, "fp16": 1, "bf16": 2}
 _PAGES = {**_CODINGS, "int8": 3}
-_INTS = 3
-_SCALES = {"q4_k": 1, "q5_k": 1, "q6_k": 2}
 _SET, _ADD, _GATED = 0, 1, 2
 #: Int8 passes over the inputs of q, k, v and the head. The residual stream has a few very large channels; coded in one pass,
 #: they cost the built-in model 1.7 points of top-1 agreement at the head and 1.4 at q, k and v. Other inputs take one.
@@ -87,9 +86,9 @@ def lowered_spec(spec: ModelSpec) -> ModelSpec:
         if isinstance(node, FFNSpec) and isinstance(node.executor, GateFirst):  # up and down stay as rows
             updates |= {"up_proj": node.up_proj, "down_proj": node.down_proj}
         if isinstance(node, LinearSpec):
-            updates |= {"format": _tiled(node.format, node.k), "bias_format": FP32}
+            updates |= {"format": _tiled(node), "bias_format": FP32}
         elif isinstance(node, EmbeddingSpec):
-            updates["format"] = _tiled(node.format, node.k)
+            updates["format"] = _tiled(node)
         elif isinstance(node, NormSpec):
             updates["format"] = FP32
         return dataclasses.replace(node, **updates)  # type: ignore[type-var]
@@ -99,9 +98,10 @@ def lowered_spec(spec: ModelSpec) -> ModelSpec:
     return dataclasses.replace(converted, act_dtype="fp32", history=spec.history)
 
 
-def _tiled(format: WeightFormat, cols: int) -> WeightFormat:
+def _tiled(node: LinearSpec | EmbeddingSpec) -> WeightFormat:
+    """The tiled format a matrix is held in."""
     try:
-        return tiled_format(format, cols)
+        return tiles_of(node.format, node.product if isinstance(node, LinearSpec) else EXACT, node.n, node.k)
     except SpecError as error:
         raise UnsupportedModelError(str(error)) from None
 
@@ -127,8 +127,10 @@ def _missing(path: str, node: Node) -> str:
             return "" if path.endswith(".mlp.down_proj") else "A matrix stored transposed"
         if node.act != "none":
             return f"A product with its input coded as {node.act}"
+        if isinstance(node.product, LookupTable):
+            return ""  # refused in words of its own
         try:
-            tiled_format(node.format, node.k)
+            tiles_of(node.format, node.product, node.n, node.k)
         except SpecError:
             return f"A matrix in {node.format} with rows of {node.k}"
     if isinstance(node, NormSpec) and not node.weight:
@@ -182,7 +184,8 @@ def lower(
         CapacityError: the weights do not fit into memory.
     """
     native = lowered_spec(spec)
-    count = threads or len(os.sched_getaffinity(0))
+    asked = (node.product.threads for _, node in native.linears() if isinstance(node.product, LookupTable))
+    count = threads or max(asked, default=0) or len(os.sched_getaffinity(0))
     builder = _Builder(native, weights, count, release or (lambda path: None))
     return builder.build()
 
@@ -336,16 +339,16 @@ class _Builder:
         return thresholds(node.n, node.k, format, passes, node.kernels, self.program.threads)
 
     def matrix(self, path: str, node: LinearSpec) -> _core.Tiles:
-        return self._tiles(path, node.format, (node.n, node.k))
+        return self._tiles(path, node.format, (node.n, node.k), node.product)
 
     def table(self, path: str, node: EmbeddingSpec) -> _core.Tiles:
         return self._tiles(path, node.format, (node.n, node.k))
 
-    def _tiles(self, path: str, format: WeightFormat, shape: tuple[int, int]) -> _core.Tiles:
-        packed = tile(self.weights[path], self.arena.buffers(format, shape))
+    def _tiles(self, path: str, format: WeightFormat, shape: tuple[int, int], product: Product = EXACT) -> _core.Tiles:
+        packed = as_tiles(self.weights[path], format, self.arena.buffers(format, shape))
         self.release(path)
         self.nbytes += packed.nbytes
-        return core_tiles(packed)
+        return core_tiles(packed, product)
 
     def bias(self, path: str, node: LinearSpec) -> np.ndarray | None:
         return self.vector(f"{path}.bias") if node.bias else None
@@ -373,21 +376,6 @@ class _Builder:
             longer = [] if found.long is None else found.long.tolist()
             self.ropes[attn.rope] = self.program.rope(found.inverse.tolist(), longer, found.original, found.scale)
         return self.ropes[attn.rope]
-
-
-def core_tiles(packed: Packed) -> _core.Tiles:
-    """The tiled matrix as the kernels take it."""
-    format, (rows, cols) = packed.format, packed.shape
-    flat = {name: buffer.reshape(-1).view(np.uint8) for name, buffer in packed.buffers.items()}
-    if format.is_float:
-        return _core.tiles(_CODINGS[format.kind], 0, 0, rows, cols, 0, flat["data"], None, None, None)
-    bits, group, _ = SUPER_BLOCKS.get(format.kind, (format.bits, format.group, False))
-    if group == cols:  # one scale a row: it holds for the padding too
-        group = -(-cols // UNIT_COLS) * UNIT_COLS
-    return _core.tiles(
-        _INTS, _SCALES.get(format.kind, 0), bits, rows, cols, group, flat["codes"], flat["scale"], flat.get("minimum"),
-        flat.get("sub"),
-    )  # fmt: skip
 
 
 def _matrices(spec: ModelSpec) -> Iterable[tuple[str, WeightFormat, tuple[int, int]]]:

@@ -12,7 +12,7 @@ from trimtab.runtime.numerics.floats import bfloat16_bits, bfloat16_to_float32, 
 from trimtab.runtime.numerics.grid import decode_grid, encode_grid
 from trimtab.runtime.numerics.scaled import decode_scaled, encode_fp8, encode_mxfp4
 from trimtab.runtime.weights.packed import Packed
-from trimtab.spec.formats import GGUF_BLOCKS, SCALED_KINDS, WeightFormat
+from trimtab.spec.formats import GGUF_BLOCKS, LOOKUP_KINDS, SCALED_KINDS, WeightFormat
 
 
 def decode(packed: Packed, rows: slice | np.ndarray | None = None, out: np.ndarray | None = None) -> np.ndarray:
@@ -69,7 +69,8 @@ def encode(values: np.ndarray, format: WeightFormat, layout: str = "row") -> Pac
 
     Args:
         values: float32 [rows, cols] as they are to be stored, or [n] for a vector.
-        format: fp32 (keeps the array itself where it is contiguous), fp16, bf16, fp8, mxfp4 or int; all round to nearest.
+        format: fp32 (keeps the array itself where it is contiguous), fp16, bf16, fp8, mxfp4, int, bitplane, bitlane or ternary;
+            all round to nearest.
         layout: what the rows mean; nothing is transposed here.
 
     Raises:
@@ -80,6 +81,10 @@ def encode(values: np.ndarray, format: WeightFormat, layout: str = "row") -> Pac
     shape = (stored.shape[0], stored.shape[1])
     if format.kind == "int":
         return Packed(format, shape, encode_grid(stored, format), layout)
+    if format.kind in LOOKUP_KINDS:
+        from trimtab.runtime.numerics.lookup import encode_planes, encode_ternary
+
+        return encode_ternary(stored, format) if format.kind == "ternary" else encode_planes(stored, format)
     if format.kind in SCALED_KINDS:
         format.buffers(*shape)  # refuses rows that do not divide
         return Packed(format, shape, {"fp8": encode_fp8, "mxfp4": encode_mxfp4}[format.kind](stored), layout)
@@ -109,7 +114,7 @@ def transcode(packed: Packed, format: WeightFormat, layout: str | None = None) -
     layout = packed.layout if layout is None else layout
     if packed.format == format and packed.layout == layout:
         return packed
-    if packed.format.kind == "int" and format.kind == "int":
+    if packed.format.kind in ("int", *LOOKUP_KINDS) and format.kind in ("int", *LOOKUP_KINDS):
         what = f"{format}" if packed.format != format else f"groups along the other axis ({layout})"
         raise SpecError(
             f"A matrix already rounded to {packed.format} cannot be stored as {what}: it would be rounded twice. Start from floats."

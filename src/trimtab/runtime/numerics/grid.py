@@ -33,32 +33,48 @@ def encode_grid(values: np.ndarray, format: WeightFormat) -> dict[str, np.ndarra
 
     rows, cols = values.shape
     names = [buffer.name for buffer in format.buffers(rows, cols)]
-    groups, levels = cols // format.group, 2**format.bits
+    groups = cols // format.group
     codes = np.empty((rows, (cols * format.bits + 7) // 8), np.uint8)
     scale = np.empty((rows, groups), np.float16)
     minimum = np.empty((rows, groups), np.float16)
     for part in _parts(rows, cols):
-        w = values[part].reshape(-1, groups, format.group)
-        low, high = w.min(axis=2), w.max(axis=2)
-        with np.errstate(over="ignore"):  # told below, in words
-            if format.sym:
-                scale[part] = np.where(-low >= high, low, high) / np.float32(-levels // 2)
-            else:
-                scale[part], minimum[part] = (high - low) / np.float32(levels - 1), low
-        if not np.isfinite(scale[part]).all() or not (format.sym or np.isfinite(minimum[part]).all()):
-            raise SpecError(
-                f"{format}: a group of weights is not finite, or beyond what an fp16 scale can express. Keep this matrix in floats."
-            )
-        step = scale[part].astype(np.float32)[:, :, None]
-        inverse = np.divide(1.0, step, out=np.zeros_like(step), where=step != 0)
-        if format.sym:
-            points = np.rint(w * inverse) + np.float32(levels // 2)
-        else:
-            points = np.rint((w - minimum[part].astype(np.float32)[:, :, None]) * inverse)
-        np.clip(points, 0, levels - 1, out=points)
-        codes[part] = pack_codes(points.astype(np.uint8).reshape(-1, cols), format.bits)
+        points, scale[part], low = nearest_points(values[part].reshape(-1, groups, format.group), format)
+        if low is not None:
+            minimum[part] = low
+        codes[part] = pack_codes(points.reshape(-1, cols), format.bits)
     found = {"codes": codes, "scale": scale, "minimum": minimum}
     return {name: found[name] for name in names}
+
+
+def nearest_points(w: np.ndarray, format: WeightFormat) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Round whole groups, float32 [rows, groups, elements], to the grid of `format`.
+
+    Returns:
+        Codes uint8 as `w`, scale and minimum fp16 [rows, groups]; no minimum where the grid is symmetric.
+
+    Raises:
+        SpecError: a scale is not finite in fp16.
+    """
+    levels = 2**format.bits
+    low, high = w.min(axis=2), w.max(axis=2)
+    minimum = None
+    with np.errstate(over="ignore"):  # told below, in words
+        if format.sym:
+            scale = (np.where(-low >= high, low, high) / np.float32(-levels // 2)).astype(np.float16)
+        else:
+            scale, minimum = ((high - low) / np.float32(levels - 1)).astype(np.float16), low.astype(np.float16)
+    if not np.isfinite(scale).all() or (minimum is not None and not np.isfinite(minimum).all()):
+        raise SpecError(
+            f"{format}: a group of weights is not finite, or beyond what an fp16 scale can express. Keep this matrix in floats."
+        )
+    step = scale.astype(np.float32)[:, :, None]
+    inverse = np.divide(1.0, step, out=np.zeros_like(step), where=step != 0)
+    if minimum is None:
+        points = np.rint(w * inverse) + np.float32(levels // 2)
+    else:
+        points = np.rint((w - minimum.astype(np.float32)[:, :, None]) * inverse)
+    np.clip(points, 0, levels - 1, out=points)
+    return points.astype(np.uint8), scale, minimum
 
 
 def decode_grid(buffers: Mapping[str, np.ndarray], format: WeightFormat, cols: int, out: np.ndarray) -> None:

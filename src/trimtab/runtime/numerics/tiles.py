@@ -9,10 +9,10 @@ import numpy as np
 
 from trimtab.errors import SpecError
 from trimtab.runtime.weights.packed import NUMPY_DTYPES, Packed
-from trimtab.spec.formats import SUPER_BLOCKS, TILE_ROWS, UNIT_COLS, WeightFormat
+from trimtab.spec.formats import LOOKUP_KINDS, PLANE_KINDS, SUPER_BLOCKS, TILE_ROWS, UNIT_COLS, WeightFormat
 
 #: The integer grid that holds the codes and scales of a simple block format as they are: (bits, symmetric).
-_PLAIN_BLOCKS = {"q4_0": (4, True), "q4_1": (4, False), "q5_0": (5, True), "q5_1": (5, False), "q8_0": (8, True)}
+PLAIN_BLOCKS = {"q4_0": (4, True), "q4_1": (4, False), "q5_0": (5, True), "q5_1": (5, False), "q8_0": (8, True)}
 #: Elements moved at a time: what is unpacked stays in the cache.
 _CHUNK = 1 << 20
 
@@ -25,8 +25,8 @@ def tiled_format(format: WeightFormat, cols: int) -> WeightFormat:
     """
     if format.tiled:
         return format
-    if format.kind in _PLAIN_BLOCKS:
-        bits, sym = _PLAIN_BLOCKS[format.kind]
+    if format.kind in PLAIN_BLOCKS:
+        bits, sym = PLAIN_BLOCKS[format.kind]
         return WeightFormat(kind="int", bits=bits, group=32, sym=sym, tiled=True)
     found = WeightFormat(kind=format.kind, bits=format.bits, group=format.group, sym=format.sym, tiled=True)
     found.buffers(TILE_ROWS, cols)  # refuses groups that do not fit
@@ -97,6 +97,11 @@ def decode_tiles(packed: Packed, out: np.ndarray) -> None:
         found = _float_rows(packed)
         out[...] = bfloat16_to_float32(found) if format.kind == "bf16" else found
         return
+    if format.kind in LOOKUP_KINDS:
+        from trimtab.runtime.numerics.lookup import decode_lookup
+
+        decode_lookup(packed, out)
+        return
     codes = _code_rows(packed).astype(np.float32)
     if format.kind == "int":
         group, bits = format.group, format.bits
@@ -111,12 +116,38 @@ def decode_tiles(packed: Packed, out: np.ndarray) -> None:
         scales = packed.buffers["scale"].astype(np.float32)[:, :, :, None] * sub.astype(np.float32)
         by_row = scales.transpose(2, 0, 4, 1, 3).reshape(kinds, tiles * TILE_ROWS, blocks * (256 // group))[:, :rows]
         scale, minimum = by_row[0], -by_row[1] if coded_minimum else None
+    if cols % group:
+        scale, minimum = by_column(scale, group, cols), None if minimum is None else by_column(minimum, group, cols)
+        out[...] = (codes - np.float32(1 << (bits - 1))) * scale if minimum is None else codes * scale + minimum
+        return
     values = codes.reshape(rows, cols // group, group)
     if minimum is None:
         values = (values - np.float32(1 << (bits - 1))) * scale[:, :, None]
     else:
         values = values * scale[:, :, None] + minimum[:, :, None]
     out[...] = values.reshape(rows, cols)
+
+
+def by_column(scales: np.ndarray, group: int, cols: int) -> np.ndarray:
+    """Scales [N, G] repeated for every column, [N, K]; the last group may be shorter."""
+    return np.repeat(scales, group, axis=1)[:, :cols]
+
+
+def grid_of(packed: Packed) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Codes uint8 [N, K], scale and minimum fp16 [N, G] of a matrix on an integer grid: rows, tiles or simple blocks."""
+    format, (rows, cols) = packed.format, packed.shape
+    if not format.tiled:
+        codes, rest = _unpacked(dict(packed.buffers), format, cols)
+        flat = {name: np.ascontiguousarray(values.reshape(rows, -1)) for name, values in rest.items()}
+        return codes, flat["scale"], flat.get("minimum")
+    scales = {name: _from_tiles(packed.buffers[name], rows) for name in ("scale", "minimum") if name in packed.buffers}
+    return _code_rows(packed), scales["scale"], scales.get("minimum")
+
+
+def to_tiles(scales: np.ndarray) -> np.ndarray:
+    """Scales [N, G] -> [tiles, G, 16]; rows that fill the last tile get zero."""
+    whole = _padded(scales, -(-len(scales) // TILE_ROWS) * TILE_ROWS)
+    return np.ascontiguousarray(whole.reshape(-1, TILE_ROWS, scales.shape[1]).transpose(0, 2, 1))
 
 
 def _tile_floats(rows: np.ndarray, kind: str, out: np.ndarray) -> None:
@@ -161,12 +192,12 @@ def _unpacked(part: dict[str, np.ndarray], stored: WeightFormat, cols: int) -> t
         return codes, {name: part[name] for name in ("scale", "minimum") if name in part}
     blocks = part["blocks"]
     rows = len(blocks)
-    if stored.kind in _PLAIN_BLOCKS:
+    if stored.kind in PLAIN_BLOCKS:
         block = blocks.reshape(rows, cols // 32, -1)
         if stored.kind == "q8_0":
             codes = (block[:, :, 2:] ^ 0x80).reshape(rows, cols)  # signed to offset by 128
             return codes, {"scale": _halves(block[:, :, :2])}
-        bits, sym = _PLAIN_BLOCKS[stored.kind]
+        bits, sym = PLAIN_BLOCKS[stored.kind]
         at = 2 if sym else 4
         scales = {"scale": _halves(block[:, :, :2])}
         if not sym:
@@ -227,9 +258,12 @@ def _code_rows(packed: Packed) -> np.ndarray:
 
     format, (rows, cols) = packed.format, packed.shape
     bits = format.bits or SUPER_BLOCKS[format.kind][0]
-    tiles, units, _ = packed.buffers["codes"].shape
+    tiles, units = packed.buffers["codes"].shape[0], packed.buffers["codes"].shape[1]
     out = np.empty((tiles * TILE_ROWS, units * UNIT_COLS), np.uint8)
-    _core.unpack_tiles(packed.buffers["codes"].reshape(-1), bits, out)
+    if format.kind in PLANE_KINDS:
+        _core.unpack_planes(packed.buffers["codes"].reshape(-1), bits, format.kind == "bitlane", out)
+    else:
+        _core.unpack_tiles(packed.buffers["codes"].reshape(-1), bits, out)
     return np.ascontiguousarray(out[:rows, :cols])
 
 

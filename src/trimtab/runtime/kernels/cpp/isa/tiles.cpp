@@ -7,6 +7,11 @@
 #include "native/native.h"
 
 namespace trimtab::TRIMTAB_ISA {
+
+void lookup_tile(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out);  // lookup.cpp
+void tabulate(const Input& in, int64_t t, const float* x, int64_t cols);
+void decode_tile(const Tiles& w, int64_t tile, float* out);
+
 namespace {
 
 constexpr int parts = tile_rows / lanes;  // registers that hold one column of a tile
@@ -564,7 +569,7 @@ void rotate(float* x, const float* cos, const float* sin, int64_t half);
 void encode_grid(const float* x, int64_t count, int64_t group, uint8_t* codes, uint16_t* scale, uint16_t* minimum);
 
 extern const TileKernels tile_table;
-const TileKernels tile_table = {dot_tile, norm, quantize, activate, attend, encode, rotate,
+const TileKernels tile_table = {dot_tile, norm, quantize, tabulate, decode_tile, activate, attend, encode, rotate,
                                 encode_grid, dot_each, dot_decoded};
 
 }  // namespace trimtab::TRIMTAB_ISA

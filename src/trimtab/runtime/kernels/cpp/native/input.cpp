@@ -11,12 +11,22 @@ int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 }  // namespace
 
 int64_t Input::bytes(int64_t tokens) const {
+    if (lookup() && tokens <= lookup_tokens)
+        return aligned(tokens * table_bytes()) + aligned(tokens * scales() * 4) + aligned(tokens * sums() * 4);
     if (!ints) return aligned(tokens * stride * 4);
     const int64_t rows = tokens * passes;
     return (decoded ? aligned(tokens * stride * 4) : 0) + aligned(rows * stride) + aligned(rows * (stride / act_group) * 4) + aligned(rows * ((stride + group - 1) / group) * 4);
 }
 
 void Input::place(char* at, int64_t tokens) {
+    if (lookup() && tokens <= lookup_tokens) {
+        tables = reinterpret_cast<uint8_t*>(at);
+        at += aligned(tokens * table_bytes());
+        scale = reinterpret_cast<float*>(at);
+        at += aligned(tokens * scales() * 4);
+        sum = reinterpret_cast<float*>(at);
+        return;
+    }
     if (!ints) {
         x = reinterpret_cast<float*>(at);
         return;
@@ -30,6 +40,7 @@ void Input::place(char* at, int64_t tokens) {
 }
 
 void Input::fill(int64_t t, const float* values, int64_t cols) const {
+    if (tables) return tile_kernels().tabulate(*this, t, values, cols);
     float* to = x + t * stride;
     if (ints) {
         tile_kernels().quantize(*this, t, values, cols);

@@ -59,6 +59,10 @@ struct TileKernels {
     void (*norm)(const Norm& norm, const float* x, float* y);
     // Codes of row t of `in`, of `cols` values.
     void (*quantize)(const Input& in, int64_t t, const float* x, int64_t cols);
+    // Tables of row t of `in`, of `cols` values.
+    void (*tabulate)(const Input& in, int64_t t, const float* x, int64_t cols);
+    // The columns of a tile of a matrix multiplied by lookups, as floats [cols, 16].
+    void (*decode_tile)(const Tiles& w, int64_t tile, float* out);
     // gate = act(gate) * up, or act(gate) where up is null; `count` is a multiple of 16.
     void (*activate)(Act act, float* gate, const float* up, int64_t count);
     void (*attend)(const Attend& a);

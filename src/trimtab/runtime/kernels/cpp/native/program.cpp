@@ -7,10 +7,13 @@
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <optional>
 
 namespace trimtab {
 namespace {
 
+constexpr int64_t alone = 2;         // tokens up to which every worker prepares the input for itself: cheaper than a barrier
+constexpr int64_t lookup_tokens = 8;  // up to which products are looked up; above, decoding the matrix once is cheaper
 constexpr int64_t token_block = 64;  // rows of input one tile is multiplied with before its results are stored
 constexpr int64_t huge_page = int64_t{2} << 20;
 
@@ -124,8 +127,10 @@ struct LinearKernel : Kernel {
             if (p.w.coding == Coding::ints && p.flow.decodes(tokens)) return true;
         return false;
     }
+    bool lookups = false;  // some product works by table lookup
+
     int64_t scratch_bytes(int64_t tokens) const override {
-        int64_t bytes = aligned(4 * products[0].w.cols);
+        int64_t bytes = aligned(4 * products[0].w.cols) * (lookups ? 1 + 2 * tile_rows : 1);
         for (Input in : inputs) {
             in.decoded = in.ints && decodes(tokens);
             bytes += in.bytes(tokens);
@@ -165,7 +170,7 @@ struct LinearKernel : Kernel {
         for (size_t p = 0; p < products.size(); p += static_cast<size_t>(step_by)) {
             const int64_t tiles = products[p].w.tiles();
             for (int64_t j = std::max(begin, before); j < std::min(end, before + tiles); ++j)
-                bytes += multiply(c, ready, p, j - before, tokens);
+                bytes += multiply(c, private_, ready, p, j - before, tokens);
             before += tiles;
         }
         weight_read += bytes;
@@ -175,21 +180,27 @@ struct LinearKernel : Kernel {
         worker.wait();
     }
 
-    int64_t multiply(Context& c, const Input* ready, size_t p, int64_t tile, int64_t tokens) {
+    int64_t multiply(Context& c, char* own, const Input* ready, size_t p, int64_t tile, int64_t tokens) {
         const TileKernels& k = tile_kernels();
         const Product& one = products[p];
         const Values& to = c.program.values(one.values);
         const int64_t n0 = tile * tile_rows, count = std::min<int64_t>(tile_rows, one.w.rows - n0);
         alignas(64) float out[token_block * tile_rows], second[token_block * tile_rows];
+        float* room = reinterpret_cast<float*>(own + aligned(4 * one.w.cols));
+        std::optional<Tiles> decoded, decoded2;
+        if (lookups && tokens > lookup_tokens) {
+            decoded = decode(one.w, tile, room);
+            if (store == Store::gated) decoded2 = decode(products[p + 1].w, tile, room + one.w.cols * tile_rows);
+        }
         // A second pass over the input makes two rows of every token.
         const int64_t together = ready[one.input].passes > 1 ? token_block / 2 : token_block;
         for (int64_t t0 = 0; t0 < tokens; t0 += together) {
             const int64_t here = std::min(together, tokens - t0);
-            dot(one, tile, ready[one.input], tokens, t0, here, out);
+            dot(one, decoded, tile, ready[one.input], tokens, t0, here, out);
             finish(one, n0, count, here, out);
             if (store == Store::gated) {
                 const Product& other = products[p + 1];
-                dot(other, tile, ready[other.input], tokens, t0, here, second);
+                dot(other, decoded2, tile, ready[other.input], tokens, t0, here, second);
                 finish(other, n0, count, here, second);
                 k.activate(act, out, second, here * tile_rows);
             } else if (act != Act::none) {
@@ -209,9 +220,21 @@ struct LinearKernel : Kernel {
         return bytes;
     }
 
+    // A tile of a matrix that is looked up, decoded into `room` as the only tile of a matrix of floats; none of another matrix.
+    static std::optional<Tiles> decode(const Tiles& w, int64_t tile, float* room) {
+        if (!w.lookup()) return std::nullopt;
+        tile_kernels().decode_tile(w, tile, room);
+        Tiles decoded;
+        decoded.data = reinterpret_cast<const uint8_t*>(room), decoded.rows = tile_rows, decoded.cols = w.cols;
+        return decoded;
+    }
+
     // out [here, 16] for tokens t0 .. of a step of `tokens`, with room for two rows a token where the input has two passes.
-    static void dot(const Product& p, int64_t tile, const Input& in, int64_t tokens, int64_t t0, int64_t here, float* out) {
+    static void dot(const Product& p, const std::optional<Tiles>& decoded, int64_t tile, const Input& in, int64_t tokens,
+                    int64_t t0, int64_t here, float* out) {
         const TileKernels& k = tile_kernels();
+        if (decoded) return k.dot_tile(*decoded, 0, in, t0, here, out);
+        if (p.w.lookup()) return k.dot_tile(p.w, tile, in, t0, here, out);
         if (p.flow.decodes(tokens)) return k.dot_decoded(p.w, tile, in, t0, here, out);
         in.dot(tokens < p.flow.flat ? k.dot_each : k.dot_tile, p.w, tile, t0, here, out);
     }
@@ -491,6 +514,7 @@ void Program::linear(const std::string& name, int source, const Norm* norm, std:
     kernel->name = name, kernel->source = source, kernel->store = store, kernel->act = act;
     if (norm) kernel->has_norm = true, kernel->norm = *norm;
     for (Product& product : products) {
+        kernel->lookups = kernel->lookups || product.w.lookup();
         const Input in = Input::of(product.w, passes);
         size_t i = 0;
         while (i < kernel->inputs.size() && !kernel->inputs[i].same(in)) ++i;

@@ -9,7 +9,15 @@
 //              then its 2-bit part, then its 1-bit part, as the binary digits of `bits` say (8 bits: whole bytes). In the
 //              f-bit part every 64-byte vector holds 32 / f columns: byte 4 r + j keeps, from its lowest f bits up,
 //              columns j, 4 + j, 8 + j, ... of row r.
-//   ternary    see ternary.h
+//   planes     codes [tiles, Kp / 32, bits, 64]: a unit of 32 columns is one 64-byte piece for each plane (bit of the code),
+//              lowest first. A piece holds the nibbles of 8 blocks of 4 columns: bit k of a nibble is column k of its block.
+//              Byte 32 h + 16 l + r keeps row r of block 4 h + l in its low and of block 4 h + 2 + l in its high half, so
+//              that a 128-bit half of a register needs one table.
+//   lanes      as planes, but byte 4 r + j keeps row r of block j in its low and of block 4 + j in its high half, so that a
+//              32-bit lane holds one row.
+//   ternary    groups of whole units of 12 columns, 4 triples; the columns a group lacks are zero. 32 bytes a unit: byte
+//              16 l + r keeps row r of triple l in its low and of triple 2 + l in its high half, as |9 w0 + 3 w1 + w2|. Before
+//              every 4 units stand their 32 bytes of signs: bit 7 - v of byte i belongs to byte i of half v of the 8 halves.
 #pragma once
 #include <cstdint>
 
@@ -17,7 +25,9 @@ namespace trimtab {
 
 constexpr int tile_rows = 16, unit_cols = 32;
 
-enum class Coding : int { f32, f16, bf16, ints };
+enum class Coding : int { f32, f16, bf16, ints, ternary, planes, lanes };
+// What a table of partial sums keeps of each: one byte, two bytes, or the float itself.
+enum class Entry : int { i8, i16, f32 };
 // How the scales of ints are kept, each for 16 rows: half: fp16 [tiles, groups, 16], minimum alike. q4_k: fp16
 // [tiles, K / 256, 2, 16] times uint8 [tiles, K / 256, 2, 8, 16]. q6_k: fp16 [tiles, K / 256, 16] times int8
 // [tiles, K / 256, 16, 16].
@@ -31,28 +41,40 @@ struct Tiles {
     const uint16_t* scale = nullptr;
     const uint16_t* minimum = nullptr;  // null: w = scale * (code - 2^(bits-1)), else scale * code + minimum
     const uint8_t* sub = nullptr;
-    int64_t rows = 0, cols = 0, group = 0;  // group: columns that share a scale, a multiple of 16
+    int64_t rows = 0, cols = 0, group = 0;  // group: columns that share a scale, a multiple of 16 (lookups: of 4; ternary: any)
+    // Products by table lookup alone.
+    Entry entry = Entry::i8;
+    int64_t table_group = 0;    // columns that share the scale of their tables, a multiple of 4; 0: all
+    bool fast_average = false;  // planes with entries of one byte: rounding averages of bytes in place of sums
 
     int64_t tiles() const { return (rows + tile_rows - 1) / tile_rows; }
     int64_t padded() const {
-        return coding == Coding::ints ? (cols + unit_cols - 1) / unit_cols * unit_cols
+        return coding == Coding::ints || planes() ? (cols + unit_cols - 1) / unit_cols * unit_cols
                : coding == Coding::bf16 ? (cols + 1) / 2 * 2
                                         : cols;
     }
+    bool planes() const { return coding == Coding::planes || coding == Coding::lanes; }
+    bool lookup() const { return coding == Coding::ternary || planes(); }
     // Scales of a row. Padding has none: in rows of an odd number of groups of 16 it would be one group more.
-    int64_t groups() const { return coding == Coding::ints ? (cols + group - 1) / group : 0; }
+    int64_t groups() const { return coding == Coding::ints || lookup() ? (cols + group - 1) / group : 0; }
     // Columns of an input that share one activation scale.
-    int64_t act_group() const { return group % 64 == 0 ? 64 : group % 32 == 0 ? 32 : 16; }
+    int64_t act_group() const {
+        if (lookup()) return table_group ? table_group : padded();
+        return group % 64 == 0 && padded() % 64 == 0 ? 64 : group % 32 == 0 ? 32 : 16;
+    }
+    // Units of 12 columns of a ternary row.
+    int64_t units() const { return cols / group * ((group + 11) / 12) + (cols % group + 11) / 12; }
     int64_t data_bytes() const {  // of one tile
         switch (coding) {
             case Coding::f32: return padded() * 64;
             case Coding::f16:
             case Coding::bf16: return padded() * 32;
+            case Coding::ternary: return (units() + (units() + 3) / 4) * 32;
             default: return padded() * 2 * bits;
         }
     }
     int64_t tile_bytes() const {
-        if (coding != Coding::ints) return data_bytes();
+        if (coding != Coding::ints && !lookup()) return data_bytes();
         if (scales == Scales::q4_k) return data_bytes() + padded() / 256 * (2 * 32 + 2 * 8 * 16);
         if (scales == Scales::q6_k) return data_bytes() + padded() / 256 * (32 + 16 * 16);
         return data_bytes() + groups() * 32 * (minimum ? 2 : 1);
@@ -64,8 +86,18 @@ struct Tiles {
 //
 // passes 2: each token is two rows, the second codes what the first rounded away (16 bits in all). One large value, as the
 // residual stream of most models has, makes the other codes of its group too coarse for 8 bits.
+//
+// Lookups: tables instead of codes. Planes: 16 entries for every 4 columns, entry j = sum over k of (bit k of j ? +x_k : -x_k);
+// one byte: int8 [K / 4, 16]; two: the low bytes of all as signed numbers, then the high ones; or floats. A scale per act_group
+// columns. Ternary: the entries of a unit are those of two triples, low bytes, high bytes, then of the other two: 128 bytes,
+// entry = 255 * high + low; one scale for the row. Or floats [4 triples, 16] of x itself, and no scale.
 struct Input {
     bool ints = false;
+    Coding coding = Coding::f32;  // of the matrices whose tables these are: ternary or planes
+    Entry entry = Entry::i8;
+    bool fast_average = false;
+    int64_t cols = 0;
+    uint8_t* tables = nullptr;  // [T, table_bytes()]
     int passes = 1;
     bool decoded = false;  // ints only: what the codes stand for lies in x too
     int64_t stride = 0;  // columns of a row, padded
@@ -75,24 +107,43 @@ struct Input {
     float* scale = nullptr;  // [T, stride / act_group]
     float* sum = nullptr;    // [T, ceil(stride / group)]
 
+    bool lookup() const { return coding == Coding::ternary || coding == Coding::planes; }
+    int64_t table_bytes() const {  // of one token
+        if (coding == Coding::ternary)
+            return (cols / group * ((group + 11) / 12) + (cols % group + 11) / 12) * (entry == Entry::f32 ? 256 : 128);
+        return stride * (entry == Entry::i8 ? 4 : entry == Entry::i16 ? 8 : 16);
+    }
+    int64_t scales() const { return (stride + act_group - 1) / act_group; }  // of one token
+    int64_t sums() const { return (stride + group - 1) / group; }
+
     static Input of(const Tiles& w, int passes) {
         Input in;
         in.ints = w.coding == Coding::ints, in.stride = w.padded();
-        if (in.ints) in.act_group = w.act_group(), in.group = w.group, in.passes = passes;
+        if (in.ints || w.lookup()) in.act_group = w.act_group(), in.group = w.group;
+        if (in.ints) in.passes = passes;
+        if (w.lookup()) {
+            in.coding = w.planes() ? Coding::planes : Coding::ternary, in.cols = w.cols;
+            in.entry = w.entry, in.fast_average = w.fast_average;
+        }
         return in;
     }
-    // True if both ask for the same codes.
+    // True if both ask for the same codes or tables.
     bool same(const Input& other) const {
-        return ints == other.ints && stride == other.stride && group == other.group && passes == other.passes;
+        return ints == other.ints && stride == other.stride && group == other.group && passes == other.passes &&
+               coding == other.coding && act_group == other.act_group && entry == other.entry &&
+               fast_average == other.fast_average;
     }
     int64_t bytes(int64_t tokens) const;
     // Takes its buffers for `tokens` tokens from `at`, bytes(tokens) of them.
     void place(char* at, int64_t tokens);
-    // Codes or copies one token of `cols` values.
+    // Codes, tabulates or copies one token of `cols` values.
     void fill(int64_t t, const float* x, int64_t cols) const;
     // out [tokens, 16] = a tile times tokens t0 .. t0 + tokens - 1 by `kernel`; out has room for `passes` rows a token.
     using Kernel = void (*)(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out);
     void dot(Kernel kernel, const Tiles& w, int64_t tile, int64_t t0, int64_t tokens, float* out) const;
 };
+
+// Tokens up to which products are looked up; above, decoding the matrix once is cheaper.
+constexpr int64_t lookup_tokens = 8;
 
 }  // namespace trimtab
