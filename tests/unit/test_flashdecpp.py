@@ -437,7 +437,6 @@ def test_models_it_does_not_fit(tiny_model: Any) -> None:
 
 def test_softcapped_scores_are_calibrated_as_capped() -> None:
     from tests.unit.test_native import family_model
-
     from trimtab.techniques.attention._scores import score_ranges
     from trimtab.techniques.materials import Materials
 

@@ -172,9 +172,7 @@ def alibi_slopes(heads: int) -> torch.Tensor:
     return torch.tensor(powers)
 
 
-def _scores(
-    spec: AttentionSpec, q_sNH: torch.Tensor, k_GSH: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def _scores(spec: AttentionSpec, q_sNH: torch.Tensor, k_GSH: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Scaled, capped and biased scores in float32 [N, s, S]."""
     s, n, h = q_sNH.shape
     g = k_GSH.shape[0]

@@ -40,7 +40,13 @@ def _attention(softmax: Any = None, **options: Any) -> Any:
     from trimtab.runtime.native.attention import Attention
     from trimtab.spec.nodes import ONLINE
 
-    made: dict[str, Any] = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "scale": HEAD_DIM**-0.5, "split": SPLIT}
+    made: dict[str, Any] = {
+        "heads": HEADS,
+        "kv_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "scale": HEAD_DIM**-0.5,
+        "split": SPLIT,
+    }
     return Attention(softmax=ONLINE if softmax is None else softmax, **made | {"threads": _threads()} | options)
 
 
@@ -103,7 +109,10 @@ def exact(bench: Bench) -> Outcome:
         coded = encode_pages(k), encode_pages(v)
         for offset in (-20.0, -7.0, 0.0, 7.0, 20.0):
             worst = max(worst, float(np.abs(_attention(_unified(top - offset)).run(q, *coded) - wanted).max()))
-    return Outcome(measured=f"largest difference {worst:.1e} at lengths {LENGTHS}, {HEADS} query and {KV_HEADS} KV heads", met=worst <= 1e-5)
+    return Outcome(
+        measured=f"largest difference {worst:.1e} at lengths {LENGTHS}, {HEADS} query and {KV_HEADS} KV heads",
+        met=worst <= 1e-5,
+    )
 
 
 def guard(bench: Bench) -> Outcome:
@@ -121,7 +130,9 @@ def guard(bench: Bench) -> Outcome:
         error, without = float(np.abs(one.run(q, *coded) - wanted).max()), bare.run(q, *coded)
         broken = int((~np.isfinite(without)).any(-1).sum())
         met &= error <= 1e-5 and one.recomputed == risky > 0 and broken > 0 and bare.recomputed == 0
-        shown.append(f"{offset:+.0f}: {one.recomputed} rows computed again, error {error:.1e}; without guard {broken} rows inf or nan")
+        shown.append(
+            f"{offset:+.0f}: {one.recomputed} rows computed again, error {error:.1e}; without guard {broken} rows inf or nan"
+        )
     hidden = attend_range(q[0, :3], k[0], v[0], first=512, last=768, high=[512] * 3, scale=0.1, phi=0.0)
     met &= bool(np.isneginf(hidden.largest).all()) and not hidden.weight.any() and not hidden.sums.any()
     return Outcome(measured="; ".join(shown) + "; a hidden range adds 0", met=met)
@@ -179,7 +190,10 @@ def order_free(bench: Bench) -> Outcome:
     q, k, v = _qkv(bench, 1000)
 
     def denominator(order: Sequence[int]) -> np.ndarray:
-        parts = {i: attend_range(q[0, :3], k[0], v[0], first=i * 125, last=i * 125 + 125, scale=0.125, phi=0.0) for i in order}
+        parts = {
+            i: attend_range(q[0, :3], k[0], v[0], first=i * 125, last=i * 125 + 125, scale=0.125, phi=0.0)
+            for i in order
+        }
         rows = [np.concatenate((parts[i].weight[:, None], parts[i].sums), 1) for i in range(8)]
         while len(rows) > 1:
             rows = [a + b for a, b in zip(rows[::2], rows[1::2], strict=True)]
@@ -254,7 +268,9 @@ def attention_speed(bench: Bench) -> Outcome:
             # Neighbouring runs meet the same disturbance, so the ratio is taken before the median.
             ours_s, ratio = float(np.median(pair[:, 0])), float(np.median(pair[:, 1] / pair[:, 0]))
             met |= ratio >= 1.05 and torch_s / ours_s >= 2
-            shown.append(f"{format} x{threads}: {ours_s * 1e6:.0f} us, online {ratio:.3f}x, torch {torch_s / ours_s:.1f}x")
+            shown.append(
+                f"{format} x{threads}: {ours_s * 1e6:.0f} us, online {ratio:.3f}x, torch {torch_s / ours_s:.1f}x"
+            )
     return Outcome(measured="; ".join(shown) + f" (x threads; {_load()})", met=met)
 
 
@@ -284,7 +300,9 @@ def flat_speed(bench: Bench) -> Outcome:
             shown.append(f"[{n}, {k}] {kind} " + ", ".join(f"{r:.2f}" for r in ratios))
             best = max(best, min(ratios))
         met &= best > 1
-    return Outcome(measured="torch over flat at 2, 4, 8, 16 rows: " + "; ".join(shown) + f" (1 thread; {_load()})", met=met)
+    return Outcome(
+        measured="torch over flat at 2, 4, 8, 16 rows: " + "; ".join(shown) + f" (1 thread; {_load()})", met=met
+    )
 
 
 def auto_dataflow(bench: Bench) -> Outcome:
@@ -351,14 +369,17 @@ def flat_s(m: int, n: int, k: int) -> float:
     rows = _ceil(m, 8)
     widths = [w for w in (8, 16, 32, 64, 128, 256) if n % w == 0]
     return min(
-        max(2 * rows * n * k / _PEAK, 2 * n * k / _HBM, (2 * n * k + 2 * rows * k * (n // w)) / _L2) / _filled(n // w) for w in widths
+        max(2 * rows * n * k / _PEAK, 2 * n * k / _HBM, (2 * n * k + 2 * rows * k * (n // w)) / _L2) / _filled(n // w)
+        for w in widths
     )
 
 
 def library_s(m: int, n: int, k: int) -> float:
     """Seconds of a library product: rows padded to 64, blocks of 64 x 64."""
     tiles, blocks = -(-m // 64), n // 64
-    return max(128 * tiles * n * k / _PEAK, 2 * n * k / _HBM, (2 * n * k * tiles + 2 * m * k * blocks) / _L2) / _filled(tiles * blocks)
+    return max(128 * tiles * n * k / _PEAK, 2 * n * k / _HBM, (2 * n * k * tiles + 2 * m * k * blocks) / _L2) / _filled(
+        tiles * blocks
+    )
 
 
 def _crossing(later: Callable[..., float], earlier: Callable[..., float], n: int, k: int) -> int:
@@ -371,7 +392,9 @@ def predicts_inflections(bench: Bench) -> Outcome:
     shapes = sorted(_LLAMA, key=lambda shape: shape[0] * shape[1])
     firsts = [_crossing(flat_s, gemv_s, *shape) for shape in shapes]
     seconds = [_crossing(library_s, flat_s, *shape) for shape in shapes]
-    shown = ", ".join(f"{list(s)} {a}/{b if b <= 1024 else 'over 1024'}" for s, a, b in zip(shapes, firsts, seconds, strict=True))
+    shown = ", ".join(
+        f"{list(s)} {a}/{b if b <= 1024 else 'over 1024'}" for s, a, b in zip(shapes, firsts, seconds, strict=True)
+    )
     return Outcome(predicted=f"M1/M2: {shown}", met=firsts == sorted(firsts) and seconds == sorted(seconds))
 
 
@@ -428,7 +451,8 @@ def refuses_bad_input(bench: Bench) -> Outcome:
         except TrimtabError:
             continue
     return Outcome(
-        measured=f"{len(cases) - len(accepted)} of {len(cases)} refused" + (f"; accepted: {accepted}" if accepted else ""),
+        measured=f"{len(cases) - len(accepted)} of {len(cases)} refused"
+        + (f"; accepted: {accepted}" if accepted else ""),
         met=not accepted,
     )
 
@@ -453,17 +477,43 @@ def measures_on_first_use(bench: Bench) -> Outcome:
             with contextlib.redirect_stderr(stream):
                 dataflow.thresholds(64, 64, form, 1, ("gemv", "flat", "gemm"), 1)
     first, second = (stream.getvalue() for stream in said)
-    return Outcome(measured=f"first: '{first.strip()[:60]}...'; again: silent", met=first.count("\n") == 1 and not second)
+    return Outcome(
+        measured=f"first: '{first.strip()[:60]}...'; again: silent", met=first.count("\n") == 1 and not second
+    )
 
 
 LINES = (
-    Line(id="a1", text="equals softmax attention, 7 lengths, phi within 20 of the maximum", needed="<= 1e-5", check=exact),
-    Line(id="a2", text="rows at +100 and -200, a hidden range, no guard", needed="again, right, counted; inf or nan without", check=guard),
-    Line(id="a3", text="phi from text: rows computed again on other text", needed="< 0.1 %, by layer <= for all", check=calibrates),
-    Line(id="a4", text="ranges in random order, fixed tree", needed="the same bits, no maximum passed", check=order_free),
-    Line(id="a5.1", text="decode attention, 4K context", needed=">= 1.05x online, >= 2x torch SDPA", check=attention_speed),
+    Line(
+        id="a1", text="equals softmax attention, 7 lengths, phi within 20 of the maximum", needed="<= 1e-5", check=exact
+    ),
+    Line(
+        id="a2",
+        text="rows at +100 and -200, a hidden range, no guard",
+        needed="again, right, counted; inf or nan without",
+        check=guard,
+    ),
+    Line(
+        id="a3",
+        text="phi from text: rows computed again on other text",
+        needed="< 0.1 %, by layer <= for all",
+        check=calibrates,
+    ),
+    Line(
+        id="a4", text="ranges in random order, fixed tree", needed="the same bits, no maximum passed", check=order_free
+    ),
+    Line(
+        id="a5.1",
+        text="decode attention, 4K context",
+        needed=">= 1.05x online, >= 2x torch SDPA",
+        check=attention_speed,
+    ),
     Line(id="a5.2", text="flat product, 2-16 rows", needed="faster than torch.matmul on both shapes", check=flat_speed),
-    Line(id="a5.3", text="auto dataflow, 1-64 rows, four shapes", needed="never slowest, <= 1.10x the fastest", check=auto_dataflow),
+    Line(
+        id="a5.3",
+        text="auto dataflow, 1-64 rows, four shapes",
+        needed="never slowest, <= 1.10x the fastest",
+        check=auto_dataflow,
+    ),
     Line(id="a6", text="Triton kernels", needed="as a1-a5", check=needs_gpu),
     Line(
         id="b1",
@@ -481,8 +531,23 @@ LINES = (
             date=datetime.date(2026, 11, 26),
         ),
     ),
-    Line(id="b2", text="Llama-2-7B, batch 1-8, 1K context, over FlashDecoding", needed="1.37 +- 0.15", check=predicts_flashdecoding),
-    Line(id="b3", text="over Hugging Face, batch 1", needed="4.86x only with launch overhead", check=predicts_hugging_face),
+    Line(
+        id="b2",
+        text="Llama-2-7B, batch 1-8, 1K context, over FlashDecoding",
+        needed="1.37 +- 0.15",
+        check=predicts_flashdecoding,
+    ),
+    Line(
+        id="b3",
+        text="over Hugging Face, batch 1",
+        needed="4.86x only with launch overhead",
+        check=predicts_hugging_face,
+    ),
     Line(id="c1", text="a >= b, split=0, phi=nan, ALiBi", needed="refused with a sentence", check=refuses_bad_input),
-    Line(id="c2", text="no profile for the hardware", needed="measured on first use with a message", check=measures_on_first_use),
+    Line(
+        id="c2",
+        text="no profile for the hardware",
+        needed="measured on first use with a message",
+        check=measures_on_first_use,
+    ),
 )

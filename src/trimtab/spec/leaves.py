@@ -8,7 +8,6 @@ from trimtab.errors import SpecError, unknown
 from trimtab.spec.formats import ACT_KINDS, BF16, WeightFormat
 from trimtab.spec.tree import Node
 
-
 #: One token after the other (gemv), blocks of tokens that share what is read (flat), the matrix decoded to floats first (gemm).
 PRODUCT_KERNELS = ("gemv", "flat", "gemm")
 

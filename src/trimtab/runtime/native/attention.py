@@ -60,11 +60,18 @@ class Coded:
         """What it stands for: float32 [G, S, H]."""
         if self.format.kind == "int8":
             codes, scale, minimum = self.parts()
-            wide = [np.repeat(part.astype(np.float32), self.format.group, axis=-1)[..., : self.shape[2]] for part in (scale, minimum)]
+            wide = [
+                np.repeat(part.astype(np.float32), self.format.group, axis=-1)[..., : self.shape[2]]
+                for part in (scale, minimum)
+            ]
             return codes * wide[0] + wide[1]
         if self.format.kind == "bf16":
             return bfloat16_to_float32(self.data.view(np.uint16).reshape(self.shape))
-        return self.data.view({"fp32": np.float32, "fp16": np.float16}[self.format.kind]).reshape(self.shape).astype(np.float32)
+        return (
+            self.data.view({"fp32": np.float32, "fp16": np.float16}[self.format.kind])
+            .reshape(self.shape)
+            .astype(np.float32)
+        )
 
     def parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Codes [G, S, H], scales and minima [G, S, ceil(H / group)] of integer pages, as views."""
@@ -77,7 +84,9 @@ def grid_parts(run: np.ndarray, shape: tuple[int, int, int], group: int) -> tupl
     codes, groups = heads * tokens * size, -(-size // group)
     ends = codes, codes + 2 * heads * tokens * groups
     scale, minimum = run[ends[0] : ends[1]], run[ends[1] :]
-    return run[:codes].reshape(shape), *(part.view(np.float16).reshape(heads, tokens, groups) for part in (scale, minimum))
+    return run[:codes].reshape(shape), *(
+        part.view(np.float16).reshape(heads, tokens, groups) for part in (scale, minimum)
+    )
 
 
 def code_rows(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -169,7 +178,9 @@ def attend_range(
         )
     size = page or s
     if size < 1 or not 0 <= first <= (s if last is None else last) <= s:
-        raise SpecError(f"page={page}, keys {first}..{last} of {s}: not possible. Allowed: page >= 1, 0 <= first <= last <= {s}.")
+        raise SpecError(
+            f"page={page}, keys {first}..{last} of {s}: not possible. Allowed: page >= 1, 0 <= first <= last <= {s}."
+        )
     pages: list[list[np.ndarray]] = [[], []]
     grids = []
     form = page_format(format)
@@ -179,7 +190,9 @@ def attend_range(
             held.append(part.data)
         if form.kind == "int8":
             (_, k_scale, k_min), (_, v_scale, v_min) = (part.parts() for part in parts)
-            grids.append(tuple(np.ascontiguousarray(x).reshape(-1).view(np.uint16) for x in (k_scale, k_min, v_scale, v_min)))
+            grids.append(
+                tuple(np.ascontiguousarray(x).reshape(-1).view(np.uint16) for x in (k_scale, k_min, v_scale, v_min))
+            )
     q = np.ascontiguousarray(q_QH, np.float32)
     count = len(q)
     out, weight, largest = np.empty((count, h), np.float32), np.empty(count, np.float32), np.empty(count, np.float32)
@@ -261,13 +274,21 @@ class Attention:
         if k.shape != wanted or v.shape != wanted or k.format != form or v.format != form:
             raise SpecError(f"k {k.format}{list(k.shape)} and v {v.format}{list(v.shape)} are no {form}{list(wanted)}.")
         if q_TNH.shape[1:] != (self.heads, self.head_dim) or not 1 <= len(q_TNH) <= k.shape[1]:
-            raise SpecError(f"q {list(q_TNH.shape)} is no [T, {self.heads}, {self.head_dim}] with T in 1..{k.shape[1]}.")
+            raise SpecError(
+                f"q {list(q_TNH.shape)} is no [T, {self.heads}, {self.head_dim}] with T in 1..{k.shape[1]}."
+            )
         tokens = len(q_TNH)
         x = np.zeros((tokens, self.heads + 2 * self.kv_heads, self.head_dim), np.float32)
         x[:, : self.heads] = q_TNH
         out = np.empty((tokens, self.heads * self.head_dim), np.float32)
         cache = np.array([[[k.data.ctypes.data, v.data.ctypes.data, k.shape[1]]]], np.int64)
         seconds = self._core.run_on(
-            np.array([0, tokens]), np.array([k.shape[1] - tokens]), cache, self._ends[0], x.reshape(tokens, -1), self._ends[1], out
+            np.array([0, tokens]),
+            np.array([k.shape[1] - tokens]),
+            cache,
+            self._ends[0],
+            x.reshape(tokens, -1),
+            self._ends[1],
+            out,
         )
         return out.reshape(tokens, self.heads, self.head_dim), seconds

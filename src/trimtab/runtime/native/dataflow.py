@@ -41,7 +41,9 @@ def profile_path() -> Path:
     return home() / "product-kernels.json"
 
 
-def thresholds(n: int, k: int, format: WeightFormat, passes: int, kernels: Sequence[str], threads: int) -> tuple[int, int]:
+def thresholds(
+    n: int, k: int, format: WeightFormat, passes: int, kernels: Sequence[str], threads: int
+) -> tuple[int, int]:
     """Rows of input from which the flat kernel, and from which the decoding one, multiplies W [n, k].
 
     Args:
@@ -120,7 +122,9 @@ def measure(
     flows = [ONLY[name] for name in PRODUCT_KERNELS]
     for count in rows:
         x = rng.standard_normal((count, k), dtype=np.float32)
-        for name, taken in zip(PRODUCT_KERNELS, _core.time_products(matrices, x, passes, threads, flows, repeats), strict=True):
+        for name, taken in zip(
+            PRODUCT_KERNELS, _core.time_products(matrices, x, passes, threads, flows, repeats), strict=True
+        ):
             found[name].append(min(taken))
     return found
 
@@ -136,7 +140,9 @@ def random_tiles(n: int, k: int, format: WeightFormat, cold_bytes: int = _COLD_B
         if dtype == np.uint8:
             buffers[buffer.name] = rng.integers(0, 256, buffer.shape, dtype=np.uint8)
         elif buffer.dtype == "bf16":
-            buffers[buffer.name] = (rng.standard_normal(buffer.shape, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+            buffers[buffer.name] = (rng.standard_normal(buffer.shape, np.float32).view(np.uint32) >> 16).astype(
+                np.uint16
+            )
         else:
             buffers[buffer.name] = (rng.standard_normal(buffer.shape, np.float32) / 16).astype(dtype)
     first = Packed(format, (n, k), buffers)

@@ -48,9 +48,13 @@ class FlashDecPP(Technique):
     paper: ClassVar[int | None] = 34
 
     phi: float | tuple[float, ...] | Literal["auto"] = param(
-        "auto", "what every score is lowered by: of all layers, of each, or auto: calibrated", "a number, one a layer as 1.5|2|..., or auto"
+        "auto",
+        "what every score is lowered by: of all layers, of each, or auto: calibrated",
+        "a number, one a layer as 1.5|2|..., or auto",
     )
-    a: float | Literal["auto"] = param("auto", "least (largest score - phi) of a query that is not computed again", "below b, or auto")
+    a: float | Literal["auto"] = param(
+        "auto", "least (largest score - phi) of a query that is not computed again", "below b, or auto"
+    )
     b: float | Literal["auto"] = param("auto", "largest (largest score - phi) of such a query", "above a, or auto")
     split: int = param(256, "keys of one part in decode", "16..4096")
     flat: bool = param(True, "false: leave the flat product kernel out", "1, 0")
@@ -63,14 +67,18 @@ class FlashDecPP(Technique):
         for name, value in (("phi", self.phi), ("a", self.a), ("b", self.b)):
             for number in value if isinstance(value, tuple) else (value,):
                 if number != "auto" and not math.isfinite(number):
-                    raise SpecError(f"flashdecpp: {name}={number} is not possible. Allowed: a finite number, or auto. Try {name}=auto.")
+                    raise SpecError(
+                        f"flashdecpp: {name}={number} is not possible. Allowed: a finite number, or auto. Try {name}=auto."
+                    )
         if self.a != "auto" and self.b != "auto" and self.a >= self.b:
             raise SpecError(f"flashdecpp: a={self.a:g} is not below b={self.b:g}. Allowed: a < b. Try a={_LOW:g},b=60.")
         if not 16 <= self.split <= 4096:
             nearest = min(max(self.split, 16), 4096)
             raise SpecError(f"flashdecpp: split={self.split} is not possible. Allowed: 16..4096. Try split={nearest}.")
         if not self.flat and self.dataflow == "flat":
-            raise SpecError("flashdecpp: dataflow=flat with flat=0 leaves no kernel. Allowed: flat=1, or dataflow=auto, gemv, gemm.")
+            raise SpecError(
+                "flashdecpp: dataflow=flat with flat=0 leaves no kernel. Allowed: flat=1, or dataflow=auto, gemv, gemm."
+            )
 
     @property
     def unresolved(self) -> bool:
