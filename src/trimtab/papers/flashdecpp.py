@@ -131,7 +131,7 @@ def guard(bench: Bench) -> Outcome:
         broken = int((~np.isfinite(without)).any(-1).sum())
         met &= error <= 1e-5 and one.recomputed == risky > 0 and broken > 0 and bare.recomputed == 0
         shown.append(
-            f"{offset:+.0f}: {one.recomputed} rows computed again, error {error:.1e}; without guard {broken} rows inf or nan"
+            f"{offset:+.0f}: {one.recomputed} rows again, error {error:.1e}; without guard {broken} rows inf or nan"
         )
     hidden = attend_range(q[0, :3], k[0], v[0], first=512, last=768, high=[512] * 3, scale=0.1, phi=0.0)
     met &= bool(np.isneginf(hidden.largest).all()) and not hidden.weight.any() and not hidden.sums.any()
@@ -414,7 +414,7 @@ def predicts_flashdecoding(bench: Bench) -> Outcome:
     alone = [_step_s(b, _ours, _SYNC) / _step_s(b, _ours, 0.0) for b in (1, 8)]
     memory = [2 * n * k / _HBM * 1e6 for n, k in _LLAMA]
     return Outcome(
-        predicted=f"{np.mean(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f}); of it softmax {alone[0]:.2f}-{alone[1]:.2f}x; useful rows at "
+        predicted=f"{np.mean(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f}); of it softmax {alone[0]:.2f}-{alone[1]:.2f}x; useful at "
         f"M=8: {8 / 64:.0%} padded to 64, 100% to 8, both at the memory time of {min(memory):.0f}-{max(memory):.0f} us before idle units",
         met=abs(float(np.mean(ratios)) - 1.37) <= 0.15,
     )
