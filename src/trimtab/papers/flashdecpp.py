@@ -174,7 +174,7 @@ def calibrates(bench: Bench) -> Outcome:
     ends = [(i, int(s.most.argmax()), float(s.most.max())) for i, s in known.items()]
     layer, head, top = max(ends, key=lambda item: item[2])
     return Outcome(
-        measured=f"scores {least:.1f}..{most:.1f}, largest {top:.1f} in layer {layer} head {head}; phi {min(layers):.2f}..{max(layers):.2f} "
+        measured=f"scores {least:.1f}..{most:.1f}, top {top:.1f} in layer {layer}, head {head}; phi {min(layers):.1f}..{max(layers):.2f} "
         f"by layer, {one:.2f} for all; again {ours:.3%} by layer, {theirs:.3%} for all; in a range of {tight[0]:g}..{tight[1]:g} "
         f"{rates[0]:.1%} and {rates[1]:.1%}",
         met=ours < 0.001 and ours <= theirs,
