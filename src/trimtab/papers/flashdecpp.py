@@ -5,12 +5,13 @@ Legend: M rows of input, K inputs, N outputs, S keys.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,7 @@ def guard(bench: Bench) -> Outcome:
         broken = int((~np.isfinite(without)).any(-1).sum())
         met &= error <= 1e-5 and one.recomputed == risky > 0 and broken > 0 and bare.recomputed == 0
         shown.append(
-            f"{offset:+.0f}: {one.recomputed} rows computed again, error {error:.1e}; without guard {broken} rows inf or nan"
+            f"{offset:+.0f}: {one.recomputed} rows again, error {error:.1e}; without guard {broken} rows inf or nan"
         )
     hidden = attend_range(q[0, :3], k[0], v[0], first=512, last=768, high=[512] * 3, scale=0.1, phi=0.0)
     met &= bool(np.isneginf(hidden.largest).all()) and not hidden.weight.any() and not hidden.sums.any()
@@ -146,7 +147,7 @@ def _scores(bench: Bench, held_out: bool) -> dict[int, Any]:
         texts = {"built-in": split(builtin_text())[int(held_out)]}
         if held_out and bench.data is not None and (bench.data / "cfi_public.txt").exists():
             texts["cfi_public"] = bench.text("cfi_public")
-        materials = Materials(texts=texts, tokenizer=bench.model.tokenizer, windows=8)
+        materials = Materials(texts=texts, tokenizer=bench.model.tokenizer, windows=6)
         return score_ranges(bench.model.spec, bench.model.weights, materials)
 
     return bench.once(f"flashdecpp.scores.{held_out}", compute)
@@ -173,7 +174,7 @@ def calibrates(bench: Bench) -> Outcome:
     ends = [(i, int(s.most.argmax()), float(s.most.max())) for i, s in known.items()]
     layer, head, top = max(ends, key=lambda item: item[2])
     return Outcome(
-        measured=f"scores {least:.1f}..{most:.1f}, largest {top:.1f} in layer {layer} head {head}; phi {min(layers):.2f}..{max(layers):.2f} "
+        measured=f"scores {least:.1f}..{most:.1f}, top {top:.1f} in layer {layer}, head {head}; phi {min(layers):.1f}..{max(layers):.2f} "
         f"by layer, {one:.2f} for all; again {ours:.3%} by layer, {theirs:.3%} for all; in a range of {tight[0]:g}..{tight[1]:g} "
         f"{rates[0]:.1%} and {rates[1]:.1%}",
         met=ours < 0.001 and ours <= theirs,
@@ -207,10 +208,18 @@ def order_free(bench: Bench) -> Outcome:
     )
 
 
+def _turns(runs: Sequence[Callable[[], float]], repeats: int) -> np.ndarray:
+    """Seconds of each [repeats, runs]; they take turns, every other time in the opposite order."""
+    found = np.empty((repeats + 4, len(runs)))
+    for i in range(len(found)):
+        for j in range(len(runs))[:: 1 if i % 2 else -1]:
+            found[i, j] = runs[j]()
+    return found[4:]
+
+
 def _medians(runs: Sequence[Callable[[], float]], repeats: int) -> list[float]:
     """Median seconds of each; they take turns."""
-    found = np.array([[run() for run in runs] for _ in range(repeats + 3)])
-    return [float(x) for x in np.median(found[3:], axis=0)]
+    return [float(x) for x in np.median(_turns(runs, repeats), axis=0)]
 
 
 def _timed(work: Callable[[], Any]) -> Callable[[], float]:
@@ -222,8 +231,23 @@ def _timed(work: Callable[[], Any]) -> Callable[[], float]:
     return run
 
 
+@contextlib.contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def attention_speed(bench: Bench) -> Outcome:
-    """One token over 4096 keys of one layer in cache: unified against online against torch, medians of 201 in turns."""
+    """One token over 4096 keys of one layer in cache: unified against online against torch, median ratio of 801 neighbouring runs.
+
+    With one thread and with all: where other work shares the processors, threads wait for each other and their times say little.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -231,22 +255,27 @@ def attention_speed(bench: Bench) -> Outcome:
 
     q, k, v = _qkv(bench, 4096)
     phi, met, shown = _reference(q, k, v)[1] - 5.0, False, []
-    for format, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        coded = encode_pages(k, format), encode_pages(v, format)
-        ours, online = _attention(_unified(phi), format=format), _attention(format=format)
-        q_t = torch.from_numpy(q).transpose(0, 1)[None].to(dtype)
-        k_t, v_t = (torch.from_numpy(x)[None].to(dtype) for x in (k, v))
-        theirs = functools.partial(F.scaled_dot_product_attention, q_t, k_t, v_t, enable_gqa=True)
-        with torch.inference_mode():
-            times = _medians([lambda a=a, c=coded: a.timed(q, *c)[1] for a in (ours, online)] + [_timed(theirs)], 201)
-        ratios = times[1] / times[0], times[2] / times[0]
-        met |= ratios[0] >= 1.05 and ratios[1] >= 2
-        shown.append(f"{format}: {times[0] * 1e6:.0f} us, online {ratios[0]:.3f}x, torch {ratios[1]:.1f}x")
-    return Outcome(measured="; ".join(shown) + f" ({_threads()} threads, {_load()})", met=met)
+    for threads in dict.fromkeys((1, _threads())):
+        for format, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+            coded = encode_pages(k, format), encode_pages(v, format)
+            ours, online = (_attention(s, format=format, threads=threads) for s in (_unified(phi), None))
+            q_t = torch.from_numpy(q).transpose(0, 1)[None].to(dtype)
+            k_t, v_t = (torch.from_numpy(x)[None].to(dtype) for x in (k, v))
+            theirs = functools.partial(F.scaled_dot_product_attention, q_t, k_t, v_t, enable_gqa=True)
+            with torch.inference_mode(), _torch_threads(threads):
+                pair = _turns([lambda a=a, c=coded: a.timed(q, *c)[1] for a in (ours, online)], 801)
+                torch_s = _medians([_timed(theirs)], 51)[0]
+            # Neighbouring runs meet the same disturbance, so the ratio is taken before the median.
+            ours_s, ratio = float(np.median(pair[:, 0])), float(np.median(pair[:, 1] / pair[:, 0]))
+            met |= ratio >= 1.05 and torch_s / ours_s >= 2
+            shown.append(
+                f"{format} x{threads}: {ours_s * 1e6:.0f} us, online {ratio:.3f}x, torch {torch_s / ours_s:.1f}x"
+            )
+    return Outcome(measured="; ".join(shown) + f" (x threads; {_load()})", met=met)
 
 
 def flat_speed(bench: Bench) -> Outcome:
-    """The flat kernel for 2 to 16 rows against torch.matmul on equal formats, one shape of the model and a large one."""
+    """The flat kernel for 2 to 16 rows against torch.matmul in one format and thread, on a shape of the model and a large one."""
     import torch
 
     from trimtab.runtime.kernels import _core
@@ -264,16 +293,16 @@ def flat_speed(bench: Bench) -> Outcome:
             for rows in (2, 4, 8, 16):
                 x = np.random.default_rng(0).standard_normal((rows, k), dtype=np.float32)
                 x_t = torch.from_numpy(x).to(dtype)
-                ours: Any = lambda t=tiles, x=x: _core.time_products(t, x, 1, _threads(), [ONLY["flat"]], 1)[0][0]  # noqa: E731
-                with torch.inference_mode():
+                ours: Any = lambda t=tiles, x=x: _core.time_products(t, x, 1, 1, [ONLY["flat"]], 3)[0][-1]  # noqa: E731
+                with torch.inference_mode(), _torch_threads(1):
                     a, b = _medians([ours, _timed(lambda x=x_t, w=w: torch.matmul(x, w.T))], 15)
                 ratios.append(b / a)
             shown.append(f"[{n}, {k}] {kind} " + ", ".join(f"{r:.2f}" for r in ratios))
-            best = max(
-                best, min(ratios) if kind == "bf16" else 0.0, float(np.median(ratios)) if kind == "fp32" else 0.0
-            )
+            best = max(best, min(ratios))
         met &= best > 1
-    return Outcome(measured="torch over flat at 2, 4, 8, 16 rows: " + "; ".join(shown) + f" ({_load()})", met=met)
+    return Outcome(
+        measured="torch over flat at 2, 4, 8, 16 rows: " + "; ".join(shown) + f" (1 thread; {_load()})", met=met
+    )
 
 
 def auto_dataflow(bench: Bench) -> Outcome:
@@ -283,24 +312,27 @@ def auto_dataflow(bench: Bench) -> Outcome:
     from trimtab.runtime.numerics.tiles import tiled_format
     from trimtab.spec.formats import WeightFormat
 
-    worst, losing, shown = 0.0, 0, []
+    threads = 1  # threads that wait for each other on shared processors would hide the kernels
+    slow: list[float] = []
+    losing, shown = 0, []
     for name, (n, k) in SHAPES.items():
         form = tiled_format(WeightFormat(kind="bf16"), k)
-        flat, decoded = choose(profile(n, k, form, 1, _threads()))
-        if profile(n, k, form, 1, _threads()) is None or not profile_path().exists():
+        flat, decoded = choose(profile(n, k, form, 1, threads))
+        again = choose(profile(n, k, form, 1, threads))
+        if again != (flat, decoded) or not profile_path().exists():
             return Outcome(measured="no table was written", met=False)
         tiles = random_tiles(n, k, form, 1 << 24)
         flows = [*ONLY.values(), (flat, decoded)]
         for rows in range(1, 65):
             x = np.random.default_rng(rows).standard_normal((rows, k), dtype=np.float32)
-            *each, auto = np.min(_core.time_products(tiles, x, 1, _threads(), flows, 15), axis=1)
-            worst, losing = max(worst, float(auto / min(each))), losing + int(auto > max(each))
+            *each, auto = np.min(_core.time_products(tiles, x, 1, threads, flows, 25), axis=1)
+            slow.append(float(auto / min(each)))
+            losing += int(auto > max(each))
         shown.append(f"{name} M1={flat} M2={decoded if decoded < 1 << 30 else 'none'}")
     return Outcome(
-        measured=f"at most {worst:.2f}x the fastest, slower than all in {losing} of 256 cases; "
-        + ", ".join(shown)
-        + f" ({_load()})",
-        met=worst <= 1.10 and losing == 0,
+        measured=f"at most {max(slow):.2f}x the fastest ({sum(r > 1.1 for r in slow)} of {len(slow)} above 1.10), slower than all in "
+        f"{losing}; " + ", ".join(shown) + f" (1 thread; {_load()})",
+        met=max(slow) <= 1.10 and losing == 0,
     )
 
 
@@ -382,7 +414,7 @@ def predicts_flashdecoding(bench: Bench) -> Outcome:
     alone = [_step_s(b, _ours, _SYNC) / _step_s(b, _ours, 0.0) for b in (1, 8)]
     memory = [2 * n * k / _HBM * 1e6 for n, k in _LLAMA]
     return Outcome(
-        predicted=f"{np.mean(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f}); of it softmax {alone[0]:.2f}-{alone[1]:.2f}x; useful rows at "
+        predicted=f"{np.mean(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f}); of it softmax {alone[0]:.2f}-{alone[1]:.2f}x; useful at "
         f"M=8: {8 / 64:.0%} padded to 64, 100% to 8, both at the memory time of {min(memory):.0f}-{max(memory):.0f} us before idle units",
         met=abs(float(np.mean(ratios)) - 1.37) <= 0.15,
     )

@@ -79,18 +79,16 @@ def _of_window(attn: AttentionSpec, q_TNH: Any, k_TGH: Any) -> tuple[np.ndarray,
     from trimtab.model.attention import visible
 
     tokens, heads = q_TNH.shape[:2]
-    per = heads // k_TGH.shape[1]
+    groups = k_TGH.shape[1]
+    q_GPTH = q_TNH.transpose(0, 1).reshape(groups, heads // groups * tokens, -1)
+    scores = (q_GPTH @ k_TGH.permute(1, 2, 0) * attn.scale).view(heads, tokens, tokens)
+    if attn.softcap is not None:
+        scores = attn.softcap * torch.tanh(scores / attn.softcap)
     at = torch.arange(tokens)
     seen = visible(at, at, attn.window, attn.cache.heads[0].keep)
-    seen = torch.ones(tokens, tokens, dtype=torch.bool) if seen is None else seen
-    least, rows = [], []
-    for head in range(heads):
-        scores = q_TNH[:, head] @ k_TGH[:, head // per].T * attn.scale
-        if attn.softcap is not None:
-            scores = attn.softcap * torch.tanh(scores / attn.softcap)
-        least.append(float(scores.masked_fill(~seen, float("inf")).min()))
-        rows.append(scores.masked_fill(~seen, float("-inf")).max(1).values.numpy())
-    return np.array(least, np.float32), np.stack(rows)
+    hidden = torch.zeros(tokens, tokens, dtype=torch.bool) if seen is None else ~seen
+    least = scores.masked_fill(hidden, float("inf")).amin((1, 2))
+    return least.numpy(), scores.masked_fill_(hidden, float("-inf")).amax(2).numpy()
 
 
 def best_phi(least: float, most: float, low: float, high: float) -> float:

@@ -66,7 +66,7 @@ class FlashDecPP(Technique):
     def __post_init__(self) -> None:
         for name, value in (("phi", self.phi), ("a", self.a), ("b", self.b)):
             for number in value if isinstance(value, tuple) else (value,):
-                if number != "auto" and not math.isfinite(number):
+                if isinstance(number, float | int) and not math.isfinite(number):
                     raise SpecError(
                         f"flashdecpp: {name}={number} is not possible. Allowed: a finite number, or auto. Try {name}=auto."
                     )
