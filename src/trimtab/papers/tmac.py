@@ -264,9 +264,8 @@ def _token_s(bits: int, *, lookups_per_s: float, adds_per_s: float, bandwidth: f
     return total + max(HEAD / head_macs_per_s, HEAD / bandwidth)
 
 
-#: M2 Ultra performance core: 3.49 GHz, 16 lookups a `tbl`, one lookup-and-accumulate a cycle; SDOT without unpacking would do
-#: 64 multiply-adds a cycle, unpacked codes about 8 (llama.cpp's 3.82 tok/s on 6.5 G weights). 800 GB/s for the package, of which
-#: one core draws at most 100 GB/s. Source: Apple M2 Ultra datasheet; Arm Neoverse-class optimisation guides for `tbl`.
+#: M2 Ultra performance core. Datasheet: 800 GB/s for the package. Assumed, without a source at hand: 3.49 GHz, one `tbl` of 16
+#: lookups with its additions a cycle, 100 GB/s drawn by one core. From llama.cpp's 3.82 tok/s: about 8 multiply-adds a cycle.
 M2_HZ, M2_LANES, M2_BANDWIDTH, M2_CORE_BANDWIDTH = 3.49e9, 16, 800e9, 100e9
 
 #: Measured by the authors: llama.cpp b2794, tok/s of W4 on 8 threads of an M2 Ultra, and J/token of W2 on AGX Orin. Source:
