@@ -342,6 +342,7 @@ void dot_floats(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64
 }
 
 void dot_tile(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out) {
+    if (w.lookup()) return lookup_tile(w, tile, in, t0, tokens, out);
     switch (w.coding) {
         case Coding::f32: return dot_floats<Coding::f32>(w, tile, in, t0, tokens, out);
         case Coding::f16: return dot_floats<Coding::f16>(w, tile, in, t0, tokens, out);
