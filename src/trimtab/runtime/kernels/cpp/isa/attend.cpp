@@ -84,13 +84,17 @@ inline void products(const float* const* q, const uint8_t* k, int64_t row_bytes,
     }
 }
 
-// Raw scores of Q queries with `count` <= block keys: scores [Q, block].
+// Raw scores of Q queries with `count` <= block keys: scores [Q, block]. The values of these keys, read next, are asked for.
 template <Coding CODING, int Q, int HEAD>
-__attribute__((noinline)) void score(const float* const* q, const uint8_t* k, int64_t row_bytes, int64_t head_dim, int count, float* scores) {
+__attribute__((noinline)) void score(const float* const* q, const uint8_t* k, const uint8_t* v, int64_t row_bytes, int64_t head_dim,
+                                      int count, float* scores) {
     int s = 0;
     for (; s + 4 <= count; s += 4) {
         const uint8_t* row = k + s * row_bytes;
-        for (int64_t ahead = 0; ahead < 4 * row_bytes; ahead += 64) prefetch(row + 8 * row_bytes + ahead);
+        for (int64_t ahead = 0; ahead < 4 * row_bytes; ahead += 64) {
+            prefetch(row + 8 * row_bytes + ahead);
+            prefetch(v + s * row_bytes + ahead);
+        }
         products<CODING, Q, 4, HEAD>(q, row, row_bytes, head_dim, scores + s);
     }
     for (; s < count; ++s) products<CODING, Q, 1, HEAD>(q, k + s * row_bytes, row_bytes, head_dim, scores + s);
@@ -208,7 +212,7 @@ void attend_some(const Attend& a, int first_query) {
             decode_rows(a.pages.k_grid[page], a.pages.k[page], head_dim, a.pages.group, inside, count, decoded);
             keys = values = reinterpret_cast<const uint8_t*>(decoded);
         }
-        score<READ, Q, HEAD>(q, keys, row_bytes, head_dim, count, scores);
+        score<READ, Q, HEAD>(q, keys, values, row_bytes, head_dim, count, scores);
         float scale = a.scale;
         if (a.softcap > 0 || s < inner || s + count > outer || count % lanes) {
             // What the plain loops below do not know: a cap on the scores, keys a query does not see, lanes without a key.

@@ -143,6 +143,7 @@ struct LinearKernel : Kernel {
         const bool gather = c.program.values(products[0].values).logits;
         const int64_t tokens = gather ? c.step.logits : c.step.tokens, cols = products[0].w.cols;
         const bool own = tokens <= alone, decoded = decodes(tokens);
+        ask_for_first_tile(worker);
         char* private_ = c.own + worker.id * c.own_bytes;
         float* normed = reinterpret_cast<float*>(private_);
         char* at = own ? private_ + aligned(4 * cols) : c.shared;
@@ -178,6 +179,24 @@ struct LinearKernel : Kernel {
         if (worker.id == 0)
             for (const Product& p : products) flops += 2 * tokens * p.w.rows * p.w.cols;
         worker.wait();
+    }
+
+    // Weights come from memory, and the first take longest: ask for them before the input is prepared.
+    void ask_for_first_tile(const Worker& worker) const {
+        const size_t by = store == Store::gated ? 2 : 1;
+        int64_t jobs = 0;
+        for (size_t p = 0; p < products.size(); p += by) jobs += products[p].w.tiles();
+        int64_t tile = worker.begin(jobs);
+        for (size_t p = 0; p < products.size(); p += by) {
+            const Tiles& w = products[p].w;
+            if (tile >= w.tiles()) {
+                tile -= w.tiles();
+                continue;
+            }
+            const uint8_t* data = w.data + tile * w.data_bytes();
+            for (int64_t line = 0; line < std::min<int64_t>(w.data_bytes(), 2048); line += 64) __builtin_prefetch(data + line);
+            return;
+        }
     }
 
     int64_t multiply(Context& c, char* own, const Input* ready, size_t p, int64_t tile, int64_t tokens) {
