@@ -74,7 +74,11 @@ COMPARISONS = {
         ),
         "3-bit": (Arm("ours", "F16", ("rtn:bits=3,group=128,head=true",)), Arm("llama.cpp", "Q3_K")),
         "2-bit": (Arm("ours", "F16", ("rtn:bits=2,group=128,head=true",)), Arm("llama.cpp", "Q2_K")),
-        "ternary": (Arm("ours", "F16", ("tmac:bits=ternary",)), Arm("llama.cpp", "TQ1_0"), Arm("llama.cpp", "TQ2_0")),
+        "ternary": (
+            Arm("ours", "F16", ("tmac:bits=ternary,group=-1,head=1",)),
+            Arm("llama.cpp", "TQ1_0"),
+            Arm("llama.cpp", "TQ2_0"),
+        ),
     },
     "smollm2": {"Q4_1": (Arm("ours", "Q4_1"), Arm("llama.cpp", "Q4_1"), Arm("openvino", "Q4_1"))},
 }

@@ -13,7 +13,9 @@ def load(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from trimtab.runtime import kernels
     from trimtab.techniques.apply import load_native
 
-    model = load_native(request["model"], techniques=request["techniques"], threads=request["threads"])
+    model = load_native(
+        request["model"], techniques=request["techniques"], threads=request["threads"], kv_dtype="bfloat16"
+    )
     spec = model.spec
     # What a step reads: every matrix once, of the embedding one row unless the head is tied to it.
     unread = (

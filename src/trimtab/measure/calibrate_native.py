@@ -15,7 +15,7 @@ from trimtab.measure.fit_classes import Sample, fit_classes, predicted_s
 from trimtab.predict.price import GEMV_ROWS, class_of, main_op, price, variants_of
 from trimtab.runtime.engine.generate import Session
 from trimtab.runtime.native import NativeProgram, lower, lowered_spec
-from trimtab.runtime.native.lower import tiled_format
+from trimtab.runtime.numerics.tiles import tiled_format
 from trimtab.runtime.step import Recorder
 from trimtab.runtime.weights.packed import NUMPY_DTYPES, Packed, Weights
 from trimtab.spec import tree

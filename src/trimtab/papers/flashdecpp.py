@@ -47,7 +47,8 @@ def _attention(softmax: Any = None, **options: Any) -> Any:
         "scale": HEAD_DIM**-0.5,
         "split": SPLIT,
     }
-    return Attention(softmax=ONLINE if softmax is None else softmax, **made | {"threads": _threads()} | options)
+    facts: dict[str, Any] = made | {"threads": _threads()} | options
+    return Attention(softmax=ONLINE if softmax is None else softmax, **facts)
 
 
 def _unified(phi: float, recompute: bool = True) -> Any:
@@ -68,7 +69,7 @@ def _qkv(bench: Bench, tokens: int, layer: int = 7) -> tuple[np.ndarray, np.ndar
         ids = np.asarray(bench.model.tokenizer.encode(builtin_text()), np.int64)
         ids = np.resize(ids, most)
         parts: dict[str, Any] = {}
-        block = bench.model.decoder.layers[layer].self_attn
+        block: Any = bench.model.decoder.layers[layer].self_attn
         projected = block.v_proj.register_forward_hook(lambda module, args, out: parts.__setitem__("v", out))
         step = Step.of([512] * (most // 512), [0] * (most // 512))
         step.positions[:] = np.arange(most)  # every window sees itself alone; keys are rotated by where they stand
@@ -85,7 +86,8 @@ def _qkv(bench: Bench, tokens: int, layer: int = 7) -> tuple[np.ndarray, np.ndar
         return tuple(np.ascontiguousarray(x.float().numpy()) for x in (parts["q"], parts["k"], v))  # type: ignore[return-value]
 
     q, k, v = bench.once("flashdecpp.qkv", compute)
-    return q[tokens - 1 : tokens], *(np.ascontiguousarray(x[:tokens].transpose(1, 0, 2)) for x in (k, v))
+    keys, values = (np.ascontiguousarray(x[:tokens].transpose(1, 0, 2)) for x in (k, v))
+    return q[tokens - 1 : tokens], keys, values
 
 
 def _reference(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, float]:

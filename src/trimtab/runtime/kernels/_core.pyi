@@ -45,13 +45,46 @@ def tiles(
     scale: np.ndarray | None,
     minimum: np.ndarray | None,
     sub: np.ndarray | None,
+    entry: int = 0,
+    table_group: int = 0,
+    fast_average: bool = False,
 ) -> Tiles: ...
 def pack_tiles(codes: np.ndarray, bits: int, out: np.ndarray) -> None: ...
 def unpack_tiles(packed: np.ndarray, bits: int, out: np.ndarray) -> None: ...
-def multiply(w: Tiles, x: np.ndarray, passes: int, threads: int, y: np.ndarray) -> int: ...
+def pack_planes(codes: np.ndarray, bits: int, lanes: bool, out: np.ndarray) -> None: ...
+def unpack_planes(packed: np.ndarray, bits: int, lanes: bool, out: np.ndarray) -> None: ...
+def pack_ternary(weights: np.ndarray, group: int, out: np.ndarray) -> None: ...
+def unpack_ternary(packed: np.ndarray, group: int, out: np.ndarray) -> None: ...
+def multiply(
+    w: Tiles, x: np.ndarray, passes: int, threads: int, y: np.ndarray, flat: int = 1, decoded: int = ...
+) -> int: ...
+def time_products(
+    w: list[Tiles], x: np.ndarray, passes: int, threads: int, flows: list[tuple[int, int]], repeats: int
+) -> list[list[float]]: ...
+def attend_pages(
+    coding: int,
+    q: np.ndarray,
+    k: list[np.ndarray],
+    v: list[np.ndarray],
+    grids: list[tuple[np.ndarray, ...]],
+    page: int,
+    group: int,
+    first: int,
+    last: int,
+    low: np.ndarray,
+    high: np.ndarray,
+    scale: float,
+    softcap: float,
+    phi: float | None,
+    out: np.ndarray,
+    weight: np.ndarray,
+    largest: np.ndarray,
+) -> None: ...
+def encode_grid(rows: np.ndarray, group: int, codes: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> None: ...
 
-#: Matrix, index of the values it writes, first column there, bias, factor, cap.
-Product = tuple[Tiles, int, int, np.ndarray | None, float, float]
+#: Matrix, index of the values it writes, first column there, bias, factor, cap, tokens from which the flat and the decoding
+#: kernel multiply.
+Product = tuple[Tiles, int, int, np.ndarray | None, float, float, int, int]
 
 class Program:
     def __init__(self, threads: int) -> None: ...
@@ -95,7 +128,20 @@ class Program:
         scale: float,
         softcap: float,
         unified: tuple[float, float, float] | None,
+        group: int = 0,
+        append: bool = True,
     ) -> None: ...
+    def split(self, keys: int) -> None: ...
+    def run_on(
+        self,
+        starts: np.ndarray,
+        past: np.ndarray,
+        cache: np.ndarray,
+        source: int,
+        x: np.ndarray,
+        out: int,
+        y: np.ndarray,
+    ) -> float: ...
     def run(
         self,
         ids: np.ndarray,

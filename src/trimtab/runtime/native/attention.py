@@ -83,10 +83,10 @@ def grid_parts(run: np.ndarray, shape: tuple[int, int, int], group: int) -> tupl
     heads, tokens, size = shape
     codes, groups = heads * tokens * size, -(-size // group)
     ends = codes, codes + 2 * heads * tokens * groups
-    scale, minimum = run[ends[0] : ends[1]], run[ends[1] :]
-    return run[:codes].reshape(shape), *(
-        part.view(np.float16).reshape(heads, tokens, groups) for part in (scale, minimum)
+    scale, minimum = (
+        part.view(np.float16).reshape(heads, tokens, groups) for part in (run[ends[0] : ends[1]], run[ends[1] :])
     )
+    return run[:codes].reshape(shape), scale, minimum
 
 
 def code_rows(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -100,7 +100,8 @@ def code_rows(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray, np.nda
     scale, minimum = (np.empty((len(rows), groups), np.uint16) for _ in range(2))
     _core.encode_grid(rows, group, codes, scale, minimum)
     lead = x.shape[:-1]
-    return codes.reshape(x.shape), *(part.view(np.float16).reshape(*lead, groups) for part in (scale, minimum))
+    scales, minima = (part.view(np.float16).reshape(*lead, groups) for part in (scale, minimum))
+    return codes.reshape(x.shape), scales, minima
 
 
 def encode_pages(x_GSH: np.ndarray, format: str = "fp32") -> Coded:

@@ -49,6 +49,7 @@ class Tmac(Technique):
     isa: str = param("auto", "instruction set", "auto, scalar, avx2, avx512")
     threads: int = param(0, "workers; 0 = as many as the engine has", "0..1024")
     kernel: str = param("auto", "lut looks up, vnni multiplies codes, auto times both", "auto, lut, vnni")
+    head: bool = param(False, "lm_head too, where it is not tied to the embedding", "0, 1")
 
     def __post_init__(self) -> None:
         if self.bits not in (1, 2, 3, 4, "ternary"):
@@ -133,6 +134,8 @@ class Tmac(Technique):
 
     def check(self, spec: ModelSpec) -> None:
         """Refuse groups longer than a row, codes of other bits, and matrices stored transposed."""
+        if self.head and spec.tie_word_embeddings:
+            raise SpecError(f"tmac: head=1: the head of {spec.name} is its embedding. Try head=0.")
         for path, node in self._linears(spec):
             where = f"tmac: {path} of {spec.name}"
             wanted = self.format(node)
@@ -174,8 +177,9 @@ class Tmac(Technique):
                 replaced[path] = encode_ternary(decode(weights[path]), node.format, one_scale=True)
         return weights | replaced
 
-    @staticmethod
-    def _linears(spec: ModelSpec) -> Iterable[tuple[str, LinearSpec]]:
+    def _linears(self, spec: ModelSpec) -> Iterable[tuple[str, LinearSpec]]:
         return (
-            (path, node) for path, node in spec.linears() if path.startswith("layers.") and not path.endswith("router")
+            (path, node)
+            for path, node in spec.linears()
+            if (path.startswith("layers.") and not path.endswith("router")) or (self.head and path == "lm_head")
         )
