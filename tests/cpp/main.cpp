@@ -45,6 +45,11 @@ void use(const Isa& isa) { current = isa.table; }
 // Stands in for dispatch.cpp, which would never choose an emulated table.
 const TileKernels& tile_kernels() { return *current; }
 
+namespace baseline {
+extern const Kernels table;
+}
+const Kernels& kernels() { return baseline::table; }
+
 }  // namespace trimtab
 
 int main(int count, char** arguments) {

@@ -40,3 +40,21 @@ static inline simde__m512 trimtab_mm512_cvtph_ps(simde__m256i halves) {
 }
 #define _mm512_cvtph_ps(halves) trimtab_mm512_cvtph_ps(halves)
 #endif
+
+// Nor these.
+template <class Byte>
+static inline simde__m512i trimtab_widen(simde__m128i bytes) {
+    Byte from[16];
+    int32_t to[16];
+    __builtin_memcpy(from, &bytes, sizeof from);
+    for (int i = 0; i < 16; ++i) to[i] = from[i];
+    simde__m512i all;
+    __builtin_memcpy(&all, to, sizeof all);
+    return all;
+}
+#ifndef _mm512_cvtepu8_epi32
+#define _mm512_cvtepu8_epi32(bytes) trimtab_widen<uint8_t>(bytes)
+#endif
+#ifndef _mm512_cvtepi8_epi32
+#define _mm512_cvtepi8_epi32(bytes) trimtab_widen<int8_t>(bytes)
+#endif

@@ -145,11 +145,11 @@ void planes_bits(const Tiles& w, int64_t tile, const Input& in, int64_t t, float
             const float scale = *scales;
             left -= step;
             if (left == 0) ++scales, left = in.act_group;
-            IV acc[parts];
+            IV acc[parts] = {};
             if constexpr (FAST) {
                 sum_fast<BITS>(w, data, low, first, last, acc);
                 if (two) {
-                    IV high[parts];
+                    IV high[parts] = {};
                     sum_fast<BITS>(w, data, low + blocks * 16, first, last, high);
                     for (int i = 0; i < parts; ++i) acc[i] += 256 * high[i];
                 }

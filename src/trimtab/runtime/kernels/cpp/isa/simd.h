@@ -65,7 +65,7 @@ inline FV load_bf16s(const uint16_t* from) {
 
 inline FV load_u8s(const uint8_t* from) {
 #if defined(__AVX512F__)
-    return as<FV>(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))));
+    return to_float(as<IV>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))));
 #elif defined(__AVX2__)
     return as<FV>(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))));
 #else
@@ -77,7 +77,7 @@ inline FV load_u8s(const uint8_t* from) {
 
 inline FV load_i8s(const int8_t* from) {
 #if defined(__AVX512F__)
-    return as<FV>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))));
+    return to_float(as<IV>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))));
 #elif defined(__AVX2__)
     return as<FV>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))));
 #else

@@ -212,7 +212,9 @@ struct LinearKernel : Kernel {
             if (store == Store::gated) decoded2 = decode(products[p + 1].w, tile, room + one.w.cols * tile_rows);
         }
         // A second pass over the input makes two rows of every token.
-        const int64_t together = ready[one.input].passes > 1 ? token_block / 2 : token_block;
+        const bool doubled =
+            ready[one.input].passes > 1 || (store == Store::gated && ready[products[p + 1].input].passes > 1);
+        const int64_t together = doubled ? token_block / 2 : token_block;
         for (int64_t t0 = 0; t0 < tokens; t0 += together) {
             const int64_t here = std::min(together, tokens - t0);
             dot(one, decoded, tile, ready[one.input], tokens, t0, here, out);
