@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,24 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "trimtab-home"
     monkeypatch.setenv("TRIMTAB_HOME", str(folder))
     return folder
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for `isa` runs once with every instruction set of this processor."""
+    if "isa" in metafunc.fixturenames:
+        from trimtab.runtime.kernels import _core
+
+        metafunc.parametrize("isa", _core.isas(), indirect=True)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the kernels with this instruction set; the best one afterwards."""
+    from trimtab.runtime.kernels import use_isa
+
+    use_isa("scalar" if request.param == "baseline" else request.param)
+    yield request.param
+    use_isa("auto")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Time llama.cpp for benchmarks/decode.py: one JSON line asks, one answers. Run by the python of .venv-peers.
+"""Time llama.cpp for benchmarks/decode.py (see worker.py). Run by the python of .venv-peers.
 
 Only llama_decode and its synchronization are timed, on llama.cpp's low-level interface: no sampling, no text.
 """
@@ -6,13 +6,12 @@ Only llama_decode and its synchronization are timed, on llama.cpp's low-level in
 from __future__ import annotations
 
 import ctypes
-import json
-import sys
 import time
 from typing import Any
 
 import llama_cpp
 import numpy as np
+from worker import Timer, serve
 
 CONTEXT, BATCH = 1024, 512
 _SILENT = llama_cpp.llama_log_callback(lambda *_: None)
@@ -62,21 +61,11 @@ class Peer:
         return {"prefill_s": prefill, "decode_s": decode, "decoded": gen - 1, "ids": ids}
 
 
-def main() -> None:
-    peer: Peer | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            if peer is None:
-                peer = Peer(request["model"], request["threads"])
-                features = llama_cpp.llama_print_system_info().decode()
-                answer = {"ready": True, "version": llama_cpp.__version__, "features": features.strip()}
-            else:
-                answer = peer.time(request["prompt"], request["gen"])
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+def load(request: dict[str, Any]) -> tuple[Timer, dict[str, Any]]:
+    peer = Peer(request["model"], request["threads"])
+    features = llama_cpp.llama_print_system_info().decode().strip()
+    return peer.time, {"version": llama_cpp.__version__, "features": features}
 
 
 if __name__ == "__main__":
-    main()
+    serve(load)

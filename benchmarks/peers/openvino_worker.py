@@ -1,17 +1,16 @@
-"""Time OpenVINO GenAI for benchmarks/decode.py: one JSON line asks, one answers. Run by the python of .venv-peers.
+"""Time OpenVINO GenAI for benchmarks/decode.py (see worker.py). Run by the python of .venv-peers.
 
 The figures are those of the library itself (perf_metrics): the time to the first token, and the gaps between the others.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import numpy as np
 import openvino
 import openvino_genai
+from worker import Timer, serve
 
 
 class Peer:
@@ -44,28 +43,12 @@ class Peer:
         }
 
 
-def main() -> None:
-    peer: Peer | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            if peer is None:
-                peer = Peer(request["model"], request["threads"])
-                core = openvino.Core()
-                wanted = (
-                    "FULL_DEVICE_NAME",
-                    "OPTIMIZATION_CAPABILITIES",
-                    "INFERENCE_PRECISION_HINT",
-                    "KV_CACHE_PRECISION",
-                )
-                features = "; ".join(f"{name}={core.get_property('CPU', name)}" for name in wanted)
-                answer = {"ready": True, "version": openvino_genai.__version__, "features": features}
-            else:
-                answer = peer.time(request["prompt"], request["gen"])
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+def load(request: dict[str, Any]) -> tuple[Timer, dict[str, Any]]:
+    peer, core = Peer(request["model"], request["threads"]), openvino.Core()
+    wanted = ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES", "INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION")
+    features = "; ".join(f"{name}={core.get_property('CPU', name)}" for name in wanted)
+    return peer.time, {"version": openvino_genai.__version__, "features": features}
 
 
 if __name__ == "__main__":
-    main()
+    serve(load)

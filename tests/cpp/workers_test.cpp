@@ -1,6 +1,7 @@
 // Threads meet at every barrier, whether they spin or sleep.
-#include "native/workers.h"
+#include "workers.h"
 
+#include <atomic>
 #include <chrono>
 
 #include "check.h"
@@ -32,14 +33,14 @@ void step(void* pointer, Worker& worker) {
 }
 
 void rounds(int threads, int64_t count, int64_t late_every) {
-    Workers workers(threads);
+    Workers workers;
     Shared s;
     s.before.resize(static_cast<size_t>(threads)), s.after.resize(static_cast<size_t>(threads));
     for (s.round = 1; s.round <= count; ++s.round) {
         const bool late = late_every && s.round % late_every == 0;
         s.late = late ? static_cast<int>(s.round / late_every % threads) : -1;
         if (late) busy(300);  // the others sleep at the start
-        workers.run(step, &s);
+        workers.run(threads, step, &s, Workers::Patience(s.round % 2 ? 0 : 50));
         for (int64_t sum : s.after)
             CHECK(sum == threads * s.round, "round %d of %d threads: %d", static_cast<int>(s.round), threads,
                   static_cast<int>(sum));
@@ -53,8 +54,26 @@ TEST(workers_that_sleep_are_woken) {
 TEST(teams_come_and_go) {
     for (int round = 0; round < 100; ++round) {
         rounds(1 + round % 4, 2, 0);
-        Workers unused(3);
+        Workers unused;
+        unused.run(3, [](void*, Worker&) {}, nullptr);
         if (round % 4 == 0) busy(200);  // ended while asleep
+    }
+}
+
+// Calls of one team by different numbers of workers: a thread that sits one out must not take part in it later.
+TEST(calls_of_one_team_differ_in_size) {
+    Workers workers;
+    for (int round = 0; round < 3000; ++round) {
+        std::atomic<int> ran{0};
+        const int count = 1 + (round * 7) % 5;
+        workers.run(
+            count,
+            [](void* pointer, Worker& worker) {
+                worker.wait();
+                static_cast<std::atomic<int>*>(pointer)->fetch_add(1 << (6 * worker.id));
+            },
+            &ran, Workers::Patience(round % 3 * 20));
+        CHECK(ran.load() == (((1 << (6 * count)) - 1) / 63), "%d workers: %x", count, static_cast<unsigned>(ran.load()));
     }
 }
 

@@ -26,17 +26,9 @@ from trimtab.techniques.apply import applied, load_native
 from trimtab.techniques.base import compose
 from trimtab.techniques.registry import parse_all, parse_technique
 
-ISAS = _core.isas()
 SPLIT = 256
 LENGTHS = (1, 17, SPLIT - 1, SPLIT, SPLIT + 1, 1000, 8192)
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Any:
-    _core.use_isa(request.param)
-    yield request.param
-    _core.use_isa(ISAS[-1])
 
 
 def values(*shape: int, seed: int = 0) -> np.ndarray:

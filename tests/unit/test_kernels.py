@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from trimtab.errors import SpecError
 from trimtab.runtime import kernels
-from trimtab.runtime.kernels import IntRows, _core, reference
+from trimtab.runtime.kernels import IntRows, reference
 from trimtab.spec.formats import GGUF_BLOCKS, WeightFormat
 
 SHAPES = [
@@ -28,15 +27,6 @@ SHAPES = [
     (9, 1040, 16),
     (2, 13, 13),
 ]
-
-
-@pytest.fixture(params=_core.isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run with each instruction set that this processor has."""
-    before = _core.isa()
-    assert _core.use_isa(request.param)
-    yield request.param
-    _core.use_isa(before)
 
 
 def int_rows(rng: np.random.Generator, rows: int, cols: int, bits: int, group: int, sym: bool) -> IntRows:

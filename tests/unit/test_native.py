@@ -32,15 +32,6 @@ from trimtab.spec.machine import load_stack
 from trimtab.spec.tree import Edit
 from trimtab.techniques.apply import load_engine, reencode
 
-ISAS = _core.isas()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Any:
-    _core.use_isa(request.param)
-    yield request.param
-    _core.use_isa(ISAS[-1])
-
 
 def values(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)

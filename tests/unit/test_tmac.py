@@ -37,13 +37,6 @@ ISAS = _core.isas()
 GROUPS = (32, 64, 128, -1)
 
 
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    _core.use_isa(request.param)
-    yield request.param
-    _core.use_isa(ISAS[-1])
-
-
 @pytest.fixture
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of timings of its own, and nothing remembered by the process."""

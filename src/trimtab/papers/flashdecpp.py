@@ -248,7 +248,7 @@ def _torch_threads(count: int) -> Iterator[None]:
 def attention_speed(bench: Bench) -> Outcome:
     """One token over 4096 keys of one layer in cache: unified against online against torch, median ratio of 801 neighbouring runs.
 
-    With one thread and with all: where other work shares the processors, threads wait for each other and their times say little.
+    Judged with all threads, over both formats; one thread is shown beside them.
     """
     import torch
     import torch.nn.functional as F
@@ -256,7 +256,7 @@ def attention_speed(bench: Bench) -> Outcome:
     from trimtab.runtime.native.attention import encode_pages
 
     q, k, v = _qkv(bench, 4096)
-    phi, met, shown = _reference(q, k, v)[1] - 5.0, False, []
+    phi, met, shown = _reference(q, k, v)[1] - 5.0, True, []
     for threads in dict.fromkeys((1, _threads())):
         for format, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
             coded = encode_pages(k, format), encode_pages(v, format)
@@ -269,7 +269,7 @@ def attention_speed(bench: Bench) -> Outcome:
                 torch_s = _medians([_timed(theirs)], 51)[0]
             # Neighbouring runs meet the same disturbance, so the ratio is taken before the median.
             ours_s, ratio = float(np.median(pair[:, 0])), float(np.median(pair[:, 1] / pair[:, 0]))
-            met |= ratio >= 1.05 and torch_s / ours_s >= 2
+            met &= threads < _threads() or (ratio >= 1.05 and torch_s / ours_s >= 2)
             shown.append(
                 f"{format} x{threads}: {ours_s * 1e6:.0f} us, online {ratio:.3f}x, torch {torch_s / ours_s:.1f}x"
             )
@@ -277,7 +277,10 @@ def attention_speed(bench: Bench) -> Outcome:
 
 
 def flat_speed(bench: Bench) -> Outcome:
-    """The flat kernel for 2 to 16 rows against torch.matmul in one format and thread, on a shape of the model and a large one."""
+    """The flat kernel for 2 to 16 rows against torch.matmul with all threads, on a shape of the model and a large one.
+
+    Judged in fp32, which both multiply natively; bf16 is shown beside it.
+    """
     import torch
 
     from trimtab.runtime.kernels import _core
@@ -285,9 +288,8 @@ def flat_speed(bench: Bench) -> Outcome:
     from trimtab.runtime.numerics.tiles import tiled_format
     from trimtab.spec.formats import WeightFormat
 
-    met, shown = True, []
+    met, shown, threads = True, [], _threads()
     for n, k in (SHAPES["up/gate"], LARGE):
-        best = 0.0
         for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             tiles = random_tiles(n, k, tiled_format(WeightFormat(kind=kind), k), 1)
             w = torch.randn(n, k).to(dtype)
@@ -295,15 +297,15 @@ def flat_speed(bench: Bench) -> Outcome:
             for rows in (2, 4, 8, 16):
                 x = np.random.default_rng(0).standard_normal((rows, k), dtype=np.float32)
                 x_t = torch.from_numpy(x).to(dtype)
-                ours: Any = lambda t=tiles, x=x: _core.time_products(t, x, 1, 1, [ONLY["flat"]], 3)[0][-1]  # noqa: E731
-                with torch.inference_mode(), _torch_threads(1):
+                ours: Any = lambda t=tiles, x=x: _core.time_products(t, x, 1, threads, [ONLY["flat"]], 3)[0][-1]  # noqa: E731
+                with torch.inference_mode(), _torch_threads(threads):
                     a, b = _medians([ours, _timed(lambda x=x_t, w=w: torch.matmul(x, w.T))], 15)
                 ratios.append(b / a)
             shown.append(f"[{n}, {k}] {kind} " + ", ".join(f"{r:.2f}" for r in ratios))
-            best = max(best, min(ratios))
-        met &= best > 1
+            met &= kind != "fp32" or min(ratios) > 1
     return Outcome(
-        measured="torch over flat at 2, 4, 8, 16 rows: " + "; ".join(shown) + f" (1 thread; {_load()})", met=met
+        measured="torch over flat at 2, 4, 8, 16 rows: " + "; ".join(shown) + f" ({threads} threads; {_load()})",
+        met=met,
     )
 
 
@@ -314,7 +316,7 @@ def auto_dataflow(bench: Bench) -> Outcome:
     from trimtab.runtime.numerics.tiles import tiled_format
     from trimtab.spec.formats import WeightFormat
 
-    threads = 1  # threads that wait for each other on shared processors would hide the kernels
+    threads = _threads()
     slow: list[float] = []
     losing, shown = 0, []
     for name, (n, k) in SHAPES.items():
@@ -333,7 +335,7 @@ def auto_dataflow(bench: Bench) -> Outcome:
         shown.append(f"{name} M1={flat} M2={decoded if decoded < 1 << 30 else 'none'}")
     return Outcome(
         measured=f"at most {max(slow):.2f}x the fastest ({sum(r > 1.1 for r in slow)} of {len(slow)} above 1.10), slower than all in "
-        f"{losing}; " + ", ".join(shown) + f" (1 thread; {_load()})",
+        f"{losing}; " + ", ".join(shown) + f" ({threads} threads; {_load()})",
         met=max(slow) <= 1.10 and losing == 0,
     )
 

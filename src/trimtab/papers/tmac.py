@@ -6,7 +6,6 @@ import datetime
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,6 +206,7 @@ def _cycled_s(bits: int | str) -> float:
     import os
 
     from trimtab.runtime.kernels import _core
+    from trimtab.runtime.native.dataflow import ONLY
     from trimtab.runtime.native.products import as_tiles, core_tiles, tiles_of
     from trimtab.runtime.numerics import encode
     from trimtab.runtime.weights.packed import Packed
@@ -222,12 +222,8 @@ def _cycled_s(bits: int | str) -> float:
         core_tiles(Packed(packed.format, packed.shape, {name: b.copy() for name, b in packed.buffers.items()}), product)
         for _ in range(WORKING_SET // packed.nbytes + 1)
     ]
-    x, y = rng.standard_normal((1, cols), dtype=np.float32), np.empty((1, rows), np.float32)
-    threads, times = len(os.sched_getaffinity(0)), []
-    for copy in copies * 2:
-        start = time.perf_counter()
-        _core.multiply(copy, x, 1, threads, y)
-        times.append(time.perf_counter() - start)
+    x, threads = rng.standard_normal((1, cols), dtype=np.float32), len(os.sched_getaffinity(0))
+    (times,) = _core.time_products(copies, x, 1, threads, [ONLY["flat"]], 3 * len(copies))
     return statistics.median(times[len(copies) :])
 
 

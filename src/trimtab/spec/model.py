@@ -141,31 +141,19 @@ class ModelSpec(Node):
         weights = float_format("bf16" if name in SCALED_KINDS else name)
         page = page_format(kv_dtype or weights.kind)
 
-        done: dict[int, Node] = {}  # equal layers are one object more often than not
-
-        def once(node: Node) -> Node:
-            if id(node) not in done:
-                done[id(node)] = convert(node)
-            return done[id(node)]
-
-        def convert(node: Node) -> Node:
+        def change(node: Node) -> dict[str, object]:
             updates: dict[str, object] = {}
             for field in dataclasses.fields(node):  # type: ignore[arg-type]
                 value = getattr(node, field.name)
-                if isinstance(value, Node):
-                    updates[field.name] = convert(value)
-                elif isinstance(value, tuple) and value and isinstance(value[0], Node):
-                    updates[field.name] = tuple(once(item) for item in value)
-                elif isinstance(value, WeightFormat) and (value.is_float or not keep_packed):
+                if isinstance(value, WeightFormat) and (value.is_float or not keep_packed):
                     updates[field.name] = weights
                     if isinstance(node, LinearSpec) and field.name == "format":
                         updates |= {"act": "none", "product": EXACT}
                 elif isinstance(value, PageFormat):
                     updates[field.name] = page
-            return dataclasses.replace(node, **updates)  # type: ignore[type-var]
+            return updates
 
-        converted = convert(self)
-        assert isinstance(converted, ModelSpec)
+        converted = tree.mapped(self, change)
         converted = dataclasses.replace(converted, act_dtype=weights.kind)
         return converted._coded(name) if name in SCALED_KINDS else converted
 
@@ -175,10 +163,8 @@ class ModelSpec(Node):
         Raises:
             SpecError: a dtype of another name.
         """
-        page = page_format(kv_dtype)
-        heads = [path for path, node in tree.walk(self) if isinstance(node, HeadSpec)]
-        edits = [Edit(path, field, page) for path in heads for field in ("k_format", "v_format")]
-        return dataclasses.replace(tree.edit(self, edits, "kv-dtype", ())[0], history=self.history)  # type: ignore[type-var]
+        formats = dict.fromkeys(("k_format", "v_format"), page_format(kv_dtype))
+        return tree.mapped(self, lambda node: formats if isinstance(node, HeadSpec) else {})
 
     def _coded(self, kind: str) -> ModelSpec:
         """The matrices that checkpoints in fp8 or mxfp4 hold so, as `with_dtype` says."""

@@ -7,7 +7,7 @@ A node is a frozen dataclass; its children are the fields that hold nodes or tup
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -100,6 +100,31 @@ def edit(root: N, edits: Iterable[Edit], by: str, history: tuple[Written, ...]) 
             changes.setdefault(path, {})[change.field] = change.value
     grown = tuple(Written(path, field, writer) for (path, field), writer in writers.items())
     return _rebuild(root, "", _by_parent(changes), changes), grown
+
+
+def mapped(root: N, change: Callable[[Node], Mapping[str, object]]) -> N:
+    """Return `root` with the fields replaced that `change` names for each of its nodes.
+
+    A node that stands in several places, as equal layers do, is changed once and stays one object. A child that `change`
+    names is taken as given, its own children included.
+    """
+    done: dict[int, Node] = {}
+
+    def once(node: Node) -> Node:
+        if id(node) not in done:
+            updates = dict(change(node))
+            for field in dataclasses.fields(node):  # type: ignore[arg-type]
+                value = getattr(node, field.name)
+                if field.name in updates:
+                    continue
+                if isinstance(value, Node):
+                    updates[field.name] = once(value)
+                elif isinstance(value, tuple) and value and isinstance(value[0], Node):
+                    updates[field.name] = tuple(once(item) for item in value)
+            done[id(node)] = dataclasses.replace(node, **updates)  # type: ignore[type-var]
+        return done[id(node)]
+
+    return once(root)  # type: ignore[return-value]
 
 
 def _by_parent(changes: dict[str, dict[str, object]]) -> frozenset[str]:

@@ -66,36 +66,18 @@ def lowered_spec(spec: ModelSpec) -> ModelSpec:
         raise UnsupportedModelError(
             "A model whose layers cut their keys into pieces of different lengths has no native kernel."
         )
-    done: dict[int, Node] = {}
+    return dataclasses.replace(tree.mapped(spec, _held), act_dtype="fp32")
 
-    def once(node: Node) -> Node:
-        if id(node) not in done:
-            done[id(node)] = convert(node)
-        return done[id(node)]
 
-    def convert(node: Node) -> Node:
-        updates: dict[str, object] = {}
-        for field in dataclasses.fields(node):  # type: ignore[arg-type]
-            value = getattr(node, field.name)
-            if isinstance(value, LinearSpec) and value.layout != "row":
-                continue
-            if isinstance(value, Node):
-                updates[field.name] = convert(value)
-            elif isinstance(value, tuple) and value and isinstance(value[0], Node):
-                updates[field.name] = tuple(once(item) for item in value)
-        if isinstance(node, FFNSpec) and isinstance(node.executor, GateFirst):  # up and down stay as rows
-            updates |= {"up_proj": node.up_proj, "down_proj": node.down_proj}
-        if isinstance(node, LinearSpec):
-            updates |= {"format": _tiled(node), "bias_format": FP32}
-        elif isinstance(node, EmbeddingSpec):
-            updates["format"] = _tiled(node)
-        elif isinstance(node, NormSpec):
-            updates["format"] = FP32
-        return dataclasses.replace(node, **updates)  # type: ignore[type-var]
-
-    converted = convert(spec)
-    assert isinstance(converted, ModelSpec)
-    return dataclasses.replace(converted, act_dtype="fp32", history=spec.history)
+def _held(node: Node) -> dict[str, object]:
+    """What differs where the native program holds a node."""
+    if isinstance(node, FFNSpec) and isinstance(node.executor, GateFirst):  # rows that may be skipped stay rows
+        return {"up_proj": node.up_proj, "down_proj": node.down_proj}
+    if isinstance(node, LinearSpec):
+        return {"format": _tiled(node), "bias_format": FP32}
+    if isinstance(node, EmbeddingSpec):
+        return {"format": _tiled(node)}
+    return {"format": FP32} if isinstance(node, NormSpec) else {}
 
 
 def _tiled(node: LinearSpec | EmbeddingSpec) -> WeightFormat:

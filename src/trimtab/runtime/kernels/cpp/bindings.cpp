@@ -7,8 +7,8 @@
 #include <nanobind/stl/vector.h>
 
 #include "kernels.h"
-#include "pool.h"
 #include "rows.h"
+#include "workers.h"
 
 namespace nb = nanobind;
 using namespace trimtab;

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "kernels.h"
-#include "pool.h"
+#include "workers.h"
 
 namespace trimtab {
 namespace {

@@ -341,16 +341,45 @@ void ternary_tile(const Tiles& w, int64_t tile, const Input& in, int64_t t, floa
     for (int i = 0; i < parts; ++i) store_f(out + i * lanes, total[i] * scale);
 }
 
+// Keeps a product from being fused with the addition that follows: it is rounded by itself, as the definition does.
+inline void apart([[maybe_unused]] FV& v) {
+#if defined(__FMA__)
+    asm("" : "+x"(v));
+#endif
+}
+
 // One scale for the row, largest |x| / 127, so that products are those of integers.
 void ternary_tables(const Input& in, int64_t t, const float* x, int64_t cols) {
     typedef int16_t V16 __attribute__((vector_size(32)));
     typedef int8_t N16 __attribute__((vector_size(16)));
-    float most = 0;
-    for (int64_t k = 0; k < cols; ++k) most = std::max(most, std::fabs(x[k]));
+    int64_t whole = cols / lanes * lanes;
+    FV tops = {};
+    for (int64_t k = 0; k < whole; k += lanes) {
+        const FV v = load<FV>(x + k);
+        tops = max_of(tops, max_of(v, -v));
+    }
+    float most = largest(tops);
+    for (int64_t k = whole; k < cols; ++k) most = std::max(most, std::fabs(x[k]));
     const float by = most > 0 ? 127.0f / most : 0.0f;
     const bool exact = in.entry == Entry::f32;
     in.scale[t] = exact ? 1.0f : most / 127.0f;
     int8_t* table = reinterpret_cast<int8_t*>(in.tables + t * in.table_bytes());
+    // Codes of a stretch of the row at a time, and zeros behind its end, so that a triple may reach beyond.
+    constexpr int64_t stretch = 384;
+    alignas(64) int16_t q[stretch + 16] = {};
+    int64_t coded = 0, base = 0;
+    auto code_from = [&](int64_t k, int64_t end) {
+        base = k, coded = std::min(k + stretch, end);
+        int64_t i = k;
+        for (; i + lanes <= coded; i += lanes) {
+            FV v = load<FV>(x + i) * by;
+            apart(v);
+            const IV whole_numbers = as<IV>(v + 12582912.0f) - as<IV>(splat_f(12582912.0f));  // rounds half to even
+            for (int j = 0; j < lanes; ++j) q[i - k + j] = static_cast<int16_t>(whole_numbers[j]);
+        }
+        for (; i < coded; ++i) q[i - k] = static_cast<int16_t>(std::nearbyint(x[i] * by));
+        for (int64_t j = coded - k; j < coded - k + 3; ++j) q[j] = 0;
+    };
     const V16 d0 = load<V16>(digits.of[0]), d1 = load<V16>(digits.of[1]), d2 = load<V16>(digits.of[2]);
     int64_t triple = 0;
     for (int64_t start = 0; start < cols; start += in.group) {
@@ -364,10 +393,9 @@ void ternary_tables(const Input& in, int64_t t, const float* x, int64_t cols) {
                 }
                 continue;
             }
-            int16_t q[3];
-            for (int j = 0; j < 3; ++j)
-                q[j] = k + j < end ? static_cast<int16_t>(std::nearbyint(x[k + j] * by)) : static_cast<int16_t>(0);
-            const V16 sum = d0 * q[0] + d1 * q[1] + d2 * q[2];
+            if (k < end && (k >= coded || k < base)) code_from(k, end);
+            const int16_t* three = q + (k < end ? k - base : coded - base);
+            const V16 sum = d0 * three[0] + d1 * three[1] + d2 * three[2];
             const V16 high = (sum < -127) - (sum > 127);  // a comparison yields -1 where it holds
             const V16 low = sum - high * 255;
             const N16 low8 = __builtin_convertvector(low, N16), high8 = __builtin_convertvector(high, N16);

@@ -9,6 +9,7 @@
 
 #include <chrono>
 
+#include "native/pack.h"
 #include "native/program.h"
 #include "rows.h"
 
@@ -56,151 +57,21 @@ BoundTiles make_tiles(int coding, int scales, int bits, int64_t rows, int64_t co
     return b;
 }
 
-// Codes [rows, cols] of one byte each into tiles, and back: rows a multiple of 16, cols of 32.
-void pack_tiles(Array<const uint8_t, 2> codes, int bits, Array<uint8_t, 1> out) {
-    const int64_t rows = static_cast<int64_t>(codes.shape(0)), cols = static_cast<int64_t>(codes.shape(1));
-    const uint8_t* from = codes.data();
-    uint8_t* to = out.data();
-    nb::gil_scoped_release release;
-    for (int64_t tile = 0; tile < rows / 16; ++tile)
-        for (int64_t u = 0; u < cols / 32; ++u) {
-            uint8_t* unit = to + (tile * (cols / 32) + u) * 64 * bits;
-            const uint8_t* source = from + tile * 16 * cols + u * 32;
-            int shift = 0;
-            for (int part : {8, 4, 2, 1}) {
-                if (!(bits & part)) continue;
-                const int per = 8 / part, mask = (1 << part) - 1;
-                for (int v = 0; v < part; ++v)
-                    for (int r = 0; r < 16; ++r)
-                        for (int j = 0; j < 4; ++j) {
-                            int byte = 0;
-                            for (int i = 0; i < per; ++i)
-                                byte |= (source[r * cols + (v * per + i) * 4 + j] >> shift & mask) << (i * part);
-                            unit[v * 64 + r * 4 + j] = static_cast<uint8_t>(byte);
-                        }
-                unit += 64 * part, shift += part;
-            }
-        }
+// A function of a matrix [rows, cols] of one side, of whatever packing takes besides, and of the packed bytes.
+template <class Code, class... Options, class F>
+auto packing(F pack) {
+    return [pack](Array<const Code, 2> codes, Options... options, Array<uint8_t, 1> out) {
+        nb::gil_scoped_release release;
+        pack(codes.data(), static_cast<int64_t>(codes.shape(0)), static_cast<int64_t>(codes.shape(1)), options..., out.data());
+    };
 }
 
-void unpack_tiles(Array<const uint8_t, 1> packed, int bits, Array<uint8_t, 2> out) {
-    const int64_t rows = static_cast<int64_t>(out.shape(0)), cols = static_cast<int64_t>(out.shape(1));
-    const uint8_t* from = packed.data();
-    uint8_t* to = out.data();
-    nb::gil_scoped_release release;
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t k = 0; k < cols; ++k) {
-            const uint8_t* unit = from + (row / 16 * (cols / 32) + k / 32) * 64 * bits;
-            const int64_t four = k % 32 / 4, byte = row % 16 * 4 + k % 4;
-            int code = 0, shift = 0;
-            for (int part : {8, 4, 2, 1}) {
-                if (!(bits & part)) continue;
-                const int64_t per = 8 / part;
-                code |= (unit[four / per * 64 + byte] >> (four % per * part) & ((1 << part) - 1)) << shift;
-                unit += 64 * part, shift += part;
-            }
-            to[row * cols + k] = static_cast<uint8_t>(code);
-        }
-}
-
-// Place of the nibble of row r, block b (of 8) in a 64-byte piece of planes or lanes: byte, and whether it is the high half.
-struct Place {
-    int64_t byte;
-    bool high;
-};
-Place place_of(bool lanes, int64_t b, int64_t r) {
-    return lanes ? Place{4 * r + b % 4, b >= 4} : Place{b / 4 * 32 + b % 2 * 16 + r, b % 4 >= 2};
-}
-
-// Codes [rows, cols] of one byte each into planes, or lanes, and back: rows a multiple of 16, cols of 32.
-void pack_planes(Array<const uint8_t, 2> codes, int bits, bool lanes, Array<uint8_t, 1> out) {
-    const int64_t rows = static_cast<int64_t>(codes.shape(0)), cols = static_cast<int64_t>(codes.shape(1));
-    const uint8_t* from = codes.data();
-    uint8_t* to = out.data();
-    nb::gil_scoped_release release;
-    for (int64_t tile = 0; tile < rows / 16; ++tile)
-        for (int64_t u = 0; u < cols / 32; ++u)
-            for (int p = 0; p < bits; ++p) {
-                uint8_t* piece = to + ((tile * (cols / 32) + u) * bits + p) * 64;
-                memset(piece, 0, 64);
-                for (int64_t r = 0; r < 16; ++r)
-                    for (int64_t b = 0; b < 8; ++b) {
-                        const uint8_t* four = from + (tile * 16 + r) * cols + u * 32 + b * 4;
-                        int nibble = 0;
-                        for (int k = 0; k < 4; ++k) nibble |= (four[k] >> p & 1) << k;
-                        const Place at = place_of(lanes, b, r);
-                        piece[at.byte] = static_cast<uint8_t>(piece[at.byte] | nibble << (at.high ? 4 : 0));
-                    }
-            }
-}
-
-void unpack_planes(Array<const uint8_t, 1> packed, int bits, bool lanes, Array<uint8_t, 2> out) {
-    const int64_t rows = static_cast<int64_t>(out.shape(0)), cols = static_cast<int64_t>(out.shape(1));
-    const uint8_t* from = packed.data();
-    uint8_t* to = out.data();
-    nb::gil_scoped_release release;
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t k = 0; k < cols; ++k) {
-            const Place at = place_of(lanes, k % 32 / 4, row % 16);
-            int code = 0;
-            for (int p = 0; p < bits; ++p) {
-                const uint8_t byte = from[((row / 16 * (cols / 32) + k / 32) * bits + p) * 64 + at.byte];
-                code |= ((at.high ? byte >> 4 : byte) >> (k % 4) & 1) << p;
-            }
-            to[row * cols + k] = static_cast<uint8_t>(code);
-        }
-}
-
-// Weights -1, 0, 1 [rows, cols] into triples of groups, and back: rows a multiple of 16.
-template <class Visit>
-void visit_triples(int64_t rows, int64_t cols, int64_t group, Visit&& visit) {
-    Tiles w;
-    w.coding = Coding::ternary, w.cols = cols, w.group = group;
-    const int64_t bytes = w.data_bytes();
-    for (int64_t row = 0; row < rows; ++row) {
-        int64_t triple = 0;
-        for (int64_t start = 0; start < cols; start += group) {
-            const int64_t end = start + group < cols ? start + group : cols;
-            for (int64_t k = start; k < end; k += 3, ++triple) {
-                const int64_t unit = triple / 4, place = triple % 4, byte = place % 2 * 16 + row % 16;
-                const int64_t signs = row / 16 * bytes + unit / 4 * 160;
-                visit(row * cols + k, end - k < 3 ? end - k : 3, signs + 32 + unit % 4 * 32 + byte, place >= 2, signs + byte,
-                      7 - (unit % 4 * 2 + place / 2));
-            }
-            triple = (triple + 3) / 4 * 4;
-        }
-    }
-}
-
-void pack_ternary(Array<const int8_t, 2> weights, int64_t group, Array<uint8_t, 1> out) {
-    const int8_t* from = weights.data();
-    uint8_t* to = out.data();
-    const size_t bytes = out.size();
-    nb::gil_scoped_release release;
-    memset(to, 0, bytes);
-    visit_triples(static_cast<int64_t>(weights.shape(0)), static_cast<int64_t>(weights.shape(1)), group,
-                  [&](int64_t first, int64_t count, int64_t at, bool high, int64_t sign, int64_t bit) {
-                      int index = 0;
-                      for (int64_t j = 0; j < 3; ++j) index = 3 * index + (j < count ? from[first + j] : 0);
-                      if (index < 0) to[sign] = static_cast<uint8_t>(to[sign] | 1 << bit), index = -index;
-                      to[at] = static_cast<uint8_t>(to[at] | index << (high ? 4 : 0));
-                  });
-}
-
-void unpack_ternary(Array<const uint8_t, 1> packed, int64_t group, Array<int8_t, 2> out) {
-    const uint8_t* from = packed.data();
-    int8_t* to = out.data();
-    nb::gil_scoped_release release;
-    visit_triples(static_cast<int64_t>(out.shape(0)), static_cast<int64_t>(out.shape(1)), group,
-                  [&](int64_t first, int64_t count, int64_t at, bool high, int64_t sign, int64_t bit) {
-                      int rest = high ? from[at] >> 4 : from[at] & 15;
-                      const bool negative = from[sign] >> bit & 1;
-                      for (int64_t j = 2; j >= 0; --j) {
-                          const int digit = (rest + 1) % 3 - 1;
-                          rest = (rest - digit) / 3;
-                          if (j < count) to[first + j] = static_cast<int8_t>(negative ? -digit : digit);
-                      }
-                  });
+template <class Code, class... Options, class F>
+auto unpacking(F unpack) {
+    return [unpack](Array<const uint8_t, 1> packed, Options... options, Array<Code, 2> out) {
+        nb::gil_scoped_release release;
+        unpack(packed.data(), static_cast<int64_t>(out.shape(0)), static_cast<int64_t>(out.shape(1)), options..., out.data());
+    };
 }
 
 // y [T, N] = x [T, K] @ W.T with the codes of the activations made on the way: one product, outside a program.
@@ -310,12 +181,12 @@ void bind_native(nb::module_& m) {
     m.def("tiles", &make_tiles, nb::arg("coding"), nb::arg("scales"), nb::arg("bits"), nb::arg("rows"), nb::arg("cols"),
           nb::arg("group"), nb::arg("data"), nb::arg("scale").none(), nb::arg("minimum").none(), nb::arg("sub").none(),
           nb::arg("entry") = 0, nb::arg("table_group") = 0, nb::arg("fast_average") = false);
-    m.def("pack_tiles", &pack_tiles);
-    m.def("unpack_tiles", &unpack_tiles);
-    m.def("pack_planes", &pack_planes);
-    m.def("unpack_planes", &unpack_planes);
-    m.def("pack_ternary", &pack_ternary);
-    m.def("unpack_ternary", &unpack_ternary);
+    m.def("pack_tiles", packing<uint8_t, int>(&pack_tiles));
+    m.def("unpack_tiles", unpacking<uint8_t, int>(&unpack_tiles));
+    m.def("pack_planes", packing<uint8_t, int, bool>(&pack_planes));
+    m.def("unpack_planes", unpacking<uint8_t, int, bool>(&unpack_planes));
+    m.def("pack_ternary", packing<int8_t, int64_t>(&pack_ternary));
+    m.def("unpack_ternary", unpacking<int8_t, int64_t>(&unpack_ternary));
     m.def("multiply", &multiply, nb::arg("w"), nb::arg("x"), nb::arg("passes"), nb::arg("threads"), nb::arg("y"),
           nb::arg("flat") = 1, nb::arg("decoded") = int64_t{1} << 40);
     m.def("time_products", &time_products);

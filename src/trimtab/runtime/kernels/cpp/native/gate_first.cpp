@@ -8,8 +8,6 @@
 namespace trimtab {
 namespace {
 
-int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
 struct GateFirstKernel : Kernel {
     GateFirstFFN f;
 

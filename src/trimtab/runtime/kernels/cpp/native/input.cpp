@@ -4,12 +4,6 @@
 #include "native/native.h"
 
 namespace trimtab {
-namespace {
-
-int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-}  // namespace
-
 int64_t Input::bytes(int64_t tokens) const {
     if (lookup() && tokens <= lookup_tokens)
         return aligned(tokens * table_bytes()) + aligned(tokens * scales() * 4) + aligned(tokens * sums() * 4);

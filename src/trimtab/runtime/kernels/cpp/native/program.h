@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "native/native.h"
-#include "native/workers.h"
+#include "workers.h"
 
 namespace trimtab {
 
@@ -116,7 +116,7 @@ struct GateFirstFFN {
 
 class Program {
   public:
-    explicit Program(int threads) : workers_(threads) {}
+    explicit Program(int threads) : threads_(threads) {}
 
     int add_values(int64_t width, bool logits);
     int add_rope(Rope rope);
@@ -145,7 +145,7 @@ class Program {
     const std::vector<Piece>& pieces() const { return pieces_; }
     const std::vector<std::unique_ptr<Kernel>>& kernels() const { return kernels_; }
     int64_t arena_bytes() const;
-    int threads() const { return workers_.count(); }
+    int threads() const { return threads_; }
     std::atomic<int64_t> recomputed{0};  // rows of attention computed again, since the program was built
 
   private:
@@ -161,7 +161,7 @@ class Program {
     void cut(const Step& step);
     void turn(const Step& step, const int64_t* reach, Worker& worker);
 
-    Workers workers_;
+    int threads_;
     std::vector<Values> values_;
     std::vector<Rope> ropes_;
     std::vector<std::unique_ptr<Kernel>> kernels_;

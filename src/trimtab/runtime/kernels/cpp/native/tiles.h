@@ -25,6 +25,9 @@ namespace trimtab {
 
 constexpr int tile_rows = 16, unit_cols = 32;
 
+// Up to a whole cache line.
+constexpr int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
 enum class Coding : int { f32, f16, bf16, ints, ternary, planes, lanes };
 // What a table of partial sums keeps of each: one byte, two bytes, or the float itself.
 enum class Entry : int { i8, i16, f32 };
