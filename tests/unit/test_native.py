@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from typing import Any
@@ -319,6 +320,91 @@ def test_greedy_tokens_of_the_built_in_model(smollm2_path: Any, tokens: int) -> 
         assert float(top[0] - top[1]) < 1e-3
 
 
+PROMPTS = ("Once upon a time", "The capital of France is", "def fibonacci(n):", "In 1969,", "Water boils at")
+
+
+@pytest.mark.parametrize("dtype", ["file", "float32"])
+def test_instruction_sets_give_the_same_tokens(smollm2_path: Any, dtype: str) -> None:
+    """5 prompts, 64 greedy tokens; where two sets part, the two likeliest tokens must be closer than 1e-3.
+
+    Inputs coded in int8 need more: one rounding that differs can move a code, and a code moves the logits by 0.1. There the
+    sets of eight lanes agree to the bit.
+    """
+    from trimtab.techniques.apply import load_native
+
+    model = load_native("smollm2-135m", dtype=dtype, threads=1)
+    prompts = [model.tokenizer.encode(text, add_special_tokens=True) for text in PROMPTS]
+    found, logits = {}, {}
+    try:
+        for name in ["scalar", *(name for name in _core.isas()[1:] if name != "avx512")]:
+            kernels.use_isa(name)
+            logits[name] = Session(model.program).prefill(prompts)
+            outputs = model.generate(prompts, max_new_tokens=64, ignore_eos=True)
+            found[name] = [output.ids for output in outputs]
+    finally:
+        kernels.use_isa("auto")
+    for name, rows in found.items():
+        assert dtype == "float32" or np.array_equal(logits[name], logits["scalar"])
+        for prompt, ids, wanted in zip(prompts, rows, found["scalar"], strict=True):
+            parts = next((i for i, (a, b) in enumerate(zip(ids, wanted, strict=True)) if a != b), None)
+            if parts is not None:
+                top = np.sort(Session(model.program).prefill([prompt + list(wanted[:parts])])[0])[-2:]
+                assert top[1] - top[0] < 1e-3, name
+
+
+#: Every path whose inputs are coded in int8: (dtype, techniques, tokens of a pass).
+CODED = (
+    ("file", (), 512),
+    ("float32", ("rtn:bits=8,group=64",), 512),
+    ("float32", ("rtn:bits=4,group=64",), 512),
+    ("float32", ("rtn:bits=3,group=64",), 512),
+    ("float32", ("rtn:bits=2,group=64",), 512),
+    ("float32", ("tmac:bits=4,group=64,kernel=lut",), 8),
+    ("float32", ("tmac:bits=2,group=64,kernel=lut",), 8),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype,techniques,chunk", CODED, ids=lambda value: str(value))
+def test_coded_inputs_keep_the_model(smollm2_path: Any, dtype: str, techniques: tuple[str, ...], chunk: int) -> None:
+    """Against the same codes in floats, fp32: KL at most 0.01 nats, top-1 at least 97 %, perplexity within 0.5 %."""
+    import trimtab
+    from trimtab.runtime.text.builtin import builtin_text
+    from trimtab.spec.formats import FP32
+    from trimtab.techniques.apply import load_native
+
+    native = load_native("smollm2-135m", dtype=dtype, techniques=techniques)
+    floats = trimtab.load("smollm2-135m", dtype=dtype, techniques=techniques)
+    plain = {
+        path: packed if packed.format.is_float else encode(decode(packed), FP32)
+        for path, packed in floats.weights.items()
+    }
+    reference = Model(Variant(trimtab.load("smollm2-135m").spec, Weights(plain)))
+    text, logs = builtin_text(), []
+    for start in (5000, 60000, 200000, 330000):
+        ids = np.asarray(native.tokenizer.encode(text[start : start + 9000], add_special_tokens=True))[:513]
+        session = Session(native.program)
+        rows = [session.prefill([ids[:1]], reserve=512)]
+        rows += [session.extend([ids[at : min(at + chunk, 512)]]) for at in range(1, 512, chunk)]
+        ours = torch.log_softmax(torch.from_numpy(np.concatenate(rows)), -1)
+        theirs = torch.log_softmax(reference.logits([ids[:512].tolist()])[0], -1)
+        target = torch.from_numpy(ids[1:513])[:, None]
+        logs.append(
+            (
+                (theirs.exp() * (theirs - ours)).sum(-1).mean().item(),
+                (theirs.argmax(-1) == ours.argmax(-1)).float().mean().item(),
+                -ours.gather(1, target).mean().item(),
+                -theirs.gather(1, target).mean().item(),
+            )
+        )
+    kl, top1, nll, nll_floats = np.mean(logs, axis=0)
+    change = float(np.exp(nll - nll_floats) - 1)
+    print(f"{dtype} {techniques}: KL {kl:.5f} nats, top-1 {top1:.2%}, perplexity {change:+.3%}")
+    assert kl <= 0.01
+    assert top1 >= 0.97
+    assert abs(change) <= 0.005
+
+
 def test_the_native_run_never_imports_torch(smollm2_path: Any) -> None:
     code = (
         "import sys; from trimtab.techniques.apply import load_native; m = load_native('smollm2-135m');"
@@ -340,6 +426,27 @@ def test_engines_and_instruction_sets_are_asked_for_by_name(smollm2_path: Any) -
         if missing:
             with pytest.raises(HardwareError, match=missing.split(",")[0] if missing != "?" else "no"):
                 kernels.use_isa(name)
+
+
+def test_a_step_that_does_not_fit_names_its_bytes() -> None:
+    """In a process of its own, whose address space is cut to a little more than it has."""
+    code = """
+import resource, numpy as np
+from trimtab.errors import CapacityError
+from trimtab.measure.calibrate_native import random_program
+from trimtab.runtime.engine.generate import Session
+from trimtab.spec.formats import WeightFormat
+program = random_program(WeightFormat(kind="int", bits=2, group=128), layers=1)
+session = Session(program, chunk=4096)
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + (100 << 20),) * 2)
+try:
+    session.prefill([np.zeros(4096, np.int64)])
+except CapacityError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert re.search(r"take \d+ bytes, and the system refuses them", done.stdout), done.stdout + done.stderr
 
 
 def test_too_little_memory_names_the_bytes() -> None:

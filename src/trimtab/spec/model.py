@@ -163,7 +163,7 @@ class ModelSpec(Node):
         Raises:
             SpecError: a dtype of another name.
         """
-        formats = dict.fromkeys(("k_format", "v_format"), page_format(kv_dtype))
+        formats: dict[str, object] = dict.fromkeys(("k_format", "v_format"), page_format(kv_dtype))
         return tree.mapped(self, lambda node: formats if isinstance(node, HeadSpec) else {})
 
     def _coded(self, kind: str) -> ModelSpec:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from trimtab.errors import CapacityError
 from trimtab.runtime.cache.store import KVStore
 from trimtab.runtime.kernels import _core
 from trimtab.runtime.native.arena import Arena
@@ -63,7 +64,10 @@ class NativeProgram:
         out = np.empty((len(logits_rows), self.spec.vocab_size), np.float32)
         past = step.positions[step.cu[:-1]]
         timed = step.record is not None
-        self._core.run(tokens, step.cu, past, step.reaches, logits_rows, cache, self._logits, timed, out)
+        try:
+            self._core.run(tokens, step.cu, past, step.reaches, logits_rows, cache, self._logits, timed, out)
+        except MemoryError as error:
+            raise CapacityError(f"{error} Prefill in smaller chunks.") from None
         if step.record is not None:
             self._report(step.record)
         return out

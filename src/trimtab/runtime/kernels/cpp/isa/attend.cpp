@@ -41,7 +41,7 @@ inline void hold([[maybe_unused]] FV& v) {
 #endif
 }
 
-// out[j] = sum of the lanes of v[j], for j < 4.
+// out[j] = sum of the lanes of v[j], for j < 4, added in the same order by every instruction set of 8 lanes.
 inline void store_sums(const FV* v, float* out) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
     auto two = [](FV a, FV b) {  // of both halves: a0+a2, b0+b2, a1+a3, b1+b3
@@ -52,8 +52,11 @@ inline void store_sums(const FV* v, float* out) {
     const FV four = as<FV>(_mm256_shuffle_ps(x, y, 0x44)) + as<FV>(_mm256_shuffle_ps(x, y, 0xee));
     const __m256 both = as<__m256>(four);
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
-#else
+#elif defined(__AVX512F__)
     for (int j = 0; j < 4; ++j) out[j] = sum_of(v[j]);
+#else
+    for (int j = 0; j < 4; ++j)
+        out[j] = ((v[j][0] + v[j][2]) + (v[j][1] + v[j][3])) + ((v[j][4] + v[j][6]) + (v[j][5] + v[j][7]));
 #endif
 }
 

@@ -45,6 +45,19 @@ inline FV splat_f(float x) {  // FV{} + x would add, because of negative zeros
 }
 inline IV splat_i(int32_t x) { return IV{} + x; }
 inline FV to_float(IV v) { return __builtin_convertvector(v, FV); }
+
+// a * b + c, rounded once where the instruction set can: for products of floats alone. All else rounds after every operation,
+// so that a set without fused operations finds the same int8 codes: one code of another value moves the logits by far more
+// than a rounding does.
+inline FV fused(FV a, FV b, FV c) {
+#if defined(__AVX512F__)
+    return as<FV>(_mm512_fmadd_ps(as<__m512>(a), as<__m512>(b), as<__m512>(c)));
+#elif defined(__FMA__)
+    return as<FV>(_mm256_fmadd_ps(as<__m256>(a), as<__m256>(b), as<__m256>(c)));
+#else
+    return a * b + c;
+#endif
+}
 inline void store_f(float* to, FV v) { memcpy(to, &v, sizeof v); }
 
 inline FV load_halves(const uint16_t* from) {

@@ -43,15 +43,15 @@ inline __attribute__((always_inline)) void add_column(const uint8_t* data, int64
             const FV first = as<FV>(both << 16), second = as<FV>(both & 0xffff0000u);
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) {
-                sum[t][p] += first * x[t][2 * at];
-                sum[t][p] += second * x[t][2 * at + 1];
+                sum[t][p] = fused(first, splat_f(x[t][2 * at]), sum[t][p]);
+                sum[t][p] = fused(second, splat_f(x[t][2 * at + 1]), sum[t][p]);
                 keep(sum[t][p]);
             }
         } else {
             const FV column = load_column<CODING>(data, at, p);
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) {
-                sum[t][p] += column * x[t][at];
+                sum[t][p] = fused(column, splat_f(x[t][at]), sum[t][p]);
                 keep(sum[t][p]);
             }
         }
@@ -456,7 +456,7 @@ inline void dot_panel(const float* columns, const float* x, int64_t stride, int6
         FV column[parts];
         for (int part = 0; part < parts; ++part) column[part] = load<FV>(columns + k * 16 + part * lanes);
         for (int t = 0; t < T; ++t)
-            for (int part = 0; part < parts; ++part) sum[t][part] += column[part] * x[t * stride + k];
+            for (int part = 0; part < parts; ++part) sum[t][part] = fused(column[part], splat_f(x[t * stride + k]), sum[t][part]);
     }
     for (int t = 0; t < T; ++t)
         for (int part = 0; part < parts; ++part) store_f(out + t * 16 + part * lanes, sum[t][part]);
