@@ -10,7 +10,6 @@ Legend: T new tokens of all rows, s of one row, S keys in view, G heads of a gro
 from __future__ import annotations
 
 import itertools
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.errors import CapacityError, NotRewindable, SpecError
+from trimtab.runtime.memory import mapped
 from trimtab.runtime.numerics import bfloat16_bits, bfloat16_to_float32
 from trimtab.runtime.step import IntArray, Step
 from trimtab.runtime.weights.packed import NUMPY_DTYPES
@@ -80,7 +80,7 @@ def _allocate(shape: tuple[int, int, int], form: PageFormat) -> tuple[np.ndarray
         groups = -(-size // form.group)
         dtypes, widths = (NUMPY_DTYPES["u8"], NUMPY_DTYPES["fp16"], NUMPY_DTYPES["fp16"]), (size, groups, groups)
     ends = list(itertools.accumulate(heads * capacity * w * d.itemsize for d, w in zip(dtypes, widths, strict=True)))
-    whole = np.zeros(ends[-1], np.uint8) if ends[-1] < _MAPPED else np.frombuffer(mmap.mmap(-1, ends[-1]), np.uint8)
+    whole = np.zeros(ends[-1], np.uint8) if ends[-1] < _MAPPED else mapped(ends[-1])
     return tuple(
         whole[start:end].view(dtype).reshape(heads, capacity, width)
         for start, end, dtype, width in zip([0, *ends], ends, dtypes, widths, strict=False)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-
 import numpy as np
 
 from trimtab.errors import CapacityError
+from trimtab.runtime.memory import mapped
 from trimtab.runtime.weights.packed import NUMPY_DTYPES
 from trimtab.spec.formats import WeightFormat
 from trimtab.units import format_bytes
@@ -30,15 +28,11 @@ class Arena:
     def __init__(self, nbytes: int) -> None:
         self._size, self._used = nbytes + nbytes // 64 + _SLACK, 0
         try:
-            self._memory = mmap.mmap(-1, self._size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._whole = mapped(self._size)
         except OSError as error:
             raise CapacityError(
                 f"The weights take {format_bytes(nbytes)} and the system refuses them: {error}."
             ) from None
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without transparent huge pages: ordinary ones do
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
-        self._whole = np.frombuffer(self._memory, np.uint8)
 
     def buffers(self, format: WeightFormat, shape: tuple[int, int]) -> dict[str, np.ndarray]:
         """Buffers of one matrix."""

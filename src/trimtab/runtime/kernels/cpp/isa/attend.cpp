@@ -72,7 +72,10 @@ inline void products(const float* const* q, const uint8_t* k, int64_t row_bytes,
         }
         for (int j = 0; j < KEYS; ++j) {
             const FV key = load_row<CODING, HEAD>(k + j * row_bytes, i);
-            for (int n = 0; n < Q; ++n) acc[n][j] += key * query[n];
+            for (int n = 0; n < Q; ++n) {
+                acc[n][j] += key * query[n];
+                hold(acc[n][j]);
+            }
         }
     };
     if constexpr (HEAD > 0) {
@@ -133,15 +136,17 @@ inline FV weights_online(float* row, int count, float scale, float largest_score
     return weight;
 }
 
-// out [Q, H] += weights [Q, block] times values, V registers of every query at a time.
+// out [Q, H] += weights [Q, block] times values, V registers of every query at a time. The keys at `next` are asked for.
 template <Coding CODING, int Q, int V, int HEAD>
 inline void weigh_columns(const float* weights, const uint8_t* v, int64_t row_bytes, int64_t head_dim, int64_t at, int count,
-                          float* out) {
+                          const uint8_t* next, float* out) {
     FV acc[Q][V];
     for (int n = 0; n < Q; ++n)
         for (int i = 0; i < V; ++i) acc[n][i] = load<FV>(out + n * head_dim + at + i * lanes);
     for (int s = 0; s < count; ++s) {
         const uint8_t* row = v + s * row_bytes;
+        if (at == 0)
+            for (int64_t line = 0; line < row_bytes; line += 64) prefetch(next + s * row_bytes + line);
         FV weight[Q];
         for (int n = 0; n < Q; ++n) {
             weight[n] = splat_f(weights[n * block + s]);
@@ -149,7 +154,10 @@ inline void weigh_columns(const float* weights, const uint8_t* v, int64_t row_by
         }
         for (int i = 0; i < V; ++i) {
             const FV value = load_row<CODING, HEAD>(row, at + i * lanes);
-            for (int n = 0; n < Q; ++n) acc[n][i] += value * weight[n];
+            for (int n = 0; n < Q; ++n) {
+                acc[n][i] += value * weight[n];
+                hold(acc[n][i]);
+            }
         }
     }
     for (int n = 0; n < Q; ++n)
@@ -157,11 +165,12 @@ inline void weigh_columns(const float* weights, const uint8_t* v, int64_t row_by
 }
 
 template <Coding CODING, int Q, int HEAD>
-void weigh(const float* weights, const uint8_t* v, int64_t row_bytes, int64_t head_dim, int count, float* out) {
+void weigh(const float* weights, const uint8_t* v, int64_t row_bytes, int64_t head_dim, int count, const uint8_t* next,
+           float* out) {
     int64_t at = 0;
     for (; at + 4 * lanes <= head_dim; at += 4 * lanes)
-        weigh_columns<CODING, Q, 4, HEAD>(weights, v, row_bytes, head_dim, at, count, out);
-    for (; at < head_dim; at += lanes) weigh_columns<CODING, Q, 1, HEAD>(weights, v, row_bytes, head_dim, at, count, out);
+        weigh_columns<CODING, Q, 4, HEAD>(weights, v, row_bytes, head_dim, at, count, next, out);
+    for (; at < head_dim; at += lanes) weigh_columns<CODING, Q, 1, HEAD>(weights, v, row_bytes, head_dim, at, count, next, out);
 }
 
 // `count` rows of an integer page from token `first` on as floats [count, H].
@@ -253,7 +262,7 @@ void attend_some(const Attend& a, int first_query) {
             }
         }
         if constexpr (coded) decode_rows(a.pages.v_grid[page], a.pages.v[page], head_dim, a.pages.group, inside, count, decoded);
-        weigh<READ, Q, HEAD>(scores, values, row_bytes, head_dim, count, out);
+        weigh<READ, Q, HEAD>(scores, values, row_bytes, head_dim, count, coded ? keys : keys + count * row_bytes, out);
         s += count;
     }
     if constexpr (paired<READ, HEAD>)

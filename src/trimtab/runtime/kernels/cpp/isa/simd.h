@@ -178,5 +178,12 @@ inline IV fold(SV v) {
 inline CV splat_4(const int8_t* x) { return as<CV>(splat_i(load<int32_t>(x))); }
 
 inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 3); }
+// once: nobody reads it again soon, so it need not drive code, activations and keys out of the larger caches.
+inline void prefetch(const void* at, bool once) {
+    if (once)
+        __builtin_prefetch(at, 0, 0);
+    else
+        __builtin_prefetch(at, 0, 3);
+}
 
 }  // namespace

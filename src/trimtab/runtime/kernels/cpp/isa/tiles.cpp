@@ -59,7 +59,7 @@ inline __attribute__((always_inline)) void add_column(const uint8_t* data, int64
 }
 
 template <Coding CODING, int T>
-void dot_float(const Tiles& w, int64_t tile, const Input& in, int64_t t0, float* out) {
+void dot_float(const Tiles& w, int64_t tile, const Input& in, int64_t t0, bool once, float* out) {
     const uint8_t* data = w.data + tile * w.data_bytes();
     const float* x[T];
     constexpr int chains = T >= 4 ? 1 : T >= 2 ? 2 : 4;  // a multiply-add waits four cycles for the one before
@@ -77,7 +77,7 @@ void dot_float(const Tiles& w, int64_t tile, const Input& in, int64_t t0, float*
     int64_t k = 0;
     for (; k + 4 <= steps; k += 4) {
 #pragma GCC unroll 4
-        for (int64_t line = 0; line < 4 * step_bytes; line += 64) prefetch(data + k * step_bytes + 2048 + line);
+        for (int64_t line = 0; line < 4 * step_bytes; line += 64) prefetch(data + k * step_bytes + 2048 + line, once);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) add_column<CODING, T>(data, k + i, x, sum[i % chains]);
     }
@@ -219,9 +219,9 @@ struct ScaleReader {
     }
 };
 
-// One tile times T tokens: FOURS fours of columns share an activation scale.
+// One tile times T tokens: FOURS fours of columns share an activation scale. once: the tile serves these tokens alone.
 template <int BITS, int FOURS, int T, Scales KIND>
-void dot_ints(const Tiles& w, int64_t tile, const Input& in, int64_t t0, float* out) {
+void dot_ints(const Tiles& w, int64_t tile, const Input& in, int64_t t0, bool once, float* out) {
     constexpr int cols = 4 * FOURS, act_bytes = cols * 2 * BITS;  // bytes of a tile's codes in one act group
     const int64_t groups = w.groups(), acts = in.stride / cols, per_group = w.group / cols;
     const int64_t summed = (in.stride + in.group - 1) / in.group;  // groups of the padded input
@@ -248,7 +248,7 @@ void dot_ints(const Tiles& w, int64_t tile, const Input& in, int64_t t0, float* 
         const int64_t end = a + per_group < acts ? a + per_group : acts;
         for (; a < end; ++a) {
 #pragma GCC unroll 16
-            for (int line = 0; line < act_bytes; line += 64) prefetch(codes + 2048 + line);
+            for (int line = 0; line < act_bytes; line += 64) prefetch(codes + 2048 + line, once);
             IV acc[parts][T];
             if (FOURS == 4 && (a & 1))
                 dot_fours<BITS, FOURS == 4 ? 4 : 0, FOURS, T>(codes, x, acc);
@@ -285,35 +285,35 @@ void dot_ints(const Tiles& w, int64_t tile, const Input& in, int64_t t0, float* 
 }
 
 template <int BITS, int T>
-void dot_bits(const Tiles& w, int64_t tile, const Input& in, int64_t t0, float* out) {
+void dot_bits(const Tiles& w, int64_t tile, const Input& in, int64_t t0, bool once, float* out) {
     if constexpr (BITS == 4 || BITS == 5)
-        if (w.scales == Scales::q4_k) return dot_ints<BITS, 8, T, Scales::q4_k>(w, tile, in, t0, out);
+        if (w.scales == Scales::q4_k) return dot_ints<BITS, 8, T, Scales::q4_k>(w, tile, in, t0, once, out);
     if constexpr (BITS == 6)
-        if (w.scales == Scales::q6_k) return dot_ints<BITS, 4, T, Scales::q6_k>(w, tile, in, t0, out);
+        if (w.scales == Scales::q6_k) return dot_ints<BITS, 4, T, Scales::q6_k>(w, tile, in, t0, once, out);
     switch (in.act_group) {
-        case 64: return dot_ints<BITS, 16, T, Scales::half>(w, tile, in, t0, out);
-        case 32: return dot_ints<BITS, 8, T, Scales::half>(w, tile, in, t0, out);
-        default: return dot_ints<BITS, 4, T, Scales::half>(w, tile, in, t0, out);
+        case 64: return dot_ints<BITS, 16, T, Scales::half>(w, tile, in, t0, once, out);
+        case 32: return dot_ints<BITS, 8, T, Scales::half>(w, tile, in, t0, once, out);
+        default: return dot_ints<BITS, 4, T, Scales::half>(w, tile, in, t0, once, out);
     }
 }
 
 template <int T>
-void dot_tokens(const Tiles& w, int64_t tile, const Input& in, int64_t t0, float* out) {
+void dot_tokens(const Tiles& w, int64_t tile, const Input& in, int64_t t0, bool once, float* out) {
     switch (w.coding) {
-        case Coding::f32: return dot_float<Coding::f32, T>(w, tile, in, t0, out);
-        case Coding::f16: return dot_float<Coding::f16, T>(w, tile, in, t0, out);
-        case Coding::bf16: return dot_float<Coding::bf16, T>(w, tile, in, t0, out);
+        case Coding::f32: return dot_float<Coding::f32, T>(w, tile, in, t0, once, out);
+        case Coding::f16: return dot_float<Coding::f16, T>(w, tile, in, t0, once, out);
+        case Coding::bf16: return dot_float<Coding::bf16, T>(w, tile, in, t0, once, out);
         default: break;
     }
     switch (w.bits) {
-        case 1: return dot_bits<1, T>(w, tile, in, t0, out);
-        case 2: return dot_bits<2, T>(w, tile, in, t0, out);
-        case 3: return dot_bits<3, T>(w, tile, in, t0, out);
-        case 4: return dot_bits<4, T>(w, tile, in, t0, out);
-        case 5: return dot_bits<5, T>(w, tile, in, t0, out);
-        case 6: return dot_bits<6, T>(w, tile, in, t0, out);
-        case 7: return dot_bits<7, T>(w, tile, in, t0, out);
-        default: return dot_bits<8, T>(w, tile, in, t0, out);
+        case 1: return dot_bits<1, T>(w, tile, in, t0, once, out);
+        case 2: return dot_bits<2, T>(w, tile, in, t0, once, out);
+        case 3: return dot_bits<3, T>(w, tile, in, t0, once, out);
+        case 4: return dot_bits<4, T>(w, tile, in, t0, once, out);
+        case 5: return dot_bits<5, T>(w, tile, in, t0, once, out);
+        case 6: return dot_bits<6, T>(w, tile, in, t0, once, out);
+        case 7: return dot_bits<7, T>(w, tile, in, t0, once, out);
+        default: return dot_bits<8, T>(w, tile, in, t0, once, out);
     }
 }
 
@@ -337,7 +337,7 @@ inline void blocks_of(int64_t tokens, F&& f) {
 template <Coding CODING>
 void dot_floats(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out) {
     blocks_of<6>(tokens, [&](auto size, int64_t t) {
-        dot_float<CODING, decltype(size)::value>(w, tile, in, t0 + t, out + t * 16);
+        dot_float<CODING, decltype(size)::value>(w, tile, in, t0 + t, decltype(size)::value == tokens, out + t * 16);
     });
 }
 
@@ -350,13 +350,13 @@ void dot_tile(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t
         default: break;
     }
     int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4) dot_tokens<4>(w, tile, in, t0 + t, out + t * 16);
-    for (; t + 2 <= tokens; t += 2) dot_tokens<2>(w, tile, in, t0 + t, out + t * 16);
-    for (; t < tokens; ++t) dot_tokens<1>(w, tile, in, t0 + t, out + t * 16);
+    for (; t + 4 <= tokens; t += 4) dot_tokens<4>(w, tile, in, t0 + t, tokens == 4, out + t * 16);
+    for (; t + 2 <= tokens; t += 2) dot_tokens<2>(w, tile, in, t0 + t, tokens == 2, out + t * 16);
+    for (; t < tokens; ++t) dot_tokens<1>(w, tile, in, t0 + t, tokens == 1, out + t * 16);
 }
 
 void dot_each(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out) {
-    for (int64_t t = 0; t < tokens; ++t) dot_tokens<1>(w, tile, in, t0 + t, out + t * 16);
+    for (int64_t t = 0; t < tokens; ++t) dot_tokens<1>(w, tile, in, t0 + t, tokens == 1, out + t * 16);
 }
 
 // --------------------------------------------------------------------------------------------------- decoded products

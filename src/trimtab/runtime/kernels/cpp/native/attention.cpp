@@ -33,14 +33,15 @@ struct AttendKernel : Kernel {
         place(c, worker);
         worker.wait();
         const auto& pieces = c.program.pieces();
-        const int64_t jobs = static_cast<int64_t>(pieces.size()) * a.kv_heads;
+        // Head after head: the keys of one piece follow those of the piece before, and are asked for with it.
+        const int64_t count = static_cast<int64_t>(pieces.size()), jobs = count * a.kv_heads;
         bool partial = false;
         for (const Piece& piece : pieces) partial = partial || piece.slot >= 0;
         if (partial)
-            for (int64_t j = worker.begin(jobs); j < worker.end(jobs); ++j) attend(c, pieces[static_cast<size_t>(j / a.kv_heads)], j % a.kv_heads);
+            for (int64_t j = worker.begin(jobs); j < worker.end(jobs); ++j) attend(c, pieces[static_cast<size_t>(j % count)], j / count);
         else
             for (int64_t j; (j = c.next.fetch_add(1, std::memory_order_relaxed)) < jobs;)
-                attend(c, pieces[static_cast<size_t>(j / a.kv_heads)], j % a.kv_heads);
+                attend(c, pieces[static_cast<size_t>(j % count)], j / count);
         worker.wait();
         if (worker.id == 0) c.next.store(0, std::memory_order_relaxed);
         if (!partial) return;
