@@ -51,52 +51,58 @@ TEST(quantize_keeps_codes_in_range_and_their_sum) {
     for (const Isa& isa : isas()) {
         Random random(21);
         for (int64_t group : {16, 32, 48, 64, 96, 128})
-            for (int passes : {1, 2})
+            for (float twice_from : {0.0f, 1.2f, std::numeric_limits<float>::infinity()})
                 for (int64_t cols : {1, 15, 31, 33, 100, 128}) {
                     constexpr int64_t tokens = 2;
                     Tiles w;
                     w.coding = Coding::ints, w.bits = 4, w.cols = cols, w.group = group;
                     if (w.padded() % w.act_group()) continue;  // groups divide a row, or are as long as it
                     Input in;
-                    in.ints = true, in.passes = passes, in.stride = w.padded(), in.group = group,
+                    in.ints = true, in.twice_from = twice_from, in.stride = w.padded(), in.group = group,
                     in.act_group = w.act_group();
-                    const int64_t rows = tokens * passes, acts = in.stride / in.act_group;
-                    const int64_t groups = (in.stride + group - 1) / group;
-                    std::vector<int8_t> codes(static_cast<size_t>(rows * in.stride), 99);
-                    std::vector<float> scale(static_cast<size_t>(rows * acts)), sum(static_cast<size_t>(rows * groups));
-                    in.codes = codes.data(), in.scale = scale.data(), in.sum = sum.data();
+                    const int64_t acts = in.acts(), groups = in.sums();
+                    std::vector<int8_t> codes(static_cast<size_t>(tokens * in.stride), 99), second(codes);
+                    std::vector<float> scale(static_cast<size_t>(tokens * acts)), second_scale(scale);
+                    std::vector<float> sum(static_cast<size_t>(tokens * groups));
+                    std::vector<int32_t> twice(static_cast<size_t>(tokens * (1 + acts)));
+                    in.codes = codes.data(), in.second = second.data(), in.scale = scale.data();
+                    in.second_scale = second_scale.data(), in.sum = sum.data(), in.twice = twice.data();
                     for (int64_t t = 0; t < tokens; ++t) {
                         std::vector<float> x = random.floats(cols, -3, 3);
                         if (random.coin()) std::fill(x.begin(), x.begin() + std::min<int64_t>(cols, 20), 0.0f);
                         isa.table->quantize(in, t, x.data(), cols);
-                        for (int64_t k = 0; k < in.stride; ++k) {
-                            const double v = k < cols ? x[static_cast<size_t>(k)] : 0;
-                            double y = 0, step = 0, room = 0;
-                            for (int pass = 0; pass < passes; ++pass) {
-                                const int64_t row = t * passes + pass;
-                                const int8_t code = codes[static_cast<size_t>(row * in.stride + k)];
-                                step = scale[static_cast<size_t>(row * acts + k / in.act_group)];
-                                if (pass == 0) room = 0.5 * step / (passes == 2 ? 254 : 1);
-                                CHECK(code >= -127, "%s: code %d", isa.name, code);
-                                CHECK(k < cols || code == 0, "%s: code %d behind the row", isa.name, code);
-                                y += step * code;
-                            }
-                            CHECK(std::fabs(y - v) <= room * 1.01 + 3e-7, "%s passes=%d: %.9g, not %.9g", isa.name,
-                                  passes, y, v);
+                        const int32_t* listed = in.listed(t);
+                        auto is_twice = [&](int64_t a) {
+                            return std::find(listed + 1, listed + 1 + listed[0], a) != listed + 1 + listed[0];
+                        };
+                        auto value = [&](int64_t k) {
+                            const auto at = static_cast<size_t>(t * in.stride + k);
+                            const auto a = static_cast<size_t>(t * acts + k / in.act_group);
+                            return static_cast<double>(scale[a]) * codes[at] +
+                                   (is_twice(k / in.act_group) ? static_cast<double>(second_scale[a]) * second[at] : 0);
+                        };
+                        for (int64_t a = 0; a < acts; ++a) {
+                            const bool some = scale[static_cast<size_t>(t * acts + a)] > 0;
+                            CHECK(twice_from > 0 || is_twice(a) == some, "%s: group %d", isa.name, static_cast<int>(a));
+                            CHECK(twice_from < 2 || !is_twice(a), "%s: group %d", isa.name, static_cast<int>(a));
                         }
-                        for (int64_t row = t * passes; row < (t + 1) * passes; ++row)
-                            for (int64_t g = 0; g < groups; ++g) {
-                                double expected = 0, size = 0;
-                                for (int64_t k = g * group; k < std::min(in.stride, (g + 1) * group); ++k) {
-                                    const double v =
-                                        static_cast<double>(scale[static_cast<size_t>(row * acts + k / in.act_group)]) *
-                                        codes[static_cast<size_t>(row * in.stride + k)];
-                                    expected += v, size += std::fabs(v);
-                                }
-                                const double y = sum[static_cast<size_t>(row * groups + g)];
-                                CHECK(std::fabs(y - expected) <= 1e-6 * size, "%s: sum %.9g, not %.9g", isa.name, y,
-                                      expected);
-                            }
+                        for (int64_t k = 0; k < in.stride; ++k) {
+                            const double v = k < cols ? x[static_cast<size_t>(k)] : 0, y = value(k);
+                            const int8_t code = codes[static_cast<size_t>(t * in.stride + k)];
+                            const double step = scale[static_cast<size_t>(t * acts + k / in.act_group)];
+                            const double room = 0.5 * step / (is_twice(k / in.act_group) ? 254 : 1);
+                            CHECK(code >= -127, "%s: code %d", isa.name, code);
+                            CHECK(k < cols || code == 0, "%s: code %d behind the row", isa.name, code);
+                            CHECK(std::fabs(y - v) <= room * 1.01 + 3e-7, "%s twice_from=%g: %.9g, not %.9g", isa.name,
+                                  twice_from, y, v);
+                        }
+                        for (int64_t g = 0; g < groups; ++g) {
+                            double expected = 0, size = 0;
+                            for (int64_t k = g * group; k < std::min(in.stride, (g + 1) * group); ++k)
+                                expected += value(k), size += std::fabs(value(k));
+                            const double y = sum[static_cast<size_t>(t * groups + g)];
+                            CHECK(std::fabs(y - expected) <= 1e-6 * size, "%s: sum %.9g, not %.9g", isa.name, y, expected);
+                        }
                     }
                 }
     }

@@ -66,7 +66,7 @@ struct Layer {
 struct Model {
     int64_t hidden, heads, kv_heads, head_dim, neurons, vocabulary;
     bool gated, has_head_norms, has_positions, has_after;
-    int passes;
+    float twice_from;
     float softcap = 0, head_softcap = 0, embed_scale = 1;
     bool unified = false;
     float phi = 0;
@@ -84,7 +84,7 @@ struct Model {
         hidden = random.of<int64_t>({32, 48, 80, 96}), neurons = random.of<int64_t>({16, 64, 112}),
         vocabulary = random.between(17, 70);
         gated = random.coin(), has_head_norms = random.coin(), has_positions = random.coin(), has_after = random.coin();
-        passes = random.of({1, 2, 2});
+        twice_from = random.of({-1.0f, 0.0f, 0.0f});
         act = random.of({Act::silu, Act::gelu_tanh, Act::gelu, Act::relu});
         cache = random.of({Coding::f32, Coding::f16, Coding::bf16});
         if (random.coin()) softcap = 20, head_softcap = 5;
@@ -120,7 +120,7 @@ struct Model {
         }
         // An input in 8 bits is off by up to 1/254 of its largest value at each of about ten products in a row; in 16
         // bits, or a cache in bf16 whose rounding may go the other way, far less.
-        room = !ints || passes == 2 ? (cache == Coding::f32 ? 1e-3 : cache == Coding::f16 ? 2e-3 : 1e-2) : 0.1;
+        room = !ints || twice_from == 0 ? (cache == Coding::f32 ? 1e-3 : cache == Coding::f16 ? 2e-3 : 1e-2) : 0.1;
         if (!ints && cache == Coding::f32) room = 2e-5;
     }
 
@@ -219,7 +219,7 @@ int lower(const Model& m, Program& program) {
         std::vector<Product> three = {product(l.q, qkv), product(l.k, qkv, q_width),
                                       product(l.v, qkv, q_width + kv_width)};
         three[2].bias = l.v_bias.data();
-        program.linear("qkv", h, &l.before.norm, three, Store::set, Act::none, m.passes);
+        program.linear("qkv", h, &l.before.norm, three, Store::set, Act::none, m.twice_from);
         Attention a;
         a.layer = static_cast<int>(i), a.qkv = qkv, a.out = mixed, a.rope = rope, a.heads = m.heads,
         a.kv_heads = m.kv_heads;
@@ -227,22 +227,22 @@ int lower(const Model& m, Program& program) {
         a.has_q_norm = a.has_k_norm = m.has_head_norms, a.q_norm = l.q_norm.norm, a.k_norm = l.k_norm.norm;
         a.unified = m.unified, a.phi = m.phi, a.low = -0.25f, a.high = 0.5f;  // narrow: some rows are computed again
         program.attend("attend", a);
-        program.linear("o", mixed, nullptr, {product(l.o, h)}, Store::add, Act::none, m.passes);
+        program.linear("o", mixed, nullptr, {product(l.o, h)}, Store::add, Act::none, m.twice_from);
         if (m.gated)
             program.linear("up", h, &l.between.norm, {product(l.gate, inner), product(l.up, inner)}, Store::gated,
-                           m.act, m.passes);
+                           m.act, m.twice_from);
         else
-            program.linear("up", h, &l.between.norm, {product(l.gate, inner)}, Store::set, m.act, m.passes);
+            program.linear("up", h, &l.between.norm, {product(l.gate, inner)}, Store::set, m.act, m.twice_from);
         if (m.has_after) {
-            program.linear("down", inner, nullptr, {product(l.down, side)}, Store::set, Act::none, m.passes);
+            program.linear("down", inner, nullptr, {product(l.down, side)}, Store::set, Act::none, m.twice_from);
             program.norm_add("after", side, l.after.norm, h);
         } else {
-            program.linear("down", inner, nullptr, {product(l.down, h)}, Store::add, Act::none, m.passes);
+            program.linear("down", inner, nullptr, {product(l.down, h)}, Store::add, Act::none, m.twice_from);
         }
     }
     Product head = product(m.head, logits);
     head.scale = 0.5f, head.softcap = m.head_softcap;
-    program.linear("head", h, &m.last.norm, {head}, Store::set, Act::none, m.passes);
+    program.linear("head", h, &m.last.norm, {head}, Store::set, Act::none, m.twice_from);
     return logits;
 }
 

@@ -268,11 +268,11 @@ FORMATS = (
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 13, 70])
 def test_product_kernels_agree(isa: str, form: WeightFormat, rows: int) -> None:
     packed, x = tile(encode(values(33, 384), form)), values(rows, 384, seed=1)
-    for passes in (1, 2):
+    for twice_from in (0.0, 2.0, np.inf):
         found = {}
         for name, (flat, decoded) in dataflow.ONLY.items():
             found[name] = np.empty((rows, 33), np.float32)
-            read = _core.multiply(core_tiles(packed), x, passes, 1, found[name], flat, decoded)
+            read = _core.multiply(core_tiles(packed), x, 1, found[name], twice_from, flat, decoded)
             assert read == packed.nbytes
         exact = x.astype(np.float64) @ decode(packed).T.astype(np.float64)
         bound = 2e-5 * np.abs(exact).max()
@@ -286,7 +286,7 @@ def test_profile_is_measured_once_and_reused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, home: Any
 ) -> None:
     form = tiled_format(WeightFormat(kind="bf16"), 96)
-    first = dataflow.thresholds(64, 96, form, 1, ("gemv", "flat", "gemm"), 1)
+    first = dataflow.thresholds(64, 96, form, ("gemv", "flat", "gemm"), 1)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "measuring them once" in said and str(dataflow.profile_path()) in said
     table = json.loads(dataflow.profile_path().read_text())
@@ -296,14 +296,14 @@ def test_profile_is_measured_once_and_reused(
     assert matrix.startswith("[64, 96]")
     assert all(len(times) == len(dataflow.ROWS) and min(times) > 0 for times in table[where][matrix].values())
     monkeypatch.setattr(dataflow, "measure", lambda *a, **k: pytest.fail("measured again"))
-    assert dataflow.thresholds(64, 96, form, 1, ("gemv", "flat", "gemm"), 1) == first
+    assert dataflow.thresholds(64, 96, form, ("gemv", "flat", "gemm"), 1) == first
     assert capsys.readouterr().err == ""
     monkeypatch.undo()
     monkeypatch.setenv("TRIMTAB_HOME", str(home))
-    dataflow.thresholds(32, 96, form, 1, ("gemv", "flat", "gemm"), 1)  # another shape of a known processor: silent
+    dataflow.thresholds(32, 96, form, ("gemv", "flat", "gemm"), 1)  # another shape of a known processor: silent
     assert capsys.readouterr().err == ""
     dataflow.profile_path().write_text("{ damaged")
-    dataflow.thresholds(32, 96, form, 1, ("gemv", "flat", "gemm"), 1)
+    dataflow.thresholds(32, 96, form, ("gemv", "flat", "gemm"), 1)
     assert "measuring" in capsys.readouterr().err
 
 

@@ -304,7 +304,7 @@ def flat_speed(bench: Bench) -> Outcome:
             for rows in (2, 4, 8, 16):
                 x = np.random.default_rng(0).standard_normal((rows, k), dtype=np.float32)
                 x_t = torch.from_numpy(x).to(dtype)
-                ours: Any = lambda t=tiles, x=x: _core.time_products(t, x, 1, threads, [ONLY["flat"]], 3)[0][-1]  # noqa: E731
+                ours: Any = lambda t=tiles, x=x: _core.time_products(t, x, threads, [ONLY["flat"]], 3)[0][-1]  # noqa: E731
                 with torch.inference_mode(), _torch_threads(threads):
                     a, b = _medians([ours, _timed(lambda x=x_t, w=w: torch.matmul(x, w.T))], 7)
                 ratios.append(b / a)
@@ -328,15 +328,15 @@ def auto_dataflow(bench: Bench) -> Outcome:
     losing, shown = 0, []
     for name, (n, k) in SHAPES.items():
         form = tiled_format(WeightFormat(kind="bf16"), k)
-        flat, decoded = choose(profile(n, k, form, 1, threads))
-        again = choose(profile(n, k, form, 1, threads))
+        flat, decoded = choose(profile(n, k, form, threads))
+        again = choose(profile(n, k, form, threads))
         if again != (flat, decoded) or not profile_path().exists():
             return Outcome(measured="no table was written", met=False)
         tiles = random_tiles(n, k, form, 1 << 24)
         flows = [*ONLY.values(), (flat, decoded)]
         for rows in range(1, 65):
             x = np.random.default_rng(rows).standard_normal((rows, k), dtype=np.float32)
-            *each, auto = np.min(_core.time_products(tiles, x, 1, threads, flows, 25), axis=1)
+            *each, auto = np.min(_core.time_products(tiles, x, threads, flows, 25), axis=1)
             slow.append(float(auto / min(each)))
             losing += int(auto > max(each))
         shown.append(f"{name} M1={flat} M2={decoded if decoded < 1 << 30 else 'none'}")
@@ -486,7 +486,7 @@ def measures_on_first_use(bench: Bench) -> Outcome:
         said = [io.StringIO(), io.StringIO()]
         for stream in said:
             with contextlib.redirect_stderr(stream):
-                dataflow.thresholds(64, 64, form, 1, ("gemv", "flat", "gemm"), 1)
+                dataflow.thresholds(64, 64, form, ("gemv", "flat", "gemm"), 1)
     first, second = (stream.getvalue() for stream in said)
     return Outcome(
         measured=f"first: '{first.strip()[:60]}...'; again: silent", met=first.count("\n") == 1 and not second

@@ -223,7 +223,7 @@ def _cycled_s(bits: int | str) -> float:
         for _ in range(WORKING_SET // packed.nbytes + 1)
     ]
     x, threads = rng.standard_normal((1, cols), dtype=np.float32), len(os.sched_getaffinity(0))
-    (times,) = _core.time_products(copies, x, 1, threads, [ONLY["flat"]], 3 * len(copies))
+    (times,) = _core.time_products(copies, x, threads, [ONLY["flat"]], 3 * len(copies))
     return statistics.median(times[len(copies) :])
 
 

@@ -35,7 +35,7 @@ class LookupTable(Product):
     """
 
     table: str = "i8"
-    act_group: int = 64
+    act_group: int = 32
     fast_agg: bool = False
     kernel: str = "auto"
     isa: str = "auto"

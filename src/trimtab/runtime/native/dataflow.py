@@ -41,14 +41,11 @@ def profile_path() -> Path:
     return home() / "product-kernels.json"
 
 
-def thresholds(
-    n: int, k: int, format: WeightFormat, passes: int, kernels: Sequence[str], threads: int
-) -> tuple[int, int]:
+def thresholds(n: int, k: int, format: WeightFormat, kernels: Sequence[str], threads: int) -> tuple[int, int]:
     """Rows of input from which the flat kernel, and from which the decoding one, multiplies W [n, k].
 
     Args:
         n, k, format: the tiled matrix.
-        passes: see `Input` of ``cpp/native/tiles.h``; floats take one.
         kernels: names of `PRODUCT_KERNELS` to choose among.
         threads: workers.
 
@@ -59,17 +56,16 @@ def thresholds(
         raise SpecError(f"No kernel is left for a matrix [{n}, {k}]. Allowed: {', '.join(PRODUCT_KERNELS)}.")
     if len(kernels) == 1:
         return ONLY[kernels[0]]
-    return choose(profile(n, k, format, passes, threads), kernels)
+    return choose(profile(n, k, format, threads), kernels)
 
 
-def profile(n: int, k: int, format: WeightFormat, passes: int, threads: int) -> dict[str, list[float]]:
+def profile(n: int, k: int, format: WeightFormat, threads: int) -> dict[str, list[float]]:
     """Seconds of every kernel for `ROWS` rows of input, from the table; measured where it has none.
 
     The first measurement of a process says so in one sentence on stderr.
     """
-    passes = 1 if format.is_float else passes
     where = f"{_processor()} | {_core.isa()} | {threads} threads"
-    matrix = f"[{n}, {k}] {format}" + (f" x{passes}" if passes > 1 else "")
+    matrix = f"[{n}, {k}] {format}"
     path = profile_path()
     table = _read(path)
     found = table.get(where, {}).get(matrix)
@@ -79,7 +75,7 @@ def profile(n: int, k: int, format: WeightFormat, passes: int, threads: int) -> 
                 f"trimtab: no times of the product kernels are known for {where}; measuring them once, kept in {path}.",
                 file=sys.stderr,
             )
-        found = measure(n, k, format, passes, threads)
+        found = measure(n, k, format, threads)
         table = _read(path)
         table.setdefault(where, {})[matrix] = found
         write_atomically(path, json.dumps(table, indent=1))
@@ -110,7 +106,7 @@ def choose(times: Mapping[str, Sequence[float]], kernels: Sequence[str] = PRODUC
 
 
 def measure(
-    n: int, k: int, format: WeightFormat, passes: int, threads: int, rows: Sequence[int] = ROWS, repeats: int = _REPEATS
+    n: int, k: int, format: WeightFormat, threads: int, rows: Sequence[int] = ROWS, repeats: int = _REPEATS
 ) -> dict[str, list[float]]:
     """Seconds of every kernel for each number of rows: the fastest of a few runs that take turns.
 
@@ -122,9 +118,7 @@ def measure(
     flows = [ONLY[name] for name in PRODUCT_KERNELS]
     for count in rows:
         x = rng.standard_normal((count, k), dtype=np.float32)
-        for name, taken in zip(
-            PRODUCT_KERNELS, _core.time_products(matrices, x, passes, threads, flows, repeats), strict=True
-        ):
+        for name, taken in zip(PRODUCT_KERNELS, _core.time_products(matrices, x, threads, flows, repeats), strict=True):
             found[name].append(min(taken))
     return found
 

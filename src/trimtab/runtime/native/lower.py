@@ -41,9 +41,6 @@ _ROW_KINDS = ("fp32", "bf16", "int")
 _CODINGS = {"fp32": 0, "fp16": 1, "bf16": 2}
 _PAGES = {**_CODINGS, "int8": 3}
 _SET, _ADD, _GATED = 0, 1, 2
-#: Int8 passes over the inputs of q, k, v and the head. The residual stream has a few very large channels; coded in one pass,
-#: they cost the built-in model 1.7 points of top-1 agreement at the head and 1.4 at q, k and v. Other inputs take one.
-_PASSES = 2
 
 
 def lowered_spec(spec: ModelSpec) -> ModelSpec:
@@ -211,7 +208,7 @@ class _Builder:
         head = spec.lm_head
         tied = spec.tie_word_embeddings
         tiles = table if tied else self.matrix("lm_head", head)
-        flow = self.flow(head, spec.embed_tokens.format if tied else head.format, _PASSES)
+        flow = self.flow(head, spec.embed_tokens.format if tied else head.format)
         product = (tiles, logits, 0, self.bias("lm_head", head), spec.logit_scale, spec.logit_softcap or 0.0, *flow)
         assert spec.norm is not None
         program.linear(
@@ -221,7 +218,6 @@ class _Builder:
             [product],
             _SET,
             _NONE,
-            _PASSES,
         )
         return NativeProgram(spec, program, self.arena, logits, self.nbytes, self.kept)
 
@@ -232,10 +228,10 @@ class _Builder:
         at = f"{path}.self_attn"
         parts, column = [], 0
         for name, node in (("q_proj", attn.q_proj), ("k_proj", attn.k_proj), ("v_proj", attn.v_proj)):
-            parts.append(self.product(f"{at}.{name}", node, qkv, column, _PASSES))
+            parts.append(self.product(f"{at}.{name}", node, qkv, column))
             column += node.n
         norm = self.norm(f"{path}.input_layernorm", layer.input_layernorm)
-        program.linear(f"{path}.input_layernorm+q_proj+k_proj+v_proj", h, norm, parts, _SET, _NONE, _PASSES)
+        program.linear(f"{path}.input_layernorm+q_proj+k_proj+v_proj", h, norm, parts, _SET, _NONE)
         head = attn.cache.heads[0]
         program.attend(
             self.attend_name(at, attn), index, qkv, attended, self.rope(attn), attn.num_attention_heads,
@@ -310,15 +306,15 @@ class _Builder:
         assert made is not None
         self.program.norm_add(f"{norm_path}+{add}", side, made, h)
 
-    def product(self, path: str, node: LinearSpec, values: int, column: int, passes: int = 1) -> tuple:
-        flow = self.flow(node, node.format, passes)
+    def product(self, path: str, node: LinearSpec, values: int, column: int) -> tuple:
+        flow = self.flow(node, node.format)
         return (self.matrix(path, node), values, column, self.bias(path, node), 1.0, 0.0, *flow)
 
-    def flow(self, node: LinearSpec, format: WeightFormat, passes: int) -> tuple[int, int]:
+    def flow(self, node: LinearSpec, format: WeightFormat) -> tuple[int, int]:
         """Tokens from which the flat kernel, and from which the decoding one, multiplies this matrix."""
         if len(node.kernels) == 1:
             return ONLY[node.kernels[0]]
-        return thresholds(node.n, node.k, format, passes, node.kernels, self.program.threads)
+        return thresholds(node.n, node.k, format, node.kernels, self.program.threads)
 
     def matrix(self, path: str, node: LinearSpec) -> _core.Tiles:
         return self._tiles(path, node.format, (node.n, node.k), node.product)

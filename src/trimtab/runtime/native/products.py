@@ -102,7 +102,7 @@ def core_tiles(packed: Packed, product: Product = EXACT) -> _core.Tiles:
     )  # fmt: skip
 
 
-def multiply(packed: Packed, product: Product, x: np.ndarray, threads: int = 1, passes: int = 1) -> np.ndarray:
+def multiply(packed: Packed, product: Product, x: np.ndarray, threads: int = 1) -> np.ndarray:
     """Return y [T, N] = x [T, K] @ W.T for a matrix as `stored_for` made it.
 
     Args:
@@ -110,10 +110,9 @@ def multiply(packed: Packed, product: Product, x: np.ndarray, threads: int = 1, 
         product: how it is multiplied.
         x: float32, contiguous. More than `LOOKUP_TOKENS` tokens are multiplied with the decoded matrix.
         threads: workers.
-        passes: int8 codes of every activation (integer tiles alone).
     """
     y = np.empty((len(x), packed.shape[0]), np.float32)
-    _core.multiply(core_tiles(packed, product), x, passes, threads, y)
+    _core.multiply(core_tiles(packed, product), x, threads, y)
     return y
 
 

@@ -44,7 +44,7 @@ class Tmac(Technique):
     g: int = param(4, "activations of one table", "4; 3 with ternary")
     zp: bool = param(False, "a zero point for every group", "0, 1")
     table: str = param("i8", "what a table keeps of a sum", "i8, i16, f32")
-    act_group: int | str = param(64, "activations that share a table scale", "32, 64, K")
+    act_group: int | str = param(32, "activations that share a table scale", "32, 64, K")
     fast_agg: bool = param(False, "rounding averages in place of sums: lossy", "0, 1")
     isa: str = param("auto", "instruction set", "auto, scalar, avx2, avx512")
     threads: int = param(0, "workers; 0 = as many as the engine has", "0..1024")
@@ -58,7 +58,7 @@ class Tmac(Technique):
                 "Allowed: 1, 2, 3, 4, ternary. Try bits=4."
             )
         if self.act_group not in (32, 64, "K"):
-            raise SpecError(f"tmac: act_group={self.act_group} is not possible. Allowed: 32, 64, K. Try act_group=64.")
+            raise SpecError(f"tmac: act_group={self.act_group} is not possible. Allowed: 32, 64, K. Try act_group=32.")
         if self.g not in ((3, 4) if self.ternary else (4,)):
             raise SpecError(
                 f"tmac: g={self.g} is not possible with bits={self.bits}. Allowed: 4, and 3 with bits=ternary."

@@ -284,6 +284,107 @@ void dot_ints(const Tiles& w, int64_t tile, const Input& in, int64_t t0, bool on
         for (int t = 0; t < T; ++t) store_f(out + t * 16 + p * lanes, total[p][t]);
 }
 
+// Scale and minimum of one group for the rows of one part.
+inline void scales_of(const Tiles& w, int64_t tile, int64_t g, int part, FV& scale, FV& minimum) {
+    const int row = part * lanes;
+    if (w.scales == Scales::half) {
+        const int64_t at = (tile * w.groups() + g) * 16 + row;
+        scale = load_halves(w.scale + at);
+        if (w.minimum) minimum = load_halves(w.minimum + at);
+        return;
+    }
+    const int64_t blocks = w.padded() / 256;
+    if (w.scales == Scales::q4_k) {
+        const int64_t block = tile * blocks + g / 8;
+        const uint8_t* sub = w.sub + (block * 16 + g % 8) * 16 + row;
+        scale = load_halves(w.scale + block * 32 + row) * load_u8s(sub);
+        minimum = -(load_halves(w.scale + block * 32 + 16 + row) * load_u8s(sub + 8 * 16));
+        return;
+    }
+    const int64_t block = tile * blocks + g / 16;
+    const int8_t* sub = reinterpret_cast<const int8_t*>(w.sub) + (block * 16 + g % 16) * 16 + row;
+    scale = load_halves(w.scale + block * 16 + row) * load_i8s(sub);
+}
+
+// What the second codes of act group `a` of T tokens add to their products with a tile: rows t of in and rows to of out.
+template <int BITS, int FOURS, int T>
+inline void add_second(const Tiles& w, int64_t tile, const Input& in, int64_t a, const int64_t* t, const int64_t* to, float* out) {
+    constexpr int cols = 4 * FOURS;
+    const uint8_t* unit = w.data + tile * w.data_bytes() + a * cols / unit_cols * 64 * BITS;
+    const int8_t* x[T];
+#pragma GCC unroll 4
+    for (int i = 0; i < T; ++i) x[i] = in.second + t[i] * in.stride + a * cols;
+    IV acc[parts][T];
+    if (FOURS == 4 && (a & 1))
+        dot_fours<BITS, FOURS == 4 ? 4 : 0, FOURS, T>(unit, x, acc);
+    else
+        dot_fours<BITS, 0, FOURS, T>(unit, x, acc);
+#pragma GCC unroll 2
+    for (int p = 0; p < parts; ++p) {
+        FV scale = {}, minimum = {};
+        scales_of(w, tile, a * cols / w.group, p, scale, minimum);
+#pragma GCC unroll 4
+        for (int i = 0; i < T; ++i) {
+            float* at = out + to[i] * 16 + p * lanes;
+            store_f(at, load<FV>(at) + scale * (to_float(acc[p][i]) * in.second_scale[t[i] * in.acts() + a]));
+        }
+    }
+}
+
+// The same of all groups of `tokens` <= 64 tokens: out [tokens, 16].
+template <int BITS, int FOURS>
+void add_twice(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out) {
+    if (tokens == 1) {
+        const int64_t zero = 0;
+        const int32_t* listed = in.listed(t0);
+        for (int32_t i = 1; i <= listed[0]; ++i) add_second<BITS, FOURS, 1>(w, tile, in, listed[i], &t0, &zero, out);
+        return;
+    }
+    // Group after group, so that its codes are unpacked once for all tokens that have it listed: bit t of its mask.
+    constexpr int64_t together = 128;
+    for (int64_t first = 0; first < in.acts(); first += together) {
+        uint64_t masks[together] = {};
+        for (int64_t t = 0; t < tokens; ++t) {
+            const int32_t* listed = in.listed(t0 + t);
+            for (int32_t i = 1; i <= listed[0]; ++i)
+                if (listed[i] >= first && listed[i] < first + together) masks[listed[i] - first] |= uint64_t{1} << t;
+        }
+        for (int64_t a = first; a < first + together && a < in.acts(); ++a) {
+            int64_t t[4], to[4];
+            int n = 0;
+            for (uint64_t mask = masks[a - first]; mask; mask &= mask - 1) {
+                to[n] = __builtin_ctzll(mask), t[n] = t0 + to[n];
+                if (++n < 4) continue;
+                add_second<BITS, FOURS, 4>(w, tile, in, a, t, to, out);
+                n = 0;
+            }
+            for (int i = 0; i < n; ++i) add_second<BITS, FOURS, 1>(w, tile, in, a, t + i, to + i, out);
+        }
+    }
+}
+
+template <int BITS>
+void add_twice(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out) {
+    switch (in.act_group) {
+        case 64: return add_twice<BITS, 16>(w, tile, in, t0, tokens, out);
+        case 32: return add_twice<BITS, 8>(w, tile, in, t0, tokens, out);
+        default: return add_twice<BITS, 4>(w, tile, in, t0, tokens, out);
+    }
+}
+
+void add_twice(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out) {
+    switch (w.bits) {
+        case 1: return add_twice<1>(w, tile, in, t0, tokens, out);
+        case 2: return add_twice<2>(w, tile, in, t0, tokens, out);
+        case 3: return add_twice<3>(w, tile, in, t0, tokens, out);
+        case 4: return add_twice<4>(w, tile, in, t0, tokens, out);
+        case 5: return add_twice<5>(w, tile, in, t0, tokens, out);
+        case 6: return add_twice<6>(w, tile, in, t0, tokens, out);
+        case 7: return add_twice<7>(w, tile, in, t0, tokens, out);
+        default: return add_twice<8>(w, tile, in, t0, tokens, out);
+    }
+}
+
 template <int BITS, int T>
 void dot_bits(const Tiles& w, int64_t tile, const Input& in, int64_t t0, bool once, float* out) {
     if constexpr (BITS == 4 || BITS == 5)
@@ -353,35 +454,15 @@ void dot_tile(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t
     for (; t + 4 <= tokens; t += 4) dot_tokens<4>(w, tile, in, t0 + t, tokens == 4, out + t * 16);
     for (; t + 2 <= tokens; t += 2) dot_tokens<2>(w, tile, in, t0 + t, tokens == 2, out + t * 16);
     for (; t < tokens; ++t) dot_tokens<1>(w, tile, in, t0 + t, tokens == 1, out + t * 16);
+    add_twice(w, tile, in, t0, tokens, out);
 }
 
 void dot_each(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out) {
     for (int64_t t = 0; t < tokens; ++t) dot_tokens<1>(w, tile, in, t0 + t, tokens == 1, out + t * 16);
+    if (in.ints) add_twice(w, tile, in, t0, tokens, out);
 }
 
 // --------------------------------------------------------------------------------------------------- decoded products
-
-// Scale and minimum of one group for the rows of one part.
-inline void scales_of(const Tiles& w, int64_t tile, int64_t g, int part, FV& scale, FV& minimum) {
-    const int row = part * lanes;
-    if (w.scales == Scales::half) {
-        const int64_t at = (tile * w.groups() + g) * 16 + row;
-        scale = load_halves(w.scale + at);
-        if (w.minimum) minimum = load_halves(w.minimum + at);
-        return;
-    }
-    const int64_t blocks = w.padded() / 256;
-    if (w.scales == Scales::q4_k) {
-        const int64_t block = tile * blocks + g / 8;
-        const uint8_t* sub = w.sub + (block * 16 + g % 8) * 16 + row;
-        scale = load_halves(w.scale + block * 32 + row) * load_u8s(sub);
-        minimum = -(load_halves(w.scale + block * 32 + 16 + row) * load_u8s(sub + 8 * 16));
-        return;
-    }
-    const int64_t block = tile * blocks + g / 16;
-    const int8_t* sub = reinterpret_cast<const int8_t*>(w.sub) + (block * 16 + g % 16) * 16 + row;
-    scale = load_halves(w.scale + block * 16 + row) * load_i8s(sub);
-}
 
 constexpr int64_t panel = 256;  // columns decoded at a time: 16 KiB of floats, half of a first-level cache
 
@@ -504,42 +585,64 @@ void norm(const Norm& n, const float* x, float* y) {
     for (; i < size; ++i) y[i] = (x[i] - mean) * by * (n.weight ? n.weight[i] : 1.0f) + (n.bias ? n.bias[i] : 0.0f);
 }
 
+// Codes round(x * by) of `count` values; returns their sum.
+inline int32_t code(const float* x, int64_t count, float by, int8_t* codes) {
+    typedef int8_t Narrow __attribute__((vector_size(lanes)));
+    const FV magic = splat_f(12582912.0f);  // 1.5 * 2^23: adding it rounds half to even
+    IV all = {};
+    for (int64_t i = 0; i < count; i += lanes) {
+        const IV q = as<IV>(load<FV>(x + i) * by + magic) - as<IV>(magic);
+        all += q;
+        const Narrow small = __builtin_convertvector(q, Narrow);
+        memcpy(codes + i, &small, sizeof small);
+    }
+    int32_t sum = 0;
+    for (int i = 0; i < lanes; ++i) sum += all[i];
+    return sum;
+}
+
+// An act group of x as floats, zero beyond `cols`.
+inline void take_group(const Input& in, const float* x, int64_t cols, int64_t a, float* values) {
+    const int64_t from = a * in.act_group, left = cols > from ? cols - from : 0;
+    const int64_t have = left < in.act_group ? left : in.act_group;
+    memcpy(values, x + from, static_cast<size_t>(have) * 4);
+    for (int64_t i = have; i < in.act_group; ++i) values[i] = 0;
+}
+
 // Codes of one token: q = round(x / scale), scale = largest |x| of an act_group / 127. `cols` values, zero beyond them.
 void quantize(const Input& in, int64_t t, const float* x, int64_t cols) {
-    typedef int8_t Narrow __attribute__((vector_size(lanes)));
-    const int64_t acts = in.stride / in.act_group, groups = (in.stride + in.group - 1) / in.group;
-    const int64_t row = t * in.passes;
-    for (int64_t g = 0; g < groups * in.passes; ++g) in.sum[row * groups + g] = 0;
+    const int64_t acts = in.acts(), groups = in.sums();
+    float *scale = in.scale + t * acts, *second_scale = in.second_scale + t * acts, *sum = in.sum + t * groups;
+    int8_t *codes = in.codes + t * in.stride, *second = in.second + t * in.stride;
+    alignas(64) float values[64];
+    for (int64_t g = 0; g < groups; ++g) sum[g] = 0;
+    int64_t bits = 0, some = 0;
     for (int64_t a = 0; a < acts; ++a) {
-        const int64_t from = a * in.act_group;
-        alignas(64) float values[64];
-        const int64_t have = cols - from < in.act_group ? (cols > from ? cols - from : 0) : in.act_group;
-        memcpy(values, x + from, static_cast<size_t>(have) * 4);
-        for (int64_t i = have; i < in.act_group; ++i) values[i] = 0;
+        take_group(in, x, cols, a, values);
         FV most = {};
         for (int64_t i = 0; i < in.act_group; i += lanes) {
             const FV v = load<FV>(values + i);
             most = max_of(most, max_of(v, -v));
         }
         const float peak = largest(most);
-        float scale = peak / 127.0f, by = peak > 0 ? 127.0f / peak : 0.0f;
-        for (int pass = 0; pass < in.passes; ++pass) {
-            const FV magic = splat_f(12582912.0f);  // 1.5 * 2^23: adding it rounds half to even
-            IV all = {};
-            for (int64_t i = 0; i < in.act_group; i += lanes) {
-                const FV v = load<FV>(values + i);
-                const IV q = as<IV>(v * by + magic) - as<IV>(magic);
-                all += q;
-                const Narrow small = __builtin_convertvector(q, Narrow);
-                memcpy(in.codes + (row + pass) * in.stride + from + i, &small, sizeof small);
-                store_f(values + i, v - to_float(q) * scale);
-            }
-            int32_t sum = 0;
-            for (int i = 0; i < lanes; ++i) sum += all[i];
-            in.scale[(row + pass) * acts + a] = scale;
-            in.sum[(row + pass) * groups + from / in.group] += scale * static_cast<float>(sum);
-            scale /= 254.0f, by *= 254.0f;
-        }
+        scale[a] = peak / 127.0f;
+        const int32_t all = code(values, in.act_group, peak > 0 ? 127.0f / peak : 0.0f, codes + a * in.act_group);
+        sum[a * in.act_group / in.group] += scale[a] * static_cast<float>(all);
+        if (scale[a] > 0) bits += as<int32_t>(scale[a]), ++some;
+    }
+    // The mean of the bits of positive floats is that of their logarithms, nearly: what is typical whatever the outliers.
+    const float typical = some > 0 ? as<float>(static_cast<int32_t>(bits / some)) : 0.0f;
+    int32_t* listed = in.listed(t);
+    listed[0] = 0;
+    for (int64_t a = 0; a < acts; ++a) {
+        if (!(scale[a] > 0) || scale[a] < typical * in.twice_from) continue;
+        listed[++listed[0]] = static_cast<int32_t>(a);
+        take_group(in, x, cols, a, values);
+        for (int64_t i = 0; i < in.act_group; i += lanes)
+            store_f(values + i, load<FV>(values + i) - load_i8s(codes + a * in.act_group + i) * scale[a]);
+        second_scale[a] = scale[a] / 254.0f;
+        const int32_t all = code(values, in.act_group, 254.0f / scale[a], second + a * in.act_group);
+        sum[a * in.act_group / in.group] += second_scale[a] * static_cast<float>(all);
     }
 }
 

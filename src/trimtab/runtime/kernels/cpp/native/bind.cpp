@@ -75,15 +75,15 @@ auto unpacking(F unpack) {
 }
 
 // y [T, N] = x [T, K] @ W.T with the codes of the activations made on the way: one product, outside a program.
-int64_t multiply(const BoundTiles& w, Array<const float, 2> x, int passes, int threads, Array<float, 2> y, int64_t flat,
-                 int64_t decoded) {
+int64_t multiply(const BoundTiles& w, Array<const float, 2> x, int threads, Array<float, 2> y, float twice_from,
+                 int64_t flat, int64_t decoded) {
     nb::gil_scoped_release release;
     Program program(threads);
     const int64_t tokens = static_cast<int64_t>(x.shape(0)), cols = w.tiles.cols;
     const int source = program.add_values(cols, false), out = program.add_values(w.tiles.rows, false);
     Product product;
     product.w = w.tiles, product.values = out, product.flow = {flat, decoded};
-    program.linear("product", source, nullptr, {product}, Store::set, Act::none, passes);
+    program.linear("product", source, nullptr, {product}, Store::set, Act::none, twice_from);
     Step step;
     const int64_t starts[] = {0, tokens}, past[] = {0};
     step.tokens = tokens, step.rows = 1, step.starts = starts, step.past = past;
@@ -97,7 +97,7 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 
 // Seconds of the product of x [T, K] with matrices of one shape under several dataflows (flat, decoded), [flows][repeats].
 // The flows take turns, and every run takes the next matrix, so that a long list of them comes from memory.
-std::vector<std::vector<double>> time_products(const std::vector<const BoundTiles*>& w, Array<const float, 2> x, int passes,
+std::vector<std::vector<double>> time_products(const std::vector<const BoundTiles*>& w, Array<const float, 2> x,
                                                int threads, const std::vector<std::pair<int64_t, int64_t>>& flows, int repeats) {
     nb::gil_scoped_release release;
     Program program(threads);
@@ -108,7 +108,7 @@ std::vector<std::vector<double>> time_products(const std::vector<const BoundTile
         for (const auto& [flat, decoded] : flows) {
             Product product;
             product.w = each->tiles, product.values = out, product.flow = {flat, decoded};
-            program.linear("product", source, nullptr, {product}, Store::set, Act::none, passes);
+            program.linear("product", source, nullptr, {product}, Store::set, Act::none);
         }
     Step step;
     const int64_t starts[] = {0, tokens}, past[] = {0};
@@ -187,8 +187,8 @@ void bind_native(nb::module_& m) {
     m.def("unpack_planes", unpacking<uint8_t, int, bool>(&unpack_planes));
     m.def("pack_ternary", packing<int8_t, int64_t>(&pack_ternary));
     m.def("unpack_ternary", unpacking<int8_t, int64_t>(&unpack_ternary));
-    m.def("multiply", &multiply, nb::arg("w"), nb::arg("x"), nb::arg("passes"), nb::arg("threads"), nb::arg("y"),
-          nb::arg("flat") = 1, nb::arg("decoded") = int64_t{1} << 40);
+    m.def("multiply", &multiply, nb::arg("w"), nb::arg("x"), nb::arg("threads"), nb::arg("y"),
+          nb::arg("twice_from") = -1.0f, nb::arg("flat") = 1, nb::arg("decoded") = int64_t{1} << 40);
     m.def("time_products", &time_products);
     m.def("attend_pages", &attend_pages, nb::arg("coding"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("grids"),
           nb::arg("page"), nb::arg("group"), nb::arg("first"), nb::arg("last"), nb::arg("low"), nb::arg("high"),
@@ -220,7 +220,7 @@ void bind_native(nb::module_& m) {
              [](Bound& b, const std::string& name, int source, const Norm* norm,
                 const std::vector<std::tuple<const BoundTiles*, int, int64_t, std::optional<Floats>, float, float, int64_t, int64_t>>&
                     products,
-                int store, int act, int passes) {
+                int store, int act) {
                  std::vector<Product> made;
                  for (const auto& [tiles, values, column, bias, scale, softcap, flat, decoded] : products) {
                      Product product;
@@ -230,11 +230,9 @@ void bind_native(nb::module_& m) {
                      b.keep.insert(b.keep.end(), tiles->keep.begin(), tiles->keep.end());
                      made.push_back(product);
                  }
-                 b.program.linear(name, source, norm, std::move(made), static_cast<Store>(store), static_cast<Act>(act),
-                                  passes);
+                 b.program.linear(name, source, norm, std::move(made), static_cast<Store>(store), static_cast<Act>(act));
              },
-             nb::arg("name"), nb::arg("source"), nb::arg("norm").none(), nb::arg("products"), nb::arg("store"), nb::arg("act"),
-             nb::arg("passes") = 1)
+             nb::arg("name"), nb::arg("source"), nb::arg("norm").none(), nb::arg("products"), nb::arg("store"), nb::arg("act"))
         .def("gate_first",
              [](Bound& b, const std::string& name, int source, int values, const Norm& norm, const BoundTiles& gate,
                 const BoundRows& up, const BoundRows& down_t, int act, float threshold, int64_t max_tokens, bool prefill) {

@@ -53,7 +53,7 @@ struct GateFirstKernel : Kernel {
             const int64_t n0 = tile * tile_rows, here = std::min<int64_t>(tile_rows, F - n0);
             for (int64_t t0 = 0; t0 < tokens; t0 += 32) {
                 const int64_t block = std::min<int64_t>(32, tokens - t0);
-                input.dot(tiles.dot_tile, f.gate, tile, t0, block, out);
+                tiles.dot_tile(f.gate, tile, input, t0, block, out);
                 tiles.activate(f.act, out, nullptr, block * tile_rows);
                 for (int64_t t = 0; t < block; ++t)
                     std::memcpy(gate + (t0 + t) * F + n0, out + t * tile_rows, static_cast<size_t>(here) * 4);
@@ -107,7 +107,7 @@ struct GateFirstKernel : Kernel {
 
 void Program::gate_first(const std::string& name, GateFirstFFN ffn) {
     auto kernel = std::make_unique<GateFirstKernel>();
-    ffn.gate_input = Input::of(ffn.gate, 1);
+    ffn.gate_input = Input::of(ffn.gate);
     kernel->name = name, kernel->f = std::move(ffn);
     kernels_.push_back(std::move(kernel));
 }

@@ -1,5 +1,6 @@
 // The input of a product in the form its weights want.
 #include <cstring>
+#include <type_traits>
 
 #include "native/native.h"
 
@@ -8,8 +9,8 @@ int64_t Input::bytes(int64_t tokens) const {
     if (lookup() && tokens <= lookup_tokens)
         return aligned(tokens * table_bytes()) + aligned(tokens * scales() * 4) + aligned(tokens * sums() * 4);
     if (!ints) return aligned(tokens * stride * 4);
-    const int64_t rows = tokens * passes;
-    return (decoded ? aligned(tokens * stride * 4) : 0) + aligned(rows * stride) + aligned(rows * (stride / act_group) * 4) + aligned(rows * ((stride + group - 1) / group) * 4);
+    return (decoded ? aligned(tokens * stride * 4) : 0) + 2 * aligned(tokens * stride) + 2 * aligned(tokens * acts() * 4) +
+           aligned(tokens * sums() * 4) + aligned(tokens * (1 + acts()) * 4);
 }
 
 void Input::place(char* at, int64_t tokens) {
@@ -26,11 +27,14 @@ void Input::place(char* at, int64_t tokens) {
         return;
     }
     if (decoded) x = reinterpret_cast<float*>(at), at += aligned(tokens * stride * 4);
-    codes = reinterpret_cast<int8_t*>(at);
-    at += aligned(tokens * passes * stride);
-    scale = reinterpret_cast<float*>(at);
-    at += aligned(tokens * passes * (stride / act_group) * 4);
-    sum = reinterpret_cast<float*>(at);
+    auto take = [&](auto*& pointer, int64_t bytes) {
+        pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
+        at += aligned(bytes);
+    };
+    take(codes, tokens * stride), take(second, tokens * stride);
+    take(scale, tokens * acts() * 4), take(second_scale, tokens * acts() * 4);
+    take(sum, tokens * sums() * 4);
+    take(twice, tokens * (1 + acts()) * 4);
 }
 
 void Input::fill(int64_t t, const float* values, int64_t cols) const {
@@ -38,22 +42,17 @@ void Input::fill(int64_t t, const float* values, int64_t cols) const {
     float* to = x + t * stride;
     if (ints) {
         tile_kernels().quantize(*this, t, values, cols);
-        for (int pass = 0; decoded && pass < passes; ++pass) {
-            const int64_t row = t * passes + pass, acts = stride / act_group;
-            for (int64_t k = 0; k < stride; ++k)
-                to[k] = (pass ? to[k] : 0.0f) + scale[row * acts + k / act_group] * static_cast<float>(codes[row * stride + k]);
-        }
+        if (!decoded) return;
+        for (int64_t k = 0; k < stride; ++k)
+            to[k] = scale[t * acts() + k / act_group] * static_cast<float>(codes[t * stride + k]);
+        const int32_t* which = listed(t);
+        for (int32_t i = 1; i <= which[0]; ++i)
+            for (int64_t k = which[i] * act_group; k < (which[i] + 1) * act_group; ++k)
+                to[k] += second_scale[t * acts() + which[i]] * static_cast<float>(second[t * stride + k]);
         return;
     }
     std::memcpy(to, values, static_cast<size_t>(cols) * 4);
     for (int64_t k = cols; k < stride; ++k) to[k] = 0;
-}
-
-void Input::dot(Kernel kernel, const Tiles& w, int64_t tile, int64_t t0, int64_t tokens, float* out) const {
-    kernel(w, tile, *this, t0 * passes, tokens * passes, out);
-    if (passes == 1) return;
-    for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t i = 0; i < tile_rows; ++i) out[t * tile_rows + i] = out[2 * t * tile_rows + i] + out[(2 * t + 1) * tile_rows + i];
 }
 
 }  // namespace trimtab

@@ -110,12 +110,8 @@ struct LinearKernel : Kernel {
             decoded = decode(one.w, tile, room);
             if (store == Store::gated) decoded2 = decode(products[p + 1].w, tile, room + one.w.cols * tile_rows);
         }
-        // A second pass over the input makes two rows of every token.
-        const bool doubled =
-            ready[one.input].passes > 1 || (store == Store::gated && ready[products[p + 1].input].passes > 1);
-        const int64_t together = doubled ? token_block / 2 : token_block;
-        for (int64_t t0 = 0; t0 < tokens; t0 += together) {
-            const int64_t here = std::min(together, tokens - t0);
+        for (int64_t t0 = 0; t0 < tokens; t0 += token_block) {
+            const int64_t here = std::min(token_block, tokens - t0);
             dot(one, decoded, tile, ready[one.input], tokens, t0, here, out);
             finish(one, n0, count, here, out);
             if (store == Store::gated) {
@@ -149,14 +145,14 @@ struct LinearKernel : Kernel {
         return decoded;
     }
 
-    // out [here, 16] for tokens t0 .. of a step of `tokens`, with room for two rows a token where the input has two passes.
+    // out [here, 16] for tokens t0 .. of a step of `tokens`.
     static void dot(const Product& p, const std::optional<Tiles>& decoded, int64_t tile, const Input& in, int64_t tokens,
                     int64_t t0, int64_t here, float* out) {
         const TileKernels& k = tile_kernels();
         if (decoded) return k.dot_tile(*decoded, 0, in, t0, here, out);
         if (p.w.lookup()) return k.dot_tile(p.w, tile, in, t0, here, out);
         if (p.flow.decodes(tokens)) return k.dot_decoded(p.w, tile, in, t0, here, out);
-        in.dot(tokens < p.flow.flat ? k.dot_each : k.dot_tile, p.w, tile, t0, here, out);
+        (tokens < p.flow.flat ? k.dot_each : k.dot_tile)(p.w, tile, in, t0, here, out);
     }
 
     static void finish(const Product& p, int64_t n0, int64_t count, int64_t tokens, float* out) {
@@ -190,13 +186,13 @@ struct NormAddKernel : Kernel {
 }  // namespace
 
 void Program::linear(const std::string& name, int source, const Norm* norm, std::vector<Product> products, Store store,
-                     Act act, int passes) {
+                     Act act, float twice_from) {
     auto kernel = std::make_unique<LinearKernel>();
     kernel->name = name, kernel->source = source, kernel->store = store, kernel->act = act;
     if (norm) kernel->has_norm = true, kernel->norm = *norm;
     for (Product& product : products) {
         kernel->lookups = kernel->lookups || product.w.lookup();
-        const Input in = Input::of(product.w, passes);
+        const Input in = Input::of(product.w, twice_from);
         size_t i = 0;
         while (i < kernel->inputs.size() && !kernel->inputs[i].same(in)) ++i;
         if (i == kernel->inputs.size()) kernel->inputs.push_back(in);

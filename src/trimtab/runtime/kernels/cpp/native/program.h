@@ -122,9 +122,9 @@ class Program {
     int add_rope(Rope rope);
     void embed(const std::string& name, const Tiles& table, float scale, int values);
     void positions(const std::string& name, const Tiles& table, int64_t offset, int values);
-    // Products of one input, which is normed first where there is a norm. gated: they come in pairs (gate, up). passes: see Input.
+    // Products of one input, which is normed first where there is a norm. gated: they come in pairs (gate, up). twice_from: see Input.
     void linear(const std::string& name, int source, const Norm* norm, std::vector<Product> products, Store store, Act act,
-                int passes);
+                float twice_from = -1);
     void gate_first(const std::string& name, GateFirstFFN ffn);
     void norm_add(const std::string& name, int source, const Norm& norm, int values);
     void attend(const std::string& name, const Attention& attention);
