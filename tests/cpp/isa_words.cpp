@@ -9,6 +9,10 @@ void exp(const float* x, int64_t count, float* y) {
     for (int64_t i = 0; i < count; i += lanes) store_f(y + i, exp_of(load<FV>(x + i)));
 }
 
+void fma(const float* a, const float* b, const float* c, int64_t count, float* y) {
+    for (int64_t i = 0; i < count; i += lanes) store_f(y + i, fma_of(load<FV>(a + i), load<FV>(b + i), load<FV>(c + i)));
+}
+
 void halves(const uint16_t* from, int64_t count, float* y) {
     for (int64_t i = 0; i < count; i += lanes) store_f(y + i, load_halves(from + i));
 }
@@ -42,7 +46,7 @@ void fold_signed_pairs(const int8_t* w, const int8_t* s, int32_t* y) {
 }  // namespace
 
 extern const Words words;
-const Words words = {lanes, exp, halves,     half_each,  half_bits_each,
-                     bf16s, sum, largest_of, fold_pairs, fold_signed_pairs};
+const Words words = {lanes, exp,        fma,        halves,           half_each, half_bits_each, bf16s,
+                     sum,   largest_of, fold_pairs, fold_signed_pairs};
 
 }  // namespace trimtab::TRIMTAB_ISA

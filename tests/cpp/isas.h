@@ -10,6 +10,7 @@ namespace trimtab {
 struct Words {
     int lanes;
     void (*exp)(const float* x, int64_t count, float* y);
+    void (*fma)(const float* a, const float* b, const float* c, int64_t count, float* y);
     void (*halves)(const uint16_t* from, int64_t count, float* y);  // a register at a time
     void (*half)(const uint16_t* from, int64_t count, float* y);    // one at a time
     void (*half_bits)(const float* x, int64_t count, uint16_t* y);

@@ -237,6 +237,40 @@ TEST(halves_and_bf16_decode_exactly) {
     }
 }
 
+// Every set rounds a * b + c once: the bits are those of std::fma.
+TEST(fma_rounds_once) {
+    for (const Isa& isa : isas()) {
+        Random random(31);
+        constexpr int64_t count = 1 << 16;
+        std::vector<float> a(count), b(count), c(count), y(count);
+        for (size_t i = 0; i < a.size(); ++i) {
+            a[i] = random.uniform(-2, 2), b[i] = random.uniform(-2, 2);
+            // From far below the last bit of the product to far above it, and what nearly cancels it.
+            const float size = std::ldexp(1.0f, static_cast<int>(random.between(-60, 30)));
+            c[i] = random.coin() ? random.uniform(-1, 1) * size : -a[i] * b[i] + random.uniform(-1, 1) * size;
+            // Half an ulp of c as the product: a tie, or a hair beside one.
+            if (random.below(4) == 0) {
+                c[i] = random.uniform(1, 2), a[i] = std::ldexp(random.coin() ? 1.0f : 1.0f + std::ldexp(1.0f, -23), -12);
+                b[i] = std::ldexp(random.coin() ? 1.0f : 1.0f - std::ldexp(1.0f, -24), -12) * (random.coin() ? 1.0f : -1.0f);
+            }
+        }
+        const float big = std::numeric_limits<float>::infinity();
+        a[0] = big, b[0] = 1, c[0] = 1;
+        a[1] = 0, b[1] = 1, c[1] = 0;
+        a[2] = 3e38f, b[2] = 2, c[2] = -3e38f;
+        a[3] = 0, b[3] = 1, c[3] = -big;
+        isa.words->fma(a.data(), b.data(), c.data(), count, y.data());
+        for (size_t i = 0; i < a.size(); ++i) {
+            const float expected = std::fma(a[i], b[i], c[i]);
+            CHECK(std::memcmp(&y[i], &expected, 4) == 0, "%s: %a * %a + %a = %a, not %a", isa.name, a[i], b[i], c[i], y[i],
+                  expected);
+        }
+        a[0] = std::numeric_limits<float>::quiet_NaN();
+        isa.words->fma(a.data(), b.data(), c.data(), 16, y.data());
+        CHECK(std::isnan(y[0]), "%s: a NaN became %g", isa.name, y[0]);
+    }
+}
+
 TEST(exp_is_within_two_ulp) {
     for (const Isa& isa : isas()) {
         constexpr int64_t count = 1 << 17;

@@ -7,6 +7,18 @@
 #include "check.h"
 
 namespace trimtab {
+
+namespace {
+std::atomic<int> preempt_every{0};
+std::atomic<int> passed{0};
+}  // namespace
+
+// workers.cpp calls it between what a thread does and what it then looks at.
+void preempted() {
+    const int every = preempt_every;
+    if (every && passed.fetch_add(1) % every == 0) std::this_thread::sleep_for(std::chrono::microseconds(200));
+}
+
 namespace {
 
 void busy(int64_t microseconds) {
@@ -63,6 +75,7 @@ TEST(teams_come_and_go) {
 // Calls of one team by different numbers of workers: a thread that sits one out must not take part in it later.
 TEST(calls_of_one_team_differ_in_size) {
     Workers workers;
+    preempt_every = 7;
     for (int round = 0; round < 3000; ++round) {
         std::atomic<int> ran{0};
         const int count = 1 + (round * 7) % 5;
@@ -75,6 +88,7 @@ TEST(calls_of_one_team_differ_in_size) {
             &ran, Workers::Patience(round % 3 * 20));
         CHECK(ran.load() == (((1 << (6 * count)) - 1) / 63), "%d workers: %x", count, static_cast<unsigned>(ran.load()));
     }
+    preempt_every = 0;
 }
 
 TEST(parts_cover_all_work) {

@@ -58,3 +58,15 @@ static inline simde__m512i trimtab_widen(simde__m128i bytes) {
 #ifndef _mm512_cvtepi8_epi32
 #define _mm512_cvtepi8_epi32(bytes) trimtab_widen<int8_t>(bytes)
 #endif
+
+// SIMDe rounds twice without FMA; the instruction rounds once.
+static inline simde__m512 trimtab_mm512_fmadd_ps(simde__m512 a, simde__m512 b, simde__m512 c) {
+    float x[16], y[16], z[16];
+    __builtin_memcpy(x, &a, sizeof x), __builtin_memcpy(y, &b, sizeof y), __builtin_memcpy(z, &c, sizeof z);
+    for (int i = 0; i < 16; ++i) z[i] = __builtin_fmaf(x[i], y[i], z[i]);
+    simde__m512 all;
+    __builtin_memcpy(&all, z, sizeof all);
+    return all;
+}
+#undef _mm512_fmadd_ps
+#define _mm512_fmadd_ps(a, b, c) trimtab_mm512_fmadd_ps(a, b, c)

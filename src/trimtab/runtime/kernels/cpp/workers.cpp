@@ -7,6 +7,13 @@
 #include <climits>
 
 namespace trimtab {
+
+#ifdef TRIMTAB_PREEMPTED
+void preempted();  // the tests': a thread loses the processor where that could matter
+#else
+inline void preempted() {}
+#endif
+
 namespace {
 
 // How long a worker looks out for the others inside a call before it sleeps: short, so that on a machine with more threads
@@ -70,7 +77,7 @@ void Workers::serve(int id, uint32_t seen) {
         if (id >= count) continue;
         Worker worker{id, count, this};
         work_(context_, worker);
-        barrier();
+        worker.wait();
     }
 }
 
@@ -83,16 +90,19 @@ void Workers::run(int count, Work work, void* context, Patience patience) {
         const int id = static_cast<int>(threads_.size()) + 1;
         threads_.emplace_back([this, id, before] { serve(id, before); });
     }
-    work_ = work, context_ = context, count_ = count;
+    work_ = work, context_ = context;
     patience_us_.store(patience.count(), std::memory_order_relaxed);
     advance(start_, ((before >> 8) + 1) << 8 | static_cast<uint32_t>(count), asleep_outside_);
     work(context, worker);
-    barrier();
+    worker.wait();
 }
 
-void Workers::barrier() {
+// `count` is that of the worker's own call: one that is late here must not compare with the next call's.
+void Workers::barrier(int count) {
     const uint32_t phase = phase_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(count_)) {
+    const uint32_t place = arrived_.fetch_add(1, std::memory_order_acq_rel) + 1;
+    preempted();
+    if (place == static_cast<uint32_t>(count)) {
         arrived_.store(0, std::memory_order_relaxed);
         advance(phase_, phase + 1, asleep_inside_);
         return;
@@ -101,7 +111,7 @@ void Workers::barrier() {
 }
 
 void Worker::wait() {
-    if (count > 1) team->barrier();
+    if (count > 1) team->barrier(count);
 }
 
 }  // namespace trimtab

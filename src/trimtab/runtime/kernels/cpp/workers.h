@@ -46,14 +46,13 @@ class Workers {
   private:
     friend struct Worker;
     void serve(int id, uint32_t seen);
-    void barrier();
+    void barrier(int count);
 
     std::mutex turn_;
     std::vector<std::thread> threads_;
     Work work_ = nullptr;
     void* context_ = nullptr;
     bool stop_ = false;
-    int count_ = 0;
     std::atomic<int64_t> patience_us_{0};
     // Number of the call in the upper bits, its workers in the lowest byte: read together, so that a thread which is not part
     // of one call cannot take the next one for it.

@@ -46,18 +46,37 @@ inline FV splat_f(float x) {  // FV{} + x would add, because of negative zeros
 inline IV splat_i(int32_t x) { return IV{} + x; }
 inline FV to_float(IV v) { return __builtin_convertvector(v, FV); }
 
-// a * b + c, rounded once where the instruction set can: for products of floats alone. All else rounds after every operation,
-// so that a set without fused operations finds the same int8 codes: one code of another value moves the logits by far more
-// than a rounding does.
-inline FV fused(FV a, FV b, FV c) {
+// a * b + c, rounded once, by every instruction set: what goes into int8 codes must not depend on the set, since one code of
+// another value moves the logits by far more than a rounding does.
+inline FV fma_of(FV a, FV b, FV c) {
 #if defined(__AVX512F__)
     return as<FV>(_mm512_fmadd_ps(as<__m512>(a), as<__m512>(b), as<__m512>(c)));
 #elif defined(__FMA__)
     return as<FV>(_mm256_fmadd_ps(as<__m256>(a), as<__m256>(b), as<__m256>(c)));
 #else
+    // In doubles: the product is exact, and the sum is rounded to odd, so that rounding it again to float is that of the exact
+    // sum. Source: Boldo and Melquiond, Emulation of FMA and correctly rounded sums, 2008.
+    typedef double DV __attribute__((vector_size(8 * lanes)));
+    typedef int64_t QV __attribute__((vector_size(8 * lanes)));
+    const DV product = __builtin_convertvector(a, DV) * __builtin_convertvector(b, DV), term = __builtin_convertvector(c, DV);
+    const DV sum = product + term, moved = sum - product;
+    const DV lost = (product - (sum - moved)) + (term - moved);
+    QV bits = as<QV>(sum);
+    const QV even = (bits & 1) - 1, inexact = (lost > 0) | (lost < 0), outwards = ~((lost > 0) ^ (sum > 0));
+    bits += even & inexact & ((outwards & 2) - 1);
+    return __builtin_convertvector(as<DV>(bits), FV);
+#endif
+}
+
+// a * b + c in products of floats alone: rounded once where that is fast.
+inline FV fused(FV a, FV b, FV c) {
+#if defined(__AVX512F__) || defined(__FMA__)
+    return fma_of(a, b, c);
+#else
     return a * b + c;
 #endif
 }
+
 inline void store_f(float* to, FV v) { memcpy(to, &v, sizeof v); }
 
 inline FV load_halves(const uint16_t* from) {

@@ -1,5 +1,4 @@
-// Products with tiles, and the preparation of their inputs, compiled once per instruction set.
-#include <cmath>
+// Products with tiles, compiled once per instruction set.
 #include <type_traits>
 #include <utility>
 
@@ -127,6 +126,21 @@ inline BV codes_of(const uint8_t* unit, int part) {
 template <class F, int... I>
 inline __attribute__((always_inline)) void each(F&& f, std::integer_sequence<int, I...>) {
     (f(std::integral_constant<int, I>{}), ...);
+}
+
+// Calls f(bits) with the number as a constant.
+template <class F>
+inline void with_bits(int bits, F&& f) {
+    switch (bits) {
+        case 1: return f(std::integral_constant<int, 1>{});
+        case 2: return f(std::integral_constant<int, 2>{});
+        case 3: return f(std::integral_constant<int, 3>{});
+        case 4: return f(std::integral_constant<int, 4>{});
+        case 5: return f(std::integral_constant<int, 5>{});
+        case 6: return f(std::integral_constant<int, 6>{});
+        case 7: return f(std::integral_constant<int, 7>{});
+        default: return f(std::integral_constant<int, 8>{});
+    }
 }
 
 #if defined(__AVX512VNNI__)
@@ -257,7 +271,8 @@ void dot_ints(const Tiles& w, int64_t tile, const Input& in, int64_t t0, bool on
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
-                for (int p = 0; p < parts; ++p) group_sum[p][t] += to_float(acc[p][t]) * scales[t][a];
+                for (int p = 0; p < parts; ++p)
+                    group_sum[p][t] = fma_of(to_float(acc[p][t]), splat_f(scales[t][a]), group_sum[p][t]);
                 x[t] += cols;
             }
             if (FOURS > 4)
@@ -271,9 +286,10 @@ void dot_ints(const Tiles& w, int64_t tile, const Input& in, int64_t t0, bool on
             reader.read(p, scale, minimum);
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) {
-                const float sum = sums[t][g];
-                total[p][t] += scale * (centred || BITS == 8 ? group_sum[p][t] - zero * sum : group_sum[p][t]);
-                if (!centred) total[p][t] += minimum * sum;
+                const FV sum = splat_f(sums[t][g]);
+                if (centred || BITS == 8) group_sum[p][t] = fma_of(splat_f(-zero), sum, group_sum[p][t]);
+                total[p][t] = fma_of(scale, group_sum[p][t], total[p][t]);
+                if (!centred) total[p][t] = fma_of(minimum, sum, total[p][t]);
             }
         }
         reader.next();
@@ -326,7 +342,7 @@ inline void add_second(const Tiles& w, int64_t tile, const Input& in, int64_t a,
 #pragma GCC unroll 4
         for (int i = 0; i < T; ++i) {
             float* at = out + to[i] * 16 + p * lanes;
-            store_f(at, load<FV>(at) + scale * (to_float(acc[p][i]) * in.second_scale[t[i] * in.acts() + a]));
+            store_f(at, fma_of(scale, to_float(acc[p][i]) * in.second_scale[t[i] * in.acts() + a], load<FV>(at)));
         }
     }
 }
@@ -373,16 +389,7 @@ void add_twice(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_
 }
 
 void add_twice(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out) {
-    switch (w.bits) {
-        case 1: return add_twice<1>(w, tile, in, t0, tokens, out);
-        case 2: return add_twice<2>(w, tile, in, t0, tokens, out);
-        case 3: return add_twice<3>(w, tile, in, t0, tokens, out);
-        case 4: return add_twice<4>(w, tile, in, t0, tokens, out);
-        case 5: return add_twice<5>(w, tile, in, t0, tokens, out);
-        case 6: return add_twice<6>(w, tile, in, t0, tokens, out);
-        case 7: return add_twice<7>(w, tile, in, t0, tokens, out);
-        default: return add_twice<8>(w, tile, in, t0, tokens, out);
-    }
+    with_bits(w.bits, [&](auto bits) { add_twice<decltype(bits)::value>(w, tile, in, t0, tokens, out); });
 }
 
 template <int BITS, int T>
@@ -406,16 +413,7 @@ void dot_tokens(const Tiles& w, int64_t tile, const Input& in, int64_t t0, bool 
         case Coding::bf16: return dot_float<Coding::bf16, T>(w, tile, in, t0, once, out);
         default: break;
     }
-    switch (w.bits) {
-        case 1: return dot_bits<1, T>(w, tile, in, t0, once, out);
-        case 2: return dot_bits<2, T>(w, tile, in, t0, once, out);
-        case 3: return dot_bits<3, T>(w, tile, in, t0, once, out);
-        case 4: return dot_bits<4, T>(w, tile, in, t0, once, out);
-        case 5: return dot_bits<5, T>(w, tile, in, t0, once, out);
-        case 6: return dot_bits<6, T>(w, tile, in, t0, once, out);
-        case 7: return dot_bits<7, T>(w, tile, in, t0, once, out);
-        default: return dot_bits<8, T>(w, tile, in, t0, once, out);
-    }
+    with_bits(w.bits, [&](auto bits) { dot_bits<decltype(bits)::value, T>(w, tile, in, t0, once, out); });
 }
 
 // Calls f(T, t) for blocks of at most MOST tokens, alike in size.
@@ -513,16 +511,7 @@ const float* decode_panel(const Tiles& w, int64_t tile, int64_t k0, int64_t coun
     for (int64_t u = 0; u < count / 32; ++u) {
         const int64_t at = k0 / 32 + u;
         float* to = out + u * 32 * 16;
-        switch (w.bits) {
-            case 1: decode_unit<1>(w, tile, at, to); break;
-            case 2: decode_unit<2>(w, tile, at, to); break;
-            case 3: decode_unit<3>(w, tile, at, to); break;
-            case 4: decode_unit<4>(w, tile, at, to); break;
-            case 5: decode_unit<5>(w, tile, at, to); break;
-            case 6: decode_unit<6>(w, tile, at, to); break;
-            case 7: decode_unit<7>(w, tile, at, to); break;
-            default: decode_unit<8>(w, tile, at, to); break;
-        }
+        with_bits(w.bits, [&](auto bits) { decode_unit<decltype(bits)::value>(w, tile, at, to); });
     }
     return out;
 }
@@ -555,118 +544,11 @@ void dot_decoded(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int6
     }
 }
 
-// ------------------------------------------------------------------------------------------------------------ inputs
-
-void norm(const Norm& n, const float* x, float* y) {
-    const int64_t size = n.size;
-    int64_t i = 0;
-    float mean = 0, square;
-    if (n.layer) {
-        FV sum = {};
-        for (i = 0; i + lanes <= size; i += lanes) sum += load<FV>(x + i);
-        mean = sum_of(sum);
-        for (; i < size; ++i) mean += x[i];
-        mean /= static_cast<float>(size);
-    }
-    FV squares = {};
-    for (i = 0; i + lanes <= size; i += lanes) {
-        const FV v = load<FV>(x + i) - mean;
-        squares += v * v;
-    }
-    square = sum_of(squares);
-    for (; i < size; ++i) square += (x[i] - mean) * (x[i] - mean);
-    const float by = 1.0f / std::sqrt(square / static_cast<float>(size) + n.eps);
-    for (i = 0; i + lanes <= size; i += lanes) {
-        FV v = (load<FV>(x + i) - mean) * by;
-        if (n.weight) v *= load<FV>(n.weight + i);
-        if (n.bias) v += load<FV>(n.bias + i);
-        store_f(y + i, v);
-    }
-    for (; i < size; ++i) y[i] = (x[i] - mean) * by * (n.weight ? n.weight[i] : 1.0f) + (n.bias ? n.bias[i] : 0.0f);
-}
-
-// Codes round(x * by) of `count` values; returns their sum.
-inline int32_t code(const float* x, int64_t count, float by, int8_t* codes) {
-    typedef int8_t Narrow __attribute__((vector_size(lanes)));
-    const FV magic = splat_f(12582912.0f);  // 1.5 * 2^23: adding it rounds half to even
-    IV all = {};
-    for (int64_t i = 0; i < count; i += lanes) {
-        const IV q = as<IV>(load<FV>(x + i) * by + magic) - as<IV>(magic);
-        all += q;
-        const Narrow small = __builtin_convertvector(q, Narrow);
-        memcpy(codes + i, &small, sizeof small);
-    }
-    int32_t sum = 0;
-    for (int i = 0; i < lanes; ++i) sum += all[i];
-    return sum;
-}
-
-// An act group of x as floats, zero beyond `cols`.
-inline void take_group(const Input& in, const float* x, int64_t cols, int64_t a, float* values) {
-    const int64_t from = a * in.act_group, left = cols > from ? cols - from : 0;
-    const int64_t have = left < in.act_group ? left : in.act_group;
-    memcpy(values, x + from, static_cast<size_t>(have) * 4);
-    for (int64_t i = have; i < in.act_group; ++i) values[i] = 0;
-}
-
-// Codes of one token: q = round(x / scale), scale = largest |x| of an act_group / 127. `cols` values, zero beyond them.
-void quantize(const Input& in, int64_t t, const float* x, int64_t cols) {
-    const int64_t acts = in.acts(), groups = in.sums();
-    float *scale = in.scale + t * acts, *second_scale = in.second_scale + t * acts, *sum = in.sum + t * groups;
-    int8_t *codes = in.codes + t * in.stride, *second = in.second + t * in.stride;
-    alignas(64) float values[64];
-    for (int64_t g = 0; g < groups; ++g) sum[g] = 0;
-    int64_t bits = 0, some = 0;
-    for (int64_t a = 0; a < acts; ++a) {
-        take_group(in, x, cols, a, values);
-        FV most = {};
-        for (int64_t i = 0; i < in.act_group; i += lanes) {
-            const FV v = load<FV>(values + i);
-            most = max_of(most, max_of(v, -v));
-        }
-        const float peak = largest(most);
-        scale[a] = peak / 127.0f;
-        const int32_t all = code(values, in.act_group, peak > 0 ? 127.0f / peak : 0.0f, codes + a * in.act_group);
-        sum[a * in.act_group / in.group] += scale[a] * static_cast<float>(all);
-        if (scale[a] > 0) bits += as<int32_t>(scale[a]), ++some;
-    }
-    // The mean of the bits of positive floats is that of their logarithms, nearly: what is typical whatever the outliers.
-    const float typical = some > 0 ? as<float>(static_cast<int32_t>(bits / some)) : 0.0f;
-    int32_t* listed = in.listed(t);
-    listed[0] = 0;
-    for (int64_t a = 0; a < acts; ++a) {
-        if (!(scale[a] > 0) || scale[a] < typical * in.twice_from) continue;
-        listed[++listed[0]] = static_cast<int32_t>(a);
-        take_group(in, x, cols, a, values);
-        for (int64_t i = 0; i < in.act_group; i += lanes)
-            store_f(values + i, load<FV>(values + i) - load_i8s(codes + a * in.act_group + i) * scale[a]);
-        second_scale[a] = scale[a] / 254.0f;
-        const int32_t all = code(values, in.act_group, 254.0f / scale[a], second + a * in.act_group);
-        sum[a * in.act_group / in.group] += second_scale[a] * static_cast<float>(all);
-    }
-}
-
-inline FV act_of(Act act, FV v) {
-    if (act == Act::silu) return v / (1.0f + exp_of(-v));
-    if (act == Act::gelu_tanh) {
-        const FV u = (v + v * v * v * 0.044715f) * 0.7978845608028654f;
-        return v / (1.0f + exp_of(u * -2.0f));
-    }
-    FV y;
-    for (int i = 0; i < lanes; ++i)
-        y[i] = act == Act::relu ? (v[i] > 0 ? v[i] : 0.0f) : 0.5f * v[i] * (1.0f + std::erf(v[i] * 0.70710678f));
-    return y;
-}
-
-void activate(Act act, float* gate, const float* up, int64_t count) {
-    for (int64_t i = 0; i < count; i += lanes) {
-        const FV g = act_of(act, load<FV>(gate + i));
-        store_f(gate + i, up ? g * load<FV>(up + i) : g);
-    }
-}
-
 }  // namespace
 
+void norm(const Norm& n, const float* x, float* y);  // inputs.cpp
+void quantize(const Input& in, int64_t t, const float* x, int64_t cols);
+void activate(Act act, float* gate, const float* up, int64_t count);
 void attend(const Attend& a);  // attend.cpp
 void encode(Coding coding, const float* x, int64_t count, uint8_t* out);
 void rotate(float* x, const float* cos, const float* sin, int64_t half);
