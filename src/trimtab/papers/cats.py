@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.errors import TrimtabError
-from trimtab.papers.claims import Bench, Documented, Line, Needs, Outcome
+from trimtab.papers.claims import Bench, Documented, Line, Outcome
 
 SPARSITIES = (0.3, 0.5, 0.7, 0.9)
 TEXTS = ("cfi_public", "handbook_public")
@@ -194,9 +194,74 @@ def skipping_is_real(bench: Bench) -> Outcome:
     )
 
 
+#: One layer with the feed-forward block of Mistral-7B. Its attention adds nothing, so that the block's input is known.
+_LAYER = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 1, "num_attention_heads": 1,
+    "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 64, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "hidden_act": "silu", "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def _block_s(session: Any, token: int) -> tuple[float, int]:
+    """Decode one token: seconds of the feed-forward block, and neurons whose rows it read (0 = no count, all)."""
+    from trimtab.runtime.step import Recorder
+
+    session.record = Recorder()
+    session.decode([token])
+    times = {name: seconds for name, *_, seconds in session.runner.metered()}
+    return (
+        sum(seconds for name, seconds in times.items() if "post_attention_layernorm" in name or ".mlp." in name),
+        session.record.observed.get("layers.0.mlp.active_rows", 0),
+    )
+
+
 def speed(bench: Bench) -> Outcome:
-    """Belongs to the native program."""
-    raise Needs("native")
+    """The block of the native program that skips rows against its dense one, fp32 weights from memory, 2 threads, in turn."""
+    from trimtab.runtime.engine.generate import Session
+    from trimtab.runtime.native.lower import lower
+    from trimtab.runtime.numerics import decode, encode
+    from trimtab.runtime.weights.packed import Weights
+    from trimtab.runtime.weights.random import random_weights
+    from trimtab.spec.configs import spec_from_config
+    from trimtab.spec.formats import FP32
+    from trimtab.techniques.ffn.cats import Cats
+
+    spec = spec_from_config(_LAYER, "one-layer").with_dtype("float32")
+    cut = spec.edit(Cats().edits(spec), by="cats")
+    weights = dict(random_weights(spec))
+    for path in ("layers.0.self_attn.o_proj", "layers.0.post_attention_layernorm"):
+        weights[path] = encode((decode(weights[path]) * 0 + path.endswith("norm")).astype(np.float32), FP32)
+    down = weights["layers.0.mlp.down_proj"]
+    transposed = np.ascontiguousarray(decode(down).T)
+    # Thresholds from half of the tokens; the other half is decoded.
+    tokens = decode(weights["embed_tokens"])
+    normed = tokens / np.sqrt((tokens**2).mean(axis=1, keepdims=True) + _LAYER["rms_norm_eps"])
+    gates = normed[:32] @ decode(weights["layers.0.mlp.gate_proj"]).T
+    strengths = np.abs(gates / (1 + np.exp(-gates)))
+
+    dense = Session(lower(spec, Weights(weights), 2))
+    dense.prefill([np.arange(1)], reserve=48)
+    met, shown = True, []
+    for share, needed in ((0.5, 1.3), (0.9, 2.0)):
+        skipping = weights | {
+            "layers.0.mlp.down_proj": encode(transposed, FP32, layout="transposed"),
+            "layers.0.mlp.threshold": encode(np.full((1, 1), np.quantile(strengths, share), np.float32), FP32),
+        }
+        sparse = Session(lower(cut, Weights(skipping), 2))
+        sparse.prefill([np.arange(1)], reserve=24)
+        ratios, seconds, active = [], [], []
+        for token in range(32, 53):
+            (whole, _), (part, rows) = _block_s(dense, token), _block_s(sparse, token)
+            ratios.append(whole / part)
+            seconds.append((whole, part))
+            active.append(rows)
+        ratio, (whole, part) = float(np.median(ratios)), np.median(seconds, axis=0)
+        met &= ratio >= needed
+        shown.append(
+            f"k={share}: {ratio:.2f}x ({np.quantile(ratios, 0.1):.2f}-{np.quantile(ratios, 0.9):.2f}), {whole * 1e3:.1f} to "
+            f"{part * 1e3:.1f} ms, {np.mean(active) / gates.shape[1]:.2f} of the rows"
+        )
+    return Outcome(predicted="bytes: 1.50x, 2.50x", measured="; ".join(shown) + " (2 threads)", met=met)
 
 
 def equals_reference(bench: Bench) -> Outcome:

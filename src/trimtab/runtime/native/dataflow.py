@@ -28,10 +28,10 @@ NEVER = 1 << 40
 #: (rows from which the flat kernel multiplies, rows from which the decoding one does) that leave one kernel alone.
 ONLY = {"gemv": (NEVER, NEVER), "flat": (1, NEVER), "gemm": (1, 1)}
 #: Rows of input that are measured.
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 15, 16, 20, 24, 32, 48, 64)
 #: The matrices that take turns hold this much together, more than a last-level cache, as the weights of a model do.
 _COLD_BYTES = 64 << 20
-_COPIES, _REPEATS = 64, 7
+_COPIES, _REPEATS = 64, 15
 #: A tile takes the same time whatever the rows of its matrix; more rows than these tell nothing new.
 _MOST_ROWS = 4096
 
@@ -69,7 +69,7 @@ def profile(n: int, k: int, format: WeightFormat, threads: int) -> dict[str, lis
     path = profile_path()
     table = _read(path)
     found = table.get(where, {}).get(matrix)
-    if found is None:
+    if found is None or any(len(times) != len(ROWS) for times in found.values()):
         if where not in table:
             print(
                 f"trimtab: no times of the product kernels are known for {where}; measuring them once, kept in {path}.",
