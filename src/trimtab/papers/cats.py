@@ -229,10 +229,10 @@ def speed(bench: Bench) -> Outcome:
     spec = spec_from_config(_LAYER, "one-layer").with_dtype("float32")
     cut = spec.edit(Cats().edits(spec), by="cats")
     weights = dict(random_weights(spec))
-    for path in ("layers.0.self_attn.o_proj", "layers.0.post_attention_layernorm"):
-        weights[path] = encode((decode(weights[path]) * 0 + path.endswith("norm")).astype(np.float32), FP32)
-    down = weights["layers.0.mlp.down_proj"]
-    transposed = np.ascontiguousarray(decode(down).T)
+    o_proj, norm = "layers.0.self_attn.o_proj", "layers.0.post_attention_layernorm"
+    weights[o_proj] = encode(np.zeros_like(decode(weights[o_proj])), FP32)
+    weights[norm] = encode(np.ones_like(decode(weights[norm])), FP32)
+    transposed = np.ascontiguousarray(decode(weights["layers.0.mlp.down_proj"]).T)
     # Thresholds from half of the tokens; the other half is decoded.
     tokens = decode(weights["embed_tokens"])
     normed = tokens / np.sqrt((tokens**2).mean(axis=1, keepdims=True) + _LAYER["rms_norm_eps"])
