@@ -19,6 +19,7 @@ struct Case {
     float softcap;
     bool unified;
     int64_t first, last;
+    bool turned;
 };
 
 // Rows of one head as a cache keeps them. The last page ends with the last key, so that a read behind it is seen.
@@ -58,7 +59,7 @@ void check_case(const Isa& isa, Random& random, const Case& c) {
     a.first = c.first, a.last = c.last, a.queries = c.queries, a.q = q.data(), a.low = low.data(), a.high = high.data();
     a.scale = 1.5f / std::sqrt(static_cast<float>(c.head_dim)), a.softcap = c.softcap, a.unified = c.unified,
     a.phi = 1.25f;
-    a.largest = largest.data(), a.weight = weight.data(), a.out = out.data();
+    a.largest = largest.data(), a.weight = weight.data(), a.out = out.data(), a.turned = c.turned;
     isa.table->attend(a);
 
     const std::string what = std::string(isa.name) + " coding=" + std::to_string(static_cast<int>(c.coding)) +
@@ -66,7 +67,7 @@ void check_case(const Isa& isa, Random& random, const Case& c) {
                              " page=" + std::to_string(c.page) + " queries=" + std::to_string(c.queries) +
                              " window=" + std::to_string(c.window) + " softcap=" + std::to_string(c.softcap) +
                              " unified=" + std::to_string(c.unified) + " first=" + std::to_string(c.first) +
-                             " last=" + std::to_string(c.last);
+                             " last=" + std::to_string(c.last) + " turned=" + std::to_string(c.turned);
     for (int n = 0; n < c.queries; ++n) {
         const size_t at = static_cast<size_t>(n);
         const int64_t from = std::max(c.first, low[at]), to = std::min(c.last, high[at]);
@@ -121,7 +122,7 @@ TEST(attend_is_a_softmax) {
                     c.page = random.of<int64_t>({0, 0, 16, 40, 64, 100});
                     c.window = random.of<int64_t>({0, 0, 1, 7, 64, 100});
                     c.softcap = random.coin() ? random.uniform(1, 30) : 0;
-                    c.unified = random.coin();
+                    c.unified = random.coin(), c.turned = random.coin();
                     c.last = c.keys;
                     check_case(isa, random, c);
                     c.first = random.below(c.keys), c.last = random.between(c.first, c.keys);

@@ -1,15 +1,10 @@
 // Attention of a few queries over pages of keys and values, compiled once per instruction set.
 #include <cmath>
-#include <limits>
 
-#include "isa/simd.h"
-#include "native/native.h"
+#include "isa/softmax.h"
 
 namespace trimtab::TRIMTAB_ISA {
 namespace {
-
-constexpr int block = 64;  // keys scored before their values are read
-constexpr float none = -std::numeric_limits<float>::infinity();
 
 // Whether rows are read 2 * lanes elements at a time, even ones first, then odd ones: bf16 then takes one operation a register
 // to become float. Queries are brought into that order before, and sums out of it afterwards.
@@ -106,36 +101,6 @@ __attribute__((noinline)) void score(const float* const* q, const uint8_t* k, co
     for (; s < count; ++s) products<CODING, Q, 1, HEAD>(q, k + s * row_bytes, row_bytes, head_dim, scores + s);
 }
 
-inline FV capped(FV x, float softcap) {
-    const FV e = exp_of(x * (2.0f / softcap));
-    return (1.0f - 2.0f / (e + 1.0f)) * softcap;
-}
-
-// Weights of one query in place of its raw scores, and what they add up to by lane; top: largest score by lane. A score is
-// multiplied by `scale`, which is above 0, first. Nothing waits for the largest score.
-inline void weights_unified(float* row, int count, float scale, float phi, FV& top, FV& weight) {
-    FV most = splat_f(none), sum = {};
-    for (int j = 0; j < count; j += lanes) {
-        const FV x = load<FV>(row + j);
-        most = max_of(x, most);
-        const FV p = exp_of(x * scale - phi);
-        sum += p;
-        store_f(row + j, p);
-    }
-    top = max_of(most * scale, top);
-    weight += sum;
-}
-
-inline FV weights_online(float* row, int count, float scale, float largest_score) {
-    FV weight = {};
-    for (int j = 0; j < count; j += lanes) {
-        const FV p = exp_of(load<FV>(row + j) * scale - largest_score);
-        weight += p;
-        store_f(row + j, p);
-    }
-    return weight;
-}
-
 // out [Q, H] += weights [Q, block] times values, V registers of every query at a time. The keys at `next` are asked for.
 template <Coding CODING, int Q, int V, int HEAD>
 inline void weigh_columns(const float* weights, const uint8_t* v, int64_t row_bytes, int64_t head_dim, int64_t at, int count,
@@ -171,21 +136,6 @@ void weigh(const float* weights, const uint8_t* v, int64_t row_bytes, int64_t he
     for (; at + 4 * lanes <= head_dim; at += 4 * lanes)
         weigh_columns<CODING, Q, 4, HEAD>(weights, v, row_bytes, head_dim, at, count, next, out);
     for (; at < head_dim; at += lanes) weigh_columns<CODING, Q, 1, HEAD>(weights, v, row_bytes, head_dim, at, count, next, out);
-}
-
-// `count` rows of an integer page from token `first` on as floats [count, H].
-void decode_rows(const Grid& grid, const uint8_t* codes, int64_t head_dim, int64_t group, int64_t first, int count, float* out) {
-    const int64_t groups = (head_dim + group - 1) / group;
-    for (int s = 0; s < count; ++s) {
-        const uint8_t* row = codes + (first + s) * head_dim;
-        for (int64_t g = 0; g < groups; ++g) {
-            const float scale = half(grid.scale[(first + s) * groups + g]), minimum = half(grid.minimum[(first + s) * groups + g]);
-            const int64_t end = (g + 1) * group < head_dim ? (g + 1) * group : head_dim;
-            int64_t i = g * group;
-            for (; i + lanes <= end; i += lanes) store_f(out + s * head_dim + i, load_u8s(row + i) * scale + minimum);
-            for (; i < end; ++i) out[s * head_dim + i] = static_cast<float>(row[i]) * scale + minimum;
-        }
-    }
 }
 
 template <Coding CODING, int Q, bool UNIFIED, int HEAD>
@@ -228,17 +178,7 @@ void attend_some(const Attend& a, int first_query) {
         float scale = a.scale;
         if (a.softcap > 0 || s < inner || s + count > outer || count % lanes) {
             // What the plain loops below do not know: a cap on the scores, keys a query does not see, lanes without a key.
-            for (int n = 0; n < Q; ++n) {
-                float* row = scores + n * block;
-                for (int j = count; j % lanes; ++j) row[j] = none;
-                for (int j = 0; j < count; j += lanes) {
-                    const FV x = load<FV>(row + j) * a.scale;
-                    store_f(row + j, a.softcap > 0 ? capped(x, a.softcap) : x);
-                }
-                for (int j = count; j % lanes; ++j) row[j] = none;
-                for (int j = 0; j < count && s + j < low[n]; ++j) row[j] = none;
-                for (int64_t j = high[n] > s ? high[n] - s : 0; j < count; ++j) row[j] = none;
-            }
+            for (int n = 0; n < Q; ++n) hide(scores + n * block, s, count, a.scale, a.softcap, low[n], high[n]);
             scale = 1;
         }
         for (int n = 0; n < Q; ++n) {
@@ -301,7 +241,10 @@ void attend_coding(const Attend& a) {
 
 }  // namespace
 
+void attend_many(const Attend& a);  // attend_many.cpp
+
 void attend(const Attend& a) {
+    if (a.turned && a.pages.head_dim <= many_head_dim) return attend_many(a);
     switch (a.pages.coding) {
         case Coding::f32: return attend_coding<Coding::f32>(a);
         case Coding::f16: return attend_coding<Coding::f16>(a);

@@ -18,9 +18,7 @@ inline int32_t code(const float* x, int64_t count, float by, int8_t* codes) {
         const Narrow small = __builtin_convertvector(q, Narrow);
         memcpy(codes + i, &small, sizeof small);
     }
-    int32_t sum = 0;
-    for (int i = 0; i < lanes; ++i) sum += all[i];
-    return sum;
+    return sum_of(all);
 }
 
 // An act group of x as floats, zero beyond `cols`.

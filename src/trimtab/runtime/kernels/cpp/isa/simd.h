@@ -132,10 +132,38 @@ inline float sum_of(FV v) {
 
 inline FV max_of(FV a, FV b) { return a > b ? a : b; }
 
+// Lane i of the result is lane i + by.
+template <int BY, class V>
+inline V turned(V v) {
+    IV from;
+    for (int i = 0; i < lanes; ++i) from[i] = (i + BY) % lanes;
+    return __builtin_shuffle(v, from);
+}
+
 inline float largest(FV v) {
+#if defined(__AVX2__)
+    if constexpr (lanes == 16) v = max_of(v, turned<lanes / 2>(v));
+    v = max_of(v, turned<4>(v));
+    v = max_of(v, turned<2>(v));
+    return max_of(v, turned<1>(v))[0];
+#else
     float most = v[0];
     for (int i = 1; i < lanes; ++i) most = v[i] > most ? v[i] : most;
     return most;
+#endif
+}
+
+inline int32_t sum_of(IV v) {
+#if defined(__AVX2__)
+    if constexpr (lanes == 16) v += turned<lanes / 2>(v);
+    v += turned<4>(v);
+    v += turned<2>(v);
+    return (v + turned<1>(v))[0];
+#else
+    int32_t sum = 0;
+    for (int i = 0; i < lanes; ++i) sum += v[i];
+    return sum;
+#endif
 }
 
 // exp within 2 ulp: 0 below about -87.7, infinity from about 88.4 on, NaN of NaN. Source: Cephes expf (argument reduction by

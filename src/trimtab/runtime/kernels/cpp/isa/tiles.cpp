@@ -14,6 +14,9 @@ void decode_tile(const Tiles& w, int64_t tile, float* out);
 namespace {
 
 constexpr int parts = tile_rows / lanes;  // registers that hold one column of a tile
+// Bytes between what is read and what is asked for: the latency of memory times what one core reads, about 120 ns at 45 GB/s on
+// the fastest machine tried. 2 KiB lost a sixth there; 12 KiB and more were slower again.
+constexpr int64_t ahead = 6144;
 
 // Holds a sum in its register: left alone, GCC keeps all products of an unrolled loop alive, in memory, and adds them last.
 template <class V>
@@ -76,7 +79,7 @@ void dot_float(const Tiles& w, int64_t tile, const Input& in, int64_t t0, bool o
     int64_t k = 0;
     for (; k + 4 <= steps; k += 4) {
 #pragma GCC unroll 4
-        for (int64_t line = 0; line < 4 * step_bytes; line += 64) prefetch(data + k * step_bytes + 2048 + line, once);
+        for (int64_t line = 0; line < 4 * step_bytes; line += 64) prefetch(data + k * step_bytes + ahead + line, once);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) add_column<CODING, T>(data, k + i, x, sum[i % chains]);
     }
@@ -93,35 +96,41 @@ void dot_float(const Tiles& w, int64_t tile, const Input& in, int64_t t0, bool o
 
 // -------------------------------------------------------------------------------------------------------------- ints
 
-// Codes 4 i .. 4 i + 3 of every row of one part, as bytes; i < 8 counts fours of columns inside a unit.
-template <int BITS, int I>
-inline BV codes_of(const uint8_t* unit, int part) {
-    const uint8_t* at = unit + part * 4 * lanes;
-    if constexpr (BITS == 8) return load<BV>(at + I * 64);
-    BV found = {};
-    int shift = 0;
-    if constexpr (BITS & 4) {
-        const WV word = load<WV>(at + (I / 2) * 64);
-        found = as<BV>((I % 2 ? word >> 4 : word) & 0x0f0f);
-        at += 4 * 64, shift = 4;
+// Reads the codes of one part, four columns after four: 4 i .. 4 i + 3 of every row as bytes. A vector that holds several fours is
+// loaded with the first of them and stays in its register: read for each of them, loads and not products would set the pace.
+template <int BITS>
+struct Codes {
+    WV four, two, one;
+
+    // Part of the unit at `at`; i < 8 counts fours of columns inside it, FRESH: the first that is asked for.
+    template <int I, bool FRESH>
+    inline __attribute__((always_inline)) BV get(const uint8_t* at) {
+        if constexpr (BITS == 8) return load<BV>(at + I * 64);
+        BV found = {};
+        int shift = 0;
+        if constexpr (BITS & 4) {
+            if constexpr (FRESH || I % 2 == 0) four = load<WV>(at + (I / 2) * 64), keep(four);
+            found = as<BV>((I % 2 ? four >> 4 : four) & 0x0f0f);
+            at += 4 * 64, shift = 4;
+        }
+        if constexpr (BITS & 2) {
+            if constexpr (FRESH || I % 4 == 0) two = load<WV>(at + (I / 4) * 64), keep(two);
+            constexpr int by = 2 * (I % 4);
+            if (shift)
+                found |= as<BV>((by >= 4 ? two >> (by - 4) : two << (4 - by)) & 0x3030);
+            else
+                found = as<BV>((two >> by) & 0x0303);
+            at += 2 * 64, shift += 2;
+        }
+        if constexpr (BITS & 1) {
+            if constexpr (FRESH || I == 0) one = load<WV>(at), keep(one);
+            constexpr int by = I - (BITS & 6);  // BITS & 6 is `shift`, as a constant also where a sanitizer watches shifts
+            constexpr uint16_t mask = 0x0101 << (BITS & 6);
+            found |= as<BV>((by >= 0 ? one >> by : one << -by) & mask);
+        }
+        return found;
     }
-    if constexpr (BITS & 2) {
-        const WV word = load<WV>(at + (I / 4) * 64);
-        constexpr int by = 2 * (I % 4);
-        if (shift)
-            found |= as<BV>((by >= 4 ? word >> (by - 4) : word << (4 - by)) & 0x3030);
-        else
-            found = as<BV>((word >> by) & 0x0303);
-        at += 2 * 64, shift += 2;
-    }
-    if constexpr (BITS & 1) {
-        const WV word = load<WV>(at);
-        constexpr int by = I - (BITS & 6);  // BITS & 6 is `shift`, as a constant also where a sanitizer watches shifts
-        constexpr uint16_t mask = 0x0101 << (BITS & 6);
-        found |= as<BV>((by >= 0 ? word >> by : word << -by) & mask);
-    }
-    return found;
-}
+};
 
 template <class F, int... I>
 inline __attribute__((always_inline)) void each(F&& f, std::integer_sequence<int, I...>) {
@@ -154,23 +163,37 @@ constexpr bool signed_bytes = true;  // 8-bit codes are taken as signed: unsigne
 template <int BITS, int FIRST, int FOURS, int T>
 inline __attribute__((always_inline)) void dot_fours(const uint8_t* unit, const int8_t* const (&x)[T], IV (&acc)[parts][T]) {
 #if defined(__AVX512VNNI__)
+    // A sum of products waits four cycles for the one before it, and two are done a cycle.
+    constexpr int chains = T >= 8 ? 1 : T >= 4 ? 2 : 4;
+    IV sum[chains][T];
+    Codes<BITS> read;
     auto step = [&](auto index) __attribute__((always_inline)) {
-        constexpr int i = decltype(index)::value;
-        const BV codes = codes_of<BITS, (FIRST + i) % 8>(unit + (FIRST + i) / 8 * 64 * BITS, 0);
+        constexpr int i = decltype(index)::value, c = i % chains;
+        const BV codes = read.template get<(FIRST + i) % 8, i == 0>(unit + (FIRST + i) / 8 * 64 * BITS);
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t)
-            acc[0][t] = as<IV>(_mm512_dpbusd_epi32(i ? as<__m512i>(acc[0][t]) : _mm512_setzero_si512(), as<__m512i>(codes),
+            sum[c][t] = as<IV>(_mm512_dpbusd_epi32(i >= chains ? as<__m512i>(sum[c][t]) : _mm512_setzero_si512(), as<__m512i>(codes),
                                                    as<__m512i>(splat_4(x[t] + 4 * i))));
+        if constexpr (i == FOURS - 1) {
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                acc[0][t] = sum[0][t];
+#pragma GCC unroll 4
+                for (int j = 1; j < chains; ++j) acc[0][t] += sum[j][t];
+            }
+        }
     };
 #else
     // int16 sums of 2 * (2^bits - 1) * 127 a step stay in range this many steps.
     constexpr int most = BITS <= 2 ? 16 : BITS <= 4 ? 8 : BITS == 5 ? 4 : BITS == 6 ? 2 : 1;
     SV sum[parts][T];
+    Codes<BITS> read[parts];
     auto step = [&](auto index) __attribute__((always_inline)) {
         constexpr int i = decltype(index)::value, place = i % most;
         BV codes[parts];
 #pragma GCC unroll 2
-        for (int p = 0; p < parts; ++p) codes[p] = codes_of<BITS, (FIRST + i) % 8>(unit + (FIRST + i) / 8 * 64 * BITS, p);
+        for (int p = 0; p < parts; ++p)
+            codes[p] = read[p].template get<(FIRST + i) % 8, i == 0>(unit + (FIRST + i) / 8 * 64 * BITS + p * 4 * lanes);
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
             const CV four = splat_4(x[t] + 4 * i);
@@ -262,7 +285,7 @@ void dot_ints(const Tiles& w, int64_t tile, const Input& in, int64_t t0, bool on
         const int64_t end = a + per_group < acts ? a + per_group : acts;
         for (; a < end; ++a) {
 #pragma GCC unroll 16
-            for (int line = 0; line < act_bytes; line += 64) prefetch(codes + 2048 + line, once);
+            for (int line = 0; line < act_bytes; line += 64) prefetch(codes + ahead + line, once);
             IV acc[parts][T];
             if (FOURS == 4 && (a & 1))
                 dot_fours<BITS, FOURS == 4 ? 4 : 0, FOURS, T>(codes, x, acc);
@@ -449,6 +472,8 @@ void dot_tile(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t
         default: break;
     }
     int64_t t = 0;
+    if constexpr (lanes == 16)  // 32 registers hold the sums of eight tokens
+        for (; t + 8 <= tokens; t += 8) dot_tokens<8>(w, tile, in, t0 + t, tokens == 8, out + t * 16);
     for (; t + 4 <= tokens; t += 4) dot_tokens<4>(w, tile, in, t0 + t, tokens == 4, out + t * 16);
     for (; t + 2 <= tokens; t += 2) dot_tokens<2>(w, tile, in, t0 + t, tokens == 2, out + t * 16);
     for (; t < tokens; ++t) dot_tokens<1>(w, tile, in, t0 + t, tokens == 1, out + t * 16);
@@ -472,6 +497,7 @@ void decode_unit(const Tiles& w, int64_t tile, int64_t u, float* out) {
     for (int part = 0; part < parts; ++part) {
         FV scale = {}, minimum = {};
         int64_t held = -1;  // group whose scales are at hand
+        Codes<BITS> read;
         each(
             [&](auto index) {
                 constexpr int i = decltype(index)::value;
@@ -481,7 +507,7 @@ void decode_unit(const Tiles& w, int64_t tile, int64_t u, float* out) {
                     if (centred) minimum = scale * -static_cast<float>(1 << (BITS - 1));
                     held = g;
                 }
-                const UV codes = as<UV>(codes_of<BITS, i>(unit, part));
+                const UV codes = as<UV>(read.template get<i, i == 0>(unit + part * 4 * lanes));
                 for (int j = 0; j < 4; ++j)
                     store_f(out + (4 * i + j) * 16 + part * lanes, to_float(as<IV>((codes >> (8 * j)) & 255u)) * scale + minimum);
             },

@@ -8,6 +8,8 @@
 namespace trimtab {
 namespace {
 
+constexpr int turned_from = 6;  // queries from which turning keys round pays: as many as are multiplied with them at a time
+
 struct AttendKernel : Kernel {
     Attention a;
 
@@ -114,6 +116,7 @@ struct AttendKernel : Kernel {
         job.pages = {a.coding, &k, &v, int64_t{1} << 40, a.head_dim, &k_grid, &v_grid, a.group};
         job.first = first, job.last = last, job.queries = set.count;
         job.q = set.q, job.low = set.low, job.high = set.high;
+        job.turned = set.count >= turned_from && set.token[0] != set.token[set.count - 1];
         job.scale = a.scale, job.softcap = a.softcap, job.unified = unified, job.phi = a.phi;
         job.largest = set.largest, job.weight = set.weight, job.out = out;
         tile_kernels().attend(job);

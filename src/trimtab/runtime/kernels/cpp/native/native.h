@@ -45,13 +45,14 @@ struct Attend {
     const int64_t* low = nullptr;    // [queries] a query sees keys [low, high)
     const int64_t* high = nullptr;
     float scale = 1, softcap = 0;    // softcap 0: none
+    bool turned = false;             // turn keys round once for all queries: for many of them over keys that are read once
     bool unified = false;            // subtract phi instead of the running maximum; ranges of keys know nothing of each other
     float phi = 0;
     float* largest = nullptr;        // [queries] out: running maximum (unified: the largest score)
     float* weight = nullptr;         // [queries] out: sum of exp(score - maximum or phi)
     float* out = nullptr;            // [queries, H] out: sum of exp(...) * v
 };
-constexpr int max_queries = 16;
+constexpr int max_queries = 48;
 
 struct TileKernels {
     // out [tokens, 16] = rows of `tile` times tokens t0 .. t0 + tokens - 1 of the input.

@@ -60,7 +60,7 @@ int Program::add_rope(Rope rope) {
 // depend on lengths alone, so that results do not depend on the number of workers.
 void Program::cut(const Step& step) {
     pieces_.clear(), slots_ = 0;
-    const int64_t together = std::max<int64_t>(1, 12 / std::max<int64_t>(1, per_kv_));
+    const int64_t together = std::clamp<int64_t>(max_queries / std::max<int64_t>(1, per_kv_), 1, 16);
     for (int64_t row = 0; row < step.rows; ++row) {
         const int64_t first = step.starts[row], fresh = step.starts[row + 1] - first, past = step.past[row];
         if (fresh == 1) {
