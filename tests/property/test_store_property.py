@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.errors import CapacityError, NotRewindable, SpecError
+from trimtab.runtime.cache.pages import decode, encode
 from trimtab.runtime.cache.store import KVStore
 from trimtab.runtime.numerics import bfloat16_bits
 from trimtab.runtime.step import Step
@@ -23,16 +24,21 @@ CONFIG = {
     "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
 }  # fmt: skip
 LAYERS, HEADS, SIZE = 2, 3, 4
+RESIDUAL, KEYS, VALUES = 8, PageFormat("int4", 4, by_channel=True), PageFormat("int2", 4)
+CODED = "coded"  # a head that keeps every token, all but the newest in few bits
 
 
 def make_spec(kind: str, keeps: tuple[Any, ...]) -> Any:
     """A spec of two layers whose three KV heads keep what `keeps` says."""
     spec = spec_from_config(CONFIG, "store").with_dtype("float32", {"fp32": "float32", "bf16": "bfloat16"}[kind])
-    edits = [
-        Edit(f"layers.{layer}.self_attn.cache.heads.{head}", "keep", keep)
-        for layer in range(LAYERS)
-        for head, keep in enumerate(keeps)
-    ]
+    edits = []
+    for layer in range(LAYERS):
+        for head, keep in enumerate(keeps):
+            at = f"layers.{layer}.self_attn.cache.heads.{head}"
+            fields = {"keep": keep}
+            if keep == CODED:
+                fields = {"tail": PageFormat(kind), "residual": RESIDUAL, "k_format": KEYS, "v_format": VALUES}
+            edits += [Edit(at, field, value) for field, value in fields.items()]
     return spec.edit(edits, by="test")
 
 
@@ -42,15 +48,38 @@ class Naive:
     def __init__(self) -> None:
         self.k = np.zeros((LAYERS, 0, HEADS, SIZE), np.float32)
         self.v = np.zeros((LAYERS, 0, HEADS, SIZE), np.float32)
+        self.sealed = (0, 0)  # keys and values of a coded head that are coded: never fewer, whatever is cut
 
     def copy(self) -> Naive:
         other = Naive()
-        other.k, other.v = self.k.copy(), self.v.copy()
+        other.k, other.v, other.sealed = self.k.copy(), self.v.copy(), self.sealed
         return other
 
     @property
     def length(self) -> int:
         return self.k.shape[1]
+
+    def seal(self) -> None:
+        keys, values = self.length // RESIDUAL * RESIDUAL, max(0, self.length - RESIDUAL)
+        self.sealed = max(keys, self.sealed[0]), max(values, self.sealed[1])
+
+    def nbytes(self, spec: Any, keeps: tuple[Any, ...]) -> int:
+        """Bytes the pages hold."""
+        total = 0
+        for head, keep in zip(spec.layers[0].cache.heads, keeps, strict=True):
+            if keep != CODED:
+                total += head.nbytes(self.length).held
+                continue
+            for form, coded in zip((KEYS, VALUES), self.sealed, strict=True):
+                total += form.nbytes(coded, SIZE) + head.tail.nbytes(self.length - coded, SIZE)
+        return LAYERS * total
+
+
+def coded(values: np.ndarray, kind: str, form: PageFormat, count: int) -> np.ndarray:
+    """What is read of a coded head: float32 [tokens, SIZE], the first `count` tokens through their codes."""
+    landed = stored(values, kind)[None]
+    past = decode(form, encode(form, landed[:, :count]), SIZE)
+    return np.concatenate((past, decode(PageFormat("fp32"), encode(PageFormat("fp32"), landed[:, count:]), SIZE)), axis=1)[0]
 
 
 def stored(values: np.ndarray, kind: str) -> np.ndarray:
@@ -58,7 +87,7 @@ def stored(values: np.ndarray, kind: str) -> np.ndarray:
     return bfloat16_bits(np.ascontiguousarray(values)) if kind == "bf16" else values
 
 
-KEEPS = st.tuples(*[st.one_of(st.just(All()), st.builds(Ring, st.integers(0, 3), st.integers(1, 40)))] * HEADS)
+KEEPS = st.tuples(*[st.one_of(st.just(All()), st.just(CODED), st.builds(Ring, st.integers(0, 3), st.integers(1, 40)))] * HEADS)
 ACTIONS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5), st.integers(1, 90)), min_size=1, max_size=25)
 
 
@@ -90,7 +119,7 @@ def test_store_equals_lists_of_arrays(kind: str, keeps: tuple[Any, ...], actions
         else:
             cut = min(amount, naive.length)
             overwritten = any(isinstance(keep, Ring) and naive.length > keep.sink + keep.recent for keep in keeps)
-            if overwritten and cut < naive.length:
+            if (overwritten and cut < naive.length) or (CODED in keeps and cut < max(naive.sealed)):
                 with pytest.raises(NotRewindable):
                     store.truncate(seq, cut)
             else:
@@ -98,7 +127,7 @@ def test_store_equals_lists_of_arrays(kind: str, keeps: tuple[Any, ...], actions
                 naive.k, naive.v = naive.k[:, :cut], naive.v[:, :cut]
         for one, other in alive:
             assert one.length == other.length
-            assert store.nbytes(one).held == store.spec.kv_nbytes(other.length)
+            assert store.nbytes(one).held == other.nbytes(store.spec, keeps)
     for seq, _ in alive:
         store.free(seq)
     for _, mark, _ in marks:
@@ -132,9 +161,13 @@ def append(store: Any, keeps: Any, kind: str, rows: Any, tokens: int, rng: Any) 
                 order = np.argsort(view.positions)
                 assert view.positions[order].tolist() == wanted
                 for index, head in enumerate(view.heads):
-                    for found, true in ((view.k, naive.k), (view.v, naive.v)):
-                        np.testing.assert_array_equal(found[index, order], stored(true[layer, wanted, head], kind))
+                    for side, (found, true) in enumerate(((view.k, naive.k), (view.v, naive.v))):
+                        expected = stored(true[layer, wanted, head], kind)
+                        if keep == CODED and found.dtype == np.float32:
+                            expected = coded(true[layer, :, head], kind, (KEYS, VALUES)[side], naive.sealed[side])
+                        np.testing.assert_array_equal(found[index, order], expected)
             assert seen == set(range(HEADS))
+        naive.seal()
 
 
 def test_capacity_is_refused_before_pages_are_taken() -> None:

@@ -39,6 +39,12 @@ TECHNIQUES = [
     "rtn:bits=4,group=16+streaming-llm:sink=2,recent=5",
     "cats:sparsity=0.6+gemfilter:layer=1,topk=5",
     "rtn:bits=4,group=16+cats:sparsity=0.6+gemfilter:layer=1,topk=6+streaming-llm:sink=1,recent=4",
+    "kivi:group=8,residual=8",
+    "kivi:kbits=8,vbits=4,group=16,residual=16",
+    "kivi:bits=4,group=8,residual=8+gemfilter:layer=1,topk=12",
+    "kivi:group=8,residual=8+streaming-llm:sink=2,recent=5",
+    "bfp:block=8",
+    "bfp:man=8,block=16,on=kv,sort=none",
 ]
 
 

@@ -57,6 +57,16 @@ CASES = {
         "streaming-llm:sink=4,recent=100000",
         ("streaming-llm:sink=-1", "streaming-llm:recent=0"),
     ),
+    "kivi": Case(
+        ("kivi:group=8,residual=8", "kivi:kbits=4,vbits=8,group=8,residual=16"),
+        "kivi:group=8,residual=4096",
+        ("kivi:bits=3", "kivi:kbits=5", "kivi:group=0", "kivi:group=12", "kivi:residual=100", "kivi:group=48,residual=48"),
+    ),
+    "bfp": Case(
+        ("bfp:block=8", "bfp:man=8,block=16,on=kv,sort=random"),
+        None,
+        ("bfp:man=1", "bfp:exp=3", "bfp:block=32", "bfp:block=6", "bfp:on=w"),
+    ),
     "tmac": Case(
         ("tmac:bits=2,group=32,kernel=lut", "tmac:bits=ternary,group=-1"),
         None,
@@ -90,6 +100,8 @@ PAIRS = [
     "cats:sparsity=0.5+gemfilter:layer=1,topk=7",
     "cats:sparsity=0.5+streaming-llm:sink=2,recent=6",
     "gemfilter:layer=1,topk=7+streaming-llm:sink=2,recent=4",
+    "kivi:group=8,residual=8+streaming-llm:sink=2,recent=4",
+    "kivi:bits=4,group=8,residual=8+gemfilter:layer=1,topk=7",
 ]
 PROMPTS = {1: [[5]], 3: [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9], [2, 7, 1], list(range(40, 71))]}
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from trimtab.cli import eval_kv
 from trimtab.cli.options import Json, Model, Techniques
 
 _Calibration = Annotated[Path | None, typer.Option(help="Text techniques calibrate on; default: built-in.")]
@@ -95,6 +96,7 @@ def register(app: typer.Typer) -> None:
         ]
         print_table(("", ">exact", ">answer nll", ">standard error"), rows)
 
+    eval_kv.register(group)
     app.add_typer(group, name="eval")
 
 

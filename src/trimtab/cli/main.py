@@ -24,6 +24,7 @@ VERBS = {
     "measure": "Predicted beside measured, quality included.",
     "eval": "Quality alone: text or needles.",
     "prepare": "Resolve every `auto` of a technique and keep what was found.",
+    "train": "Learn what a technique needs, the model's weights frozen.",
     "calibrate": "Fit a Stack to this machine.",
     "validate": "Check predictions against recorded hardware.",
     "fit-stack": "Fit kernel constants to recorded latencies.",

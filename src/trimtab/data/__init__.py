@@ -4,6 +4,7 @@ machines: datasheet figures, one table per machine id, each number with source a
 models: shape-relevant keys of Hugging Face `config.json` files, with `_source`, `_confidence` and `_aliases`.
 recorded: timings others published, compressed, with origin and licence.
 kernels: constants fitted to recorded kernels, one file per machine.
+duo: gates of KV heads, one file per model: which heads need the whole context.
 stacks: how well software uses a machine (efficiencies, launch costs, fusions, band of the prediction).
 """
 

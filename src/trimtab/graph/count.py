@@ -162,7 +162,8 @@ def _append(op: Op, step: StepShape, how: _How) -> Counts:
     heads = Counter(node.cache.heads).items()
     return Counts(
         vector_flops=step.tokens * sum(times * _page_coding(head) for head, times in heads),
-        kv_written=step.tokens * sum(times * head.token_bytes() for head, times in heads),
+        kv_written=step.tokens * sum(times * head.landing_bytes() for head, times in heads)
+        + sum(times * step.copies * head.sealed_bytes(step.past, step.new).sum(-1) for head, times in heads if head.seals),
     )
 
 
@@ -177,12 +178,12 @@ def _attend(op: Op, step: StepShape, how: _How) -> Counts:
         pairs = pairs + seen
         flops = flops + 2 * (head.head_dim + head.v_head_dim) * seen
         if cached:
-            keys = heads * _keys_read(head, node.window, step, how, node.chunk)
-            kv_read = kv_read + keys * head.token_bytes()
-            decoding = decoding + keys * _page_coding(head)
+            keys, nbytes = _keys_read(head, node.window, step, how, node.chunk)
+            kv_read = kv_read + heads * nbytes
+            decoding = decoding + heads * keys * _page_coding(head)
     vector = (_SOFTMAX + (_SOFTCAP if node.softcap else 0)) * pairs + decoding
-    sinks = _where(step.tokens > 0, weight_nbytes(node), 0) if node.sinks else 0
-    return Counts(flops=flops, vector_flops=vector, weight_read=sinks, kv_read=kv_read) + _scores(op, step, how)
+    own = _where(step.tokens > 0, weight_nbytes(node), 0) if weight_nbytes(node) else 0
+    return Counts(flops=flops, vector_flops=vector, weight_read=own, kv_read=kv_read) + _scores(op, step, how)
 
 
 def _attend_expanded(op: Op, step: StepShape, how: _How) -> Counts:
@@ -199,9 +200,9 @@ def _attend_latent(op: Op, step: StepShape, how: _How) -> Counts:
     head = node.cache.heads[0]
     pairs = node.num_attention_heads * _pairs(head.keep, None, step, how)
     width = 2 * node.kv_lora_rank + node.qk_rope_head_dim
-    keys = _keys_read(head, None, step, how)
+    keys, nbytes = _keys_read(head, None, step, how)
     vector = _SOFTMAX * pairs + keys * _page_coding(head)
-    core = Counts(flops=2 * width * pairs, vector_flops=vector, kv_read=keys * head.token_bytes())
+    core = Counts(flops=2 * width * pairs, vector_flops=vector, kv_read=nbytes)
     return core + _scores(op, step, how)
 
 
@@ -278,22 +279,28 @@ def _within_chunks(tokens: IntArray, chunk: int) -> IntArray:
     return full * (chunk * (chunk + 1) // 2) + rest * (rest + 1) // 2
 
 
-def _keys_read(head: HeadSpec, window: int | None, step: StepShape, how: _How, chunk: int | None = None) -> IntArray:
-    """Tokens of one KV head read by all rows; the queries of its group share a read.
+def _keys_read(
+    head: HeadSpec, window: int | None, step: StepShape, how: _How, chunk: int | None = None
+) -> tuple[IntArray, IntArray]:
+    """Tokens of one KV head read by all rows, and their bytes; the queries of its group share a read.
 
     A tiled kernel reads for every tile of queries the keys in view of it, and each key once where all of them fit the cache.
     """
     s, c = step.new, _visible(head.keep, step.past)
     if how.attention == "eager":
-        return step.copies * (c + s).sum(-1)
+        return step.copies * (c + s).sum(-1), step.copies * head.read_bytes(c, s).sum(-1)
 
     hidden = c // chunk * chunk if chunk else np.maximum(c - (window - 1), 0) if window else 0
     keys = c + s - hidden
+    nbytes = head.read_bytes(c, s) - head.hidden_bytes(c, hidden)
     if how.llc_bytes is not None:
         tiles = -(-s // QUERY_TILE)
         again = tiles * c + QUERY_TILE * (tiles * (tiles - 1) // 2) + s - _hidden_from_tiles(c, tiles, window, chunk)
-        keys = np.where(keys * head.token_bytes() > how.llc_bytes, again, keys)
-    return step.copies * keys.sum(-1)
+        beyond = nbytes > how.llc_bytes
+        # Each of the keys beyond the first reading costs what the average one does.
+        nbytes = np.where(beyond, np.rint(nbytes * (again / np.maximum(keys, 1))).astype(np.int64), nbytes)
+        keys = np.where(beyond, again, keys)
+    return step.copies * keys.sum(-1), step.copies * nbytes.sum(-1)
 
 
 def _hidden_from_tiles(c: IntArray, tiles: IntArray, window: int | None, chunk: int | None) -> IntArray | int:

@@ -9,13 +9,14 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from trimtab.errors import SpecError
 from trimtab.model.linear import Linear, Norm
-from trimtab.model.rope import Rotary, rotate
+from trimtab.model.rope import Rotary, rotate, rotate_ordered
 from trimtab.model.taps import tapped
 from trimtab.model.tensors import as_array, as_tensor, float_tensor, widened
 from trimtab.runtime.step import Step
@@ -26,8 +27,8 @@ from trimtab.spec.nodes import AttentionSpec, Unified
 if TYPE_CHECKING:
     from trimtab.runtime.cache.store import KVStore
 
-#: Keys and values of some heads of one row: (head indices, k [G', S, H], v [G', S, H], positions [S]).
-Group = tuple[tuple[int, ...], torch.Tensor, torch.Tensor, torch.Tensor]
+#: Keys and values of some heads of one row: (head indices, k [G', S, H], v [G', S, H], positions [S], bytes of pages read).
+Group = tuple[tuple[int, ...], torch.Tensor, torch.Tensor, torch.Tensor, int]
 
 
 class Attention(nn.Module):
@@ -43,6 +44,7 @@ class Attention(nn.Module):
         self.k_norm = None if spec.k_norm is None else Norm(f"{path}.k_norm", spec.k_norm, weights)
         self.o_proj = Linear(f"{path}.o_proj", spec.o_proj, weights)
         self.sinks = weights[f"{path}.sinks"] if spec.sinks else None
+        self.key_order = None if spec.key_order == "model" else weights[f"{path}.key_order"]
         self.rotary = None if spec.rope is None else Rotary(spec.rope, max_positions)
         self.backend: Callable[..., torch.Tensor] = unified if isinstance(spec.softmax, Unified) else sdpa
         self.recomputed = 0  # rows (a token of a head) whose unified softmax was computed again
@@ -61,7 +63,7 @@ class Attention(nn.Module):
         flops = read = 0
         recomputed = self.recomputed
         for (a, b), groups in zip(rows, views, strict=True):
-            for heads, k_GSH, v_GSH, at_S in groups:
+            for heads, k_GSH, v_GSH, at_S, nbytes in groups:
                 queries = [head * per_head + i for head in heads for i in range(per_head)]
                 chosen = (
                     slice(queries[0], queries[-1] + 1)
@@ -70,7 +72,7 @@ class Attention(nn.Module):
                 )
                 keep = self.spec.cache.heads[heads[0]].keep
                 q_sNH = q_TNH[a:b, chosen]
-                read += k_GSH.nbytes + v_GSH.nbytes
+                read += nbytes
                 flops += 2 * q_sNH.shape[0] * q_sNH.shape[1] * k_GSH.shape[1] * (k_GSH.shape[2] + v_GSH.shape[2])
                 mask = visible(positions[a:b], at_S, self.spec.window, keep)
                 bias = self._bias(positions[a:b], at_S, mask, chosen)
@@ -78,9 +80,8 @@ class Attention(nn.Module):
                     self, q_sNH, k_GSH.to(q_sNH.dtype), v_GSH.to(q_sNH.dtype), bias, chosen
                 )
         if step.record is not None:
-            sinks = 0 if self.sinks is None else self.sinks.nbytes
-            kv_read = 0 if store is None else read
-            step.record.op(f"{self.path}.attend", flops=flops, weight_read=sinks, kv_read=kv_read)
+            own = sum(packed.nbytes for packed in (self.sinks, self.key_order) if packed is not None)
+            step.record.op(f"{self.path}.attend", flops=flops, weight_read=own, kv_read=read)
             if isinstance(self.spec.softmax, Unified):
                 step.record.observe(f"{self.path}.recomputed", self.recomputed - recomputed)
         return self.o_proj(out_TNH.flatten(1), step)
@@ -97,16 +98,24 @@ class Attention(nn.Module):
 
     def _positioned(self, q_TN: torch.Tensor, k_TG: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Norm, split heads and rotate; a norm is over each head or over all of them together."""
+        order_GH = None
+        if self.key_order is not None:
+            order_GH = torch.from_numpy(self.key_order.buffers["codes"].astype(np.int64))
         parts = []
         for x, norm in ((q_TN, self.q_norm), (k_TG, self.k_norm)):
             if norm is not None and norm.spec.size == x.shape[-1]:
                 x, norm = norm(x, step), None
             x = x.unflatten(-1, (-1, self.spec.head_dim))
-            parts.append(x if norm is None else norm(x, step))
+            if norm is not None:
+                x = norm(x, step) if order_GH is None else _normed_ordered(norm, x, order_GH, step)
+            parts.append(x)
         q_TNH, k_TGH = parts
         if self.rotary is not None:
             cos, sin = self.rotary.tables(step, q_TNH.dtype)
-            q_TNH, k_TGH = rotate(q_TNH, cos, sin), rotate(k_TGH, cos, sin)
+            if order_GH is None:
+                q_TNH, k_TGH = rotate(q_TNH, cos, sin), rotate(k_TGH, cos, sin)
+            else:
+                q_TNH, k_TGH = (rotate_ordered(x, cos, sin, order_GH) for x in (q_TNH, k_TGH))
             if step.record is not None:
                 step.record.op(f"{self.path}.rope")
         return tapped(step, "self_attn.qk", self.path, (q_TNH, k_TGH))
@@ -117,7 +126,7 @@ class Attention(nn.Module):
         for keep in dict.fromkeys(head.keep for head in heads):
             chosen = tuple(index for index, head in enumerate(heads) if head.keep == keep)
             index = list(chosen)
-            yield chosen, k_sGH[:, index].transpose(0, 1), v_sGH[:, index].transpose(0, 1), at_s
+            yield chosen, k_sGH[:, index].transpose(0, 1), v_sGH[:, index].transpose(0, 1), at_s, 0
 
     def _stored(
         self, k_TGH: torch.Tensor, v_TGH: torch.Tensor, step: Step, store: KVStore, layer: int
@@ -127,13 +136,11 @@ class Attention(nn.Module):
         views = store.append(layer, as_array(k_TGH), as_array(v_TGH), step)
         if step.record is not None:
             step.record.op(f"{self.path}.append", kv_written=store.written - written)
-        heads = self.spec.cache.heads
         for row in views:
             groups: list[Group] = []
             for view in row:
-                head = heads[view.heads[0]]
-                k, v = as_tensor(view.k, head.k_format.kind), as_tensor(view.v, head.v_format.kind)
-                groups.append((view.heads, k, v, torch.from_numpy(view.positions)))
+                k, v = (as_tensor(x, "bf16" if x.dtype == np.uint16 else "fp32") for x in (view.k, view.v))
+                groups.append((view.heads, k, v, torch.from_numpy(view.positions), view.nbytes))
             yield groups
 
     def _bias(
@@ -149,6 +156,13 @@ class Attention(nn.Module):
             alibi = slopes[:, None, None] * distance
             bias = alibi if bias is None else alibi + bias
         return bias
+
+
+def _normed_ordered(norm: Norm, x_TNH: torch.Tensor, order_GH: torch.Tensor, step: Step) -> torch.Tensor:
+    """A norm of every head, whose elements lie in another order than the norm's weights: heads share these, not the order."""
+    order_NH = order_GH.repeat_interleave(x_TNH.shape[1] // len(order_GH), dim=0)
+    in_model = x_TNH.gather(-1, order_NH.argsort(-1).expand_as(x_TNH))
+    return norm(in_model, step).gather(-1, order_NH.expand_as(x_TNH))
 
 
 def visible(at_s: torch.Tensor, at_S: torch.Tensor, window: int | None, keep: Keep) -> torch.Tensor | None:

@@ -1,4 +1,7 @@
-"""Rotary position embedding in torch; the frequencies are those of `runtime.rope`."""
+"""Rotary position embedding in torch; the frequencies are those of `runtime.rope`.
+
+Legend: T tokens, N heads, G KV heads, H head size, R rotated elements of a head.
+"""
 
 from __future__ import annotations
 
@@ -54,3 +57,31 @@ def rotate(x_TNH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> t
     swapped = torch.cat((-second, first), dim=-1)
     turned = turned * cos_TR[:, None] + swapped * sin_TR[:, None]
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def rotate_ordered(
+    x_TNH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, order_GH: torch.Tensor
+) -> torch.Tensor:
+    """Rotate heads whose elements lie in another order: what `rotate` gives, in that order, to the bit.
+
+    The tables are permuted for every KV head, and the partner of an element is looked up through the order: pairs need not
+    lie side by side.
+
+    Args:
+        x_TNH: [T, N, H]; the N / G heads of a group share its order.
+        cos_TR, sin_TR: in the model's order.
+        order_GH: int64; the channel of the model at every place.
+    """
+    size, dim = order_GH.shape[-1], cos_TR.shape[-1]
+    channel = torch.arange(size)
+    partner = torch.where(channel < dim // 2, channel + dim // 2, channel - dim // 2)
+    place_GH = order_GH.argsort(-1)  # where each channel lies
+    source_GH = place_GH.gather(1, partner[order_GH])
+    cos_TH = torch.nn.functional.pad(cos_TR, (0, size - dim), value=1.0)
+    sin_TH = torch.nn.functional.pad(sin_TR, (0, size - dim))
+    sin_TH = torch.where(channel < dim // 2, -sin_TH, sin_TH)
+    groups = len(order_GH)
+    x_TGNH = x_TNH.unflatten(1, (groups, -1))
+    swapped = x_TGNH.gather(-1, source_GH[None, :, None].expand_as(x_TGNH))
+    turned = x_TGNH * cos_TH[:, order_GH][:, :, None] + swapped * sin_TH[:, order_GH][:, :, None]
+    return turned.flatten(1, 2)

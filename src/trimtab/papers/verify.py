@@ -14,6 +14,7 @@ CHECKS = {
     1: "trimtab.papers.roofline",
     7: "trimtab.papers.idealized_runtime",
     14: "trimtab.papers.frontier",
+    16: "trimtab.papers.duoattention",
     34: "trimtab.papers.flashdecpp",
     39: "trimtab.papers.tmac",
     52: "trimtab.papers.gemfilter",

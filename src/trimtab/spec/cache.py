@@ -11,8 +11,8 @@ from trimtab.spec.tree import Node
 #: Elements along the head size that share the scale and minimum of an integer page, unless said otherwise.
 PAGE_GROUP = 64
 
-_INT_BITS = {"int8": 8, "int4": 4}
-_PAGE_KINDS = (*FLOAT_KINDS, "fp8", *_INT_BITS)
+_INT_BITS = {"int8": 8, "int4": 4, "int2": 2}
+_PAGE_KINDS = (*FLOAT_KINDS, "fp8", *_INT_BITS, "bfp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,27 +20,37 @@ class PageFormat:
     """How the tokens of one page are coded.
 
     Args:
-        kind: ``fp32 | bf16 | fp16``; ``fp8`` (e4m3, one byte per element, its one scale per tensor is not counted); ``int8 |
-            int4`` (codes, an fp16 scale and an fp16 minimum per group of every token).
-        group: elements along the head size that share a scale; only for ``int8`` and ``int4``. The last group of a head may
-            be shorter.
+        kind: ``fp32 | bf16 | fp16``; ``fp8`` (e4m3, one byte per element, no scale); ``int8 | int4 | int2`` (codes, an fp16 scale
+            and an fp16 minimum per group); ``bfp`` (codes of `bits` bits and a power of two, one byte, per group of a token).
+        group: elements that share a scale; of ``int8``, ``int4``, ``int2`` and ``bfp``. The last group of a head may be
+            shorter, but for ``bfp``.
+        bits: of a code, 2..16; given for ``bfp``, found for the others.
+        by_channel: integer groups are `group` consecutive tokens of one channel, not channels of one token.
 
     Raises:
-        SpecError: another kind, or a group that is not possible.
+        SpecError: another kind, or a group or width that is not possible.
     """
 
     kind: str
     group: int = 0
+    bits: int = 0
+    by_channel: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in _PAGE_KINDS:
             from trimtab.errors import unknown
 
             raise unknown("KV page format", self.kind, _PAGE_KINDS)
-        if (self.group > 0) != (self.kind in _INT_BITS):
+        if (self.group > 0) != (self.kind in (*_INT_BITS, "bfp")):
             raise SpecError(
-                f"{self.kind} pages with group={self.group}: not possible. Allowed: 1 or more for int8 and int4, 0 else."
+                f"{self.kind} pages with group={self.group}: not possible. Allowed: 1 or more for int8, int4, int2 and bfp, 0 else."
             )
+        if self.kind == "bfp" and not 2 <= self.bits <= 16:
+            raise SpecError(f"bfp pages with bits={self.bits}: not possible. Allowed: 2..16.")
+        if self.by_channel and self.kind not in _INT_BITS:
+            raise SpecError(f"{self.kind} pages by channel: not possible. Allowed: int8, int4 and int2.")
+        if self.kind != "bfp":
+            object.__setattr__(self, "bits", _INT_BITS.get(self.kind, 0))
 
     @property
     def is_float(self) -> bool:
@@ -48,18 +58,23 @@ class PageFormat:
         return self.kind in FLOAT_KINDS
 
     def nbytes(self, tokens: int, head_dim: int) -> int:
-        """Bytes of `tokens` keys (or values) of one head."""
+        """Bytes of `tokens` keys (or values) of one head; by channel, of whole groups of tokens."""
+        if self.kind == "bfp":
+            return tokens * (-(-head_dim * self.bits // 8) + head_dim // self.group)
         if self.kind in _INT_BITS:
-            scales = 2 * ITEM_BYTES["fp16"] * -(-head_dim // self.group)
-            return tokens * (-(-head_dim * _INT_BITS[self.kind] // 8) + scales)
+            codes, scale = tokens * -(-head_dim * self.bits // 8), 2 * ITEM_BYTES["fp16"]
+            if self.by_channel:
+                return codes + scale * head_dim * (tokens // self.group)
+            return codes + tokens * scale * -(-head_dim // self.group)
         return tokens * head_dim * (1 if self.kind == "fp8" else ITEM_BYTES[self.kind])
 
     def __str__(self) -> str:
-        return f"{self.kind}-g{self.group}" if self.group else self.kind
+        kind = f"bfp{self.bits}" if self.kind == "bfp" else self.kind
+        return f"{kind}-{'t' if self.by_channel else 'g'}{self.group}" if self.group else kind
 
 
 def page_format(asked: str) -> PageFormat:
-    """The page format of a name: a floating dtype in any spelling, ``fp8``, ``int8``, ``int4``, or these with ``-gN``.
+    """The page format of a name: a floating dtype in any spelling, ``fp8``, ``int8``, ``int4``, ``int2``, or these with ``-gN``.
 
     Raises:
         SpecError: another name.
@@ -73,7 +88,9 @@ def page_format(asked: str) -> PageFormat:
     if grouped or name not in (*DTYPE_ALIASES, "fp8"):
         from trimtab.errors import unknown
 
-        raise unknown("KV dtype", str(asked), ("float32", "bfloat16", "float16", "fp8", "int8", "int4", "int4-g32"))
+        raise unknown(
+            "KV dtype", str(asked), ("float32", "bfloat16", "float16", "fp8", "int8", "int4", "int2", "int4-g32")
+        )
     return PageFormat(name if name == "fp8" else dtype_name(name))
 
 
@@ -133,28 +150,101 @@ class KVBytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadSpec(Node):
-    """The cache of one KV head of one layer."""
+    """The cache of one KV head of one layer.
+
+    Args:
+        head_dim, v_head_dim: elements of a key and of a value.
+        k_format, v_format: how they are kept.
+        keep: which tokens are kept.
+        page: tokens of a page.
+        tail: floating format in which the newest tokens stay at first; None = tokens are coded as they come.
+        residual: with a tail, how many: keys are coded `residual` at a time, as soon as that many stand in the tail; values one
+            by one, so that the last `residual` ones stay. A ring is kept in the tail's format altogether.
+    """
 
     head_dim: int
     v_head_dim: int
     k_format: PageFormat
     v_format: PageFormat
     keep: Keep = KEEP_ALL
-    page: int = 64  # tokens per page
+    page: int = 64
+    tail: PageFormat | None = None
+    residual: int = 0
 
-    def token_bytes(self) -> int:
-        """Bytes of one cached token, key and value."""
-        return self.k_format.nbytes(1, self.head_dim) + self.v_format.nbytes(1, self.v_head_dim)
+    @property
+    def landing(self) -> tuple[PageFormat, PageFormat]:
+        """The formats in which new keys and values are written."""
+        return (self.k_format, self.v_format) if self.tail is None else (self.tail, self.tail)
+
+    @property
+    def seals(self) -> bool:
+        """Whether tokens move from the tail into pages of another format."""
+        return self.tail is not None and isinstance(self.keep, All)
+
+    def sealed(self, seen: int) -> tuple[int, int]:
+        """Keys and values that have left the tail after `seen` tokens; works on arrays too."""
+        if not self.seals:
+            return 0 * seen, 0 * seen
+        return seen // self.residual * self.residual, _positive(seen - self.residual)
+
+    def landing_bytes(self) -> int:
+        """Bytes written for one new token, key and value."""
+        k, v = self.landing
+        return k.nbytes(1, self.head_dim) + v.nbytes(1, self.v_head_dim)
+
+    def token_bytes(self) -> int | float:
+        """Bytes of one cached token, key and value, once it has left the tail."""
+        if self.tail is not None and not self.seals:
+            return self.landing_bytes()
+        tokens = self.k_format.group if self.k_format.by_channel else 1
+        total = self.k_format.nbytes(tokens, self.head_dim) + self.v_format.nbytes(tokens, self.v_head_dim)
+        return total // tokens if total % tokens == 0 else total / tokens
 
     def nbytes(self, tokens: int) -> KVBytes:
         """Bytes of this head after `tokens` tokens of one sequence."""
         held = self.keep.held(tokens)
-        pages = -(-held // self.page)
-        return KVBytes(held * self.token_bytes(), pages * self.page * self.token_bytes())
+        k_sealed, v_sealed = self.sealed(tokens)
+        reserved = -(-_bounded(held, self.residual + 1 if self.seals else None) // self.page) * self.page * self.landing_bytes()
+        if self.seals:
+            room = -(-max(k_sealed, v_sealed) // self.page) * self.page
+            reserved += self.k_format.nbytes(room, self.head_dim) + self.v_format.nbytes(room, self.v_head_dim)
+        return KVBytes(self._held(held, k_sealed, v_sealed), reserved)
 
-    def read_bytes(self, held_tokens: int) -> int:
-        """Bytes one attention pass reads over `held_tokens` cached tokens."""
-        return held_tokens * self.token_bytes()
+    def read_bytes(self, past: int, new: int) -> int:
+        """Bytes one attention pass reads over `past` tokens in view and `new` ones; works on arrays too."""
+        return self._held(past + new, *self.sealed(past))
+
+    def hidden_bytes(self, past: int, hidden: int) -> int:
+        """Bytes of the oldest `hidden` of `past` tokens, which a window leaves out; works on arrays too."""
+        k_sealed, v_sealed = self.sealed(past)
+        # A group of tokens that share a scale is read as long as one of them is in view.
+        every = self.k_format.group if self.k_format.by_channel else 1
+        k, v = _lesser(hidden, k_sealed), _lesser(hidden, v_sealed)
+        return self._held(hidden, k // every * every, v)
+
+    def sealed_bytes(self, past: int, new: int) -> int:
+        """Bytes written when tokens leave the tail in the pass that brings `new` ones; works on arrays too."""
+        (k, v), (k_after, v_after) = self.sealed(past), self.sealed(past + new)
+        return self.k_format.nbytes(k_after - k, self.head_dim) + self.v_format.nbytes(v_after - v, self.v_head_dim)
+
+    def _held(self, tokens: int, k_sealed: int, v_sealed: int) -> int:
+        (k, v), h, w = self.landing, self.head_dim, self.v_head_dim
+        coded = self.k_format.nbytes(k_sealed, h) + self.v_format.nbytes(v_sealed, w)
+        return coded + k.nbytes(tokens - k_sealed, h) + v.nbytes(tokens - v_sealed, w)
+
+
+def _positive(count: int) -> int:
+    """The larger of a count and 0, for arrays too."""
+    return count * (count > 0)
+
+
+def _lesser(a: int, b: int) -> int:
+    """The smaller of two counts, for arrays too."""
+    return a * (a < b) + b * (a >= b)
+
+
+def _bounded(count: int, most: int | None) -> int:
+    return count if most is None else min(count, most)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

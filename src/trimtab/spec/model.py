@@ -192,8 +192,9 @@ def weight_nbytes(node: Node) -> int:
         return node.nbytes()
     if isinstance(node, StateSpaceSpec | LinearAttentionSpec):
         return node.out_proj.bias_format.nbytes(1, node.num_parameters())
-    if isinstance(node, AttentionSpec) and node.sinks:
-        return node.num_attention_heads * node.q_proj.bias_format.nbytes(1, 1)
+    if isinstance(node, AttentionSpec):
+        sinks = node.num_attention_heads * node.q_proj.bias_format.nbytes(1, 1) if node.sinks else 0
+        return sinks + node.key_order_nbytes
     if isinstance(node, MoESpec):
         bias = node.num_experts * ITEM_BYTES["fp32"] if node.correction_bias else 0
         return bias + (node.router.bias_format.nbytes(1, node.num_experts) if node.expert_scale else 0)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from trimtab.errors import SpecError
+from trimtab.errors import SpecError, unknown
 from trimtab.spec.cache import CacheSpec
+from trimtab.spec.formats import WeightFormat
 from trimtab.spec.leaves import ConvSpec, LinearSpec, NormSpec, RopeSpec
 from trimtab.spec.tree import Node
 
@@ -85,6 +86,9 @@ ONLINE = Online()
 
 # -------------------------------------------------------------------------------------------------------------- blocks
 
+#: Orders of the elements of a key.
+KEY_ORDERS = ("model", "row", "rms", "random")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec(Node):
@@ -104,6 +108,9 @@ class AttentionSpec(Node):
         sinks: True if every query head has a learned sink logit (gpt-oss).
         softmax: how partial sums of ranges of keys are joined.
         split: keys of one range in decode; None = the kernel's choice.
+        key_order: how the elements of a key (and of the queries that meet it) are ordered: ``model``, or ``row``, ``rms``,
+            ``random``: each KV head in an order of its own, which the rows of k_proj and q_proj already have and which is a
+            weight, ``<path>.key_order``. Scores are the same in any order.
     """
 
     num_attention_heads: int
@@ -127,7 +134,22 @@ class AttentionSpec(Node):
     tied_values: bool = False
     softmax: Softmax = ONLINE
     split: int | None = None
+    key_order: str = "model"
     cache: CacheSpec
+
+    def __post_init__(self) -> None:
+        if self.key_order not in KEY_ORDERS:
+            raise unknown("order of keys", self.key_order, KEY_ORDERS)
+
+    @property
+    def key_order_format(self) -> WeightFormat:
+        """How the orders are stored, a row per KV head: element j is the channel of the model at place j; integers of step one."""
+        return WeightFormat(kind="int", bits=8, group=self.head_dim, sym=False)
+
+    @property
+    def key_order_nbytes(self) -> int:
+        """Bytes of the orders; 0 where the model's own is kept."""
+        return 0 if self.key_order == "model" else self.key_order_format.nbytes(self.num_key_value_heads, self.head_dim)
 
     def num_parameters(self) -> int:
         """Sink logits only; the projections are nodes of their own."""

@@ -4,6 +4,8 @@ Heads of a layer with one description form a group. A row (one sequence, one lay
 run, [heads, pages * page, size], so that attention reads a plain strided array and no step copies the past. Runs grow by
 half and are moved when they do; a fork shares runs until one side writes. Freed runs go back to the operating system.
 
+A row whose head has a tail holds two runs: new tokens land in the tail's format, and what leaves it is coded into the other.
+
 Legend: T new tokens of all rows, s of one row, S keys in view, G heads of a group, H head size.
 """
 
@@ -17,10 +19,9 @@ from typing import Any
 import numpy as np
 
 from trimtab.errors import CapacityError, NotRewindable, SpecError
+from trimtab.runtime.cache.pages import Buffer, Parts, buffers, decode, encode
 from trimtab.runtime.memory import mapped
-from trimtab.runtime.numerics import bfloat16_bits, bfloat16_to_float32
 from trimtab.runtime.step import IntArray, Step
-from trimtab.runtime.weights.packed import NUMPY_DTYPES
 from trimtab.spec.cache import HeadSpec, KVBytes, PageFormat, Ring
 from trimtab.spec.model import ModelSpec
 from trimtab.spec.runnable import check_runnable
@@ -36,64 +37,85 @@ class GroupView:
 
     Args:
         heads: KV heads of the layer, in order.
-        k, v: [G, S, H] in the page's dtype (bf16 as uint16); views of the pages where nothing had to be moved.
+        k, v: [G, S, H]: the pages' own floats (bf16 as uint16), views where nothing had to be moved, or what codes stand for.
         positions: int64 [S] of the keys in their sequence.
+        nbytes: of the pages that were read.
     """
 
     heads: tuple[int, ...]
     k: np.ndarray
     v: np.ndarray
     positions: IntArray
+    nbytes: int
 
 
 class _Run:
     """Pages of one row: [G, capacity, H] for keys and for values; shared by forks until one of them writes.
 
-    Integer pages hold codes there, followed in the same buffer by scales and minima [G, capacity, groups]; `parts` lists all
-    arrays of keys and values.
+    Coded pages hold codes there, followed in the same buffer by what scales them, see `pages.buffers`.
     """
 
-    __slots__ = ("address", "k", "owners", "parts", "v")
+    __slots__ = ("address", "capacity", "k", "owners", "v")
 
-    def __init__(self, heads: int, head: HeadSpec, capacity: int) -> None:
-        k = _allocate((heads, capacity, head.head_dim), head.k_format)
-        v = _allocate((heads, capacity, head.v_head_dim), head.v_format)
-        self.k, self.v, self.parts = k[0], v[0], (*k, *v)
-        self.owners = 1
-        self.address = (self.k.ctypes.data, self.v.ctypes.data, capacity)
-
-    @property
-    def capacity(self) -> int:
-        return self.k.shape[1]
+    def __init__(self, heads: int, forms: tuple[PageFormat, PageFormat], sizes: tuple[int, int], capacity: int) -> None:
+        self.k, self.v = (
+            _allocate(heads, capacity, buffers(form, size)) for form, size in zip(forms, sizes, strict=True)
+        )
+        self.owners, self.capacity = 1, capacity
+        self.address = (self.k[0].ctypes.data, self.v[0].ctypes.data, capacity)
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
+        return sum(part.nbytes for part in (*self.k, *self.v))
 
 
-def _allocate(shape: tuple[int, int, int], form: PageFormat) -> tuple[np.ndarray, ...]:
-    """One buffer for elements [G, capacity, H], or for codes, scales and minima one after the other."""
-    heads, capacity, size = shape
-    if form.is_float:
-        dtypes, widths = (NUMPY_DTYPES[form.kind],), (size,)
-    else:
-        groups = -(-size // form.group)
-        dtypes, widths = (NUMPY_DTYPES["u8"], NUMPY_DTYPES["fp16"], NUMPY_DTYPES["fp16"]), (size, groups, groups)
-    ends = list(itertools.accumulate(heads * capacity * w * d.itemsize for d, w in zip(dtypes, widths, strict=True)))
+def _allocate(heads: int, capacity: int, parts: tuple[Buffer, ...]) -> Parts:
+    """One buffer for the arrays of a format [G, capacity, ...], one after the other."""
+    shapes = [(heads, capacity // part.tokens, part.width) for part in parts]
+    ends = list(
+        itertools.accumulate(
+            shape[0] * shape[1] * shape[2] * part.dtype.itemsize for shape, part in zip(shapes, parts, strict=True)
+        )
+    )
     whole = np.zeros(ends[-1], np.uint8) if ends[-1] < _MAPPED else mapped(ends[-1])
     return tuple(
-        whole[start:end].view(dtype).reshape(heads, capacity, width)
-        for start, end, dtype, width in zip([0, *ends], ends, dtypes, widths, strict=False)
+        whole[start:end].view(part.dtype).reshape(shape)
+        for start, end, part, shape in zip([0, *ends], ends, parts, shapes, strict=False)
     )
+
+
+def _span(parts: Parts, form: PageFormat, first: int, end: int) -> Parts:
+    """Tokens [first, end) of the arrays of a format, as views."""
+    if not form.by_channel:
+        return tuple(part[:, first:end] for part in parts)
+    codes, *scales = parts
+    return codes[:, first:end], *(part[:, first // form.group : end // form.group] for part in scales)
+
+
+def _put(parts: Parts, form: PageFormat, first: int, values: Parts) -> int:
+    """Write coded tokens from `first` on; returns their bytes."""
+    count = values[0].shape[1]
+    for to, value in zip(_span(parts, form, first, first + count), values, strict=True):
+        to[...] = value
+    return sum(value.nbytes for value in values)
+
+
+def _nbytes(parts: Parts, form: PageFormat, tokens: int) -> int:
+    return sum(part.nbytes for part in _span(parts, form, 0, tokens))
 
 
 @dataclass(slots=True)
 class _Row:
-    """One sequence, one layer, one group: its run, the tokens seen, and where each held token stands."""
+    """One sequence, one layer, one group: its run, the tokens seen, and where each held token stands.
+
+    Where tokens leave a tail: the run they go to, and how many keys and values have gone; the tail starts behind them.
+    """
 
     run: _Run
     seen: int = 0
     held: int = 0
+    coded: _Run | None = None
+    sealed: tuple[int, int] = (0, 0)
     positions: IntArray = field(
         default_factory=lambda: np.zeros(0, np.int64)
     )  # [capacity]; only the first `held` count
@@ -127,15 +149,14 @@ class KVStore:
     Args:
         spec: the model; a sequence is bound to its hash.
         capacity_bytes: most bytes of pages; None = what the machine has.
-        int_pages: the caller codes and reads int8 pages itself (`place`).
 
     Attributes:
         written: bytes of keys and values appended so far.
         handed_out: bytes of keys and values in views so far.
     """
 
-    def __init__(self, spec: ModelSpec, capacity_bytes: int | None = None, *, int_pages: bool = False) -> None:
-        check_runnable(spec, int_pages=int_pages)
+    def __init__(self, spec: ModelSpec, capacity_bytes: int | None = None) -> None:
+        check_runnable(spec)
         self.spec, self.capacity_bytes = spec, capacity_bytes
         self._groups = [_groups(layer.cache.heads) for layer in spec.layers]
         self._hash = spec.hash
@@ -153,18 +174,21 @@ class KVStore:
             CapacityError: its pages do not fit, before any is taken.
         """
         wanted = sum(
-            _pages(_slots(head, reserve_tokens), head) * head.page * head.token_bytes() * len(heads)
-            for groups in self._groups
-            for heads, head in groups
+            head.nbytes(reserve_tokens).reserved * len(heads) for groups in self._groups for heads, head in groups
         )
         self._admit(wanted, f"{reserve_tokens} tokens")
         rows = []
         for groups in self._groups:
             made = []
             for heads, head in groups:
-                capacity = _pages(_slots(head, reserve_tokens), head) * head.page
-                run = self._take(len(heads), head, capacity)
-                made.append(_Row(run, positions=np.zeros(capacity, np.int64)))
+                capacity = _pages(min(reserve_tokens, _bound(head)), head) * head.page
+                run = self._take(len(heads), head, head.landing, capacity)
+                coded = None
+                if head.seals:
+                    room = _pages(max(head.sealed(reserve_tokens)), head) * head.page
+                    coded = self._take(len(heads), head, (head.k_format, head.v_format), room)
+                room = max(capacity, reserve_tokens) if head.seals else capacity
+                made.append(_Row(run, positions=np.zeros(room, np.int64), coded=coded))
             rows.append(made)
         seq = Seq(next(self._ids), self._hash, rows)
         self._seqs[seq.id] = seq
@@ -175,7 +199,7 @@ class KVStore:
         self._check(seq)
         del self._seqs[seq.id]
         for row in itertools.chain.from_iterable(seq._rows):
-            self._drop(row.run)
+            self._drop_row(row)
         seq._rows = []
 
     def fork(self, seq: Seq) -> Seq:
@@ -200,19 +224,19 @@ class KVStore:
         if mark.seq != seq.id:
             raise SpecError(f"The mark was made on sequence {mark.seq}, not on {seq.id}.")
         for row in itertools.chain.from_iterable(seq._rows):
-            self._drop(row.run)
+            self._drop_row(row)
         seq._rows = [[_copy(row) for row in rows] for rows in mark.rows]
 
     def release(self, mark: Mark) -> None:
         """Give up a mark and the pages only it still holds."""
         for row in itertools.chain.from_iterable(mark.rows):
-            self._drop(row.run)
+            self._drop_row(row)
 
     def truncate(self, seq: Seq, tokens: int) -> None:
         """Forget all but the first `tokens` tokens.
 
         Raises:
-            NotRewindable: a ring has overwritten tokens that would be needed again.
+            NotRewindable: tokens that would be needed again were forgotten, or coded.
             SpecError: more tokens than the sequence has.
         """
         self._check(seq)
@@ -225,6 +249,12 @@ class KVStore:
                 if row.held != row.seen and tokens < row.seen:
                     raise NotRewindable(
                         f"The cache keeps {head.keep} and has forgotten tokens; it cannot go back to {tokens}. "
+                        "Mark the sequence before and reset to the mark."
+                    )
+                if tokens < max(row.sealed):
+                    raise NotRewindable(
+                        f"The cache has coded its first {max(row.sealed)} tokens ({head.k_format}, {head.v_format}) and keeps only "
+                        f"the last {head.residual} as they came; it cannot go back to {tokens}. "
                         "Mark the sequence before and reset to the mark."
                     )
         for rows, groups in zip(seq._rows, self._groups, strict=True):
@@ -255,12 +285,15 @@ class KVStore:
             found = []
             for group, (heads, head) in enumerate(self._groups[layer]):
                 chosen = slice(None) if len(heads) == k_TGH.shape[1] else list(heads)
-                k = _convert(k_TGH[first:end, chosen], head.k_format.kind).transpose(1, 0, 2)
-                v = _convert(v_TGH[first:end, chosen], head.v_format.kind).transpose(1, 0, 2)
-                self.written += k.nbytes + v.nbytes
-                write = self._write_ring if isinstance(head.keep, Ring) else self._write_all
+                k, v = (
+                    encode(form, values[first:end, chosen].transpose(1, 0, 2))
+                    for form, values in zip(head.landing, (k_TGH, v_TGH), strict=True)
+                )
+                self.written += sum(part.nbytes for part in (*k, *v))
+                ring = isinstance(head.keep, Ring)
+                write = self._write_ring if ring else self._write_tail if head.seals else self._write_all
                 view = write(seq._rows[layer][group], heads, head, k, v, at)
-                self.handed_out += view.k.nbytes + view.v.nbytes
+                self.handed_out += view.nbytes
                 found.append(view)
             views.append(found)
         return views
@@ -292,17 +325,78 @@ class KVStore:
         return table
 
     def _write_all(
-        self, row: _Row, heads: tuple[int, ...], head: HeadSpec, k: np.ndarray, v: np.ndarray, at: IntArray
+        self, row: _Row, heads: tuple[int, ...], head: HeadSpec, k: Parts, v: Parts, at: IntArray
     ) -> GroupView:
         count = row.held + len(at)
         self._own(row, len(heads), head, count)
-        row.run.k[:, row.held : count], row.run.v[:, row.held : count] = k, v
+        _put(row.run.k, head.k_format, row.held, k)
+        _put(row.run.v, head.v_format, row.held, v)
         row.positions[row.held : count] = at
         row.held, row.seen = count, row.seen + len(at)
-        return GroupView(heads, row.run.k[:, :count], row.run.v[:, :count], row.positions[:count])
+        return self._view(row, heads, head)
+
+    def _view(self, row: _Row, heads: tuple[int, ...], head: HeadSpec) -> GroupView:
+        """Everything a row without a tail holds."""
+        forms, sizes, sides = head.landing, (head.head_dim, head.v_head_dim), (row.run.k, row.run.v)
+        k, v = (
+            decode(form, _span(side, form, 0, row.held), size)
+            for form, size, side in zip(forms, sizes, sides, strict=True)
+        )
+        read = sum(_nbytes(side, form, row.held) for form, side in zip(forms, sides, strict=True))
+        return GroupView(heads, k, v, row.positions[: row.held], read)
+
+    def _write_tail(
+        self, row: _Row, heads: tuple[int, ...], head: HeadSpec, k: Parts, v: Parts, at: IntArray
+    ) -> GroupView:
+        """New tokens are read as they came; afterwards those that leave the tail are coded."""
+        assert head.tail is not None and row.coded is not None
+        count, tail = row.held + len(at), head.tail
+        self._own(row, len(heads), head, count - min(row.sealed), shift=row.held - min(row.sealed))
+        if len(row.positions) < count:
+            row.positions = np.concatenate((row.positions[: row.held], np.zeros(count, np.int64)))
+        row.positions[row.held : count] = at
+        found, read = [], 0
+        sizes, (k_sealed, v_sealed) = (head.head_dim, head.v_head_dim), head.sealed(count)
+        sealed = max(k_sealed, row.sealed[0]), max(v_sealed, row.sealed[1])  # what is coded stays so when a row is cut
+        for side, new in enumerate((k, v)):
+            form, parts, coded = (head.k_format, head.v_format)[side], (row.run.k, row.run.v)[side], row.sealed[side]
+            _put(parts, tail, row.held - coded, new)
+            past = _span((row.coded.k, row.coded.v)[side], form, 0, coded)
+            fresh = parts[0][:, : count - coded]
+            read += sum(part.nbytes for part in past) + fresh.nbytes
+            if coded:
+                fresh = np.concatenate((decode(form, past, sizes[side]), _floats(fresh)), axis=1)
+            elif sealed[side]:
+                fresh = fresh.copy()  # what is read must outlive the move
+            found.append(fresh)
+        dtypes = {part.dtype for part in found}
+        if len(dtypes) > 1:  # keys and values leave the tail at different times
+            found = [_floats(part) for part in found]
+        row.held, row.seen = count, row.seen + len(at)
+        self._seal(row, len(heads), head, sealed)
+        return GroupView(heads, found[0], found[1], row.positions[:count], read)
+
+    def _seal(self, row: _Row, heads: int, head: HeadSpec, sealed: tuple[int, int]) -> None:
+        """Code the keys and values before `sealed` and move what stays to the front of the tail."""
+        assert row.coded is not None
+        if sealed == row.sealed:
+            return
+        self._own_coded(row, heads, head, max(sealed))
+        for side in range(2):
+            form, tail = (head.k_format, head.v_format)[side], (row.run.k, row.run.v)[side][0]
+            first, end = row.sealed[side], sealed[side]
+            if end <= first:
+                continue
+            self.written += _put((row.coded.k, row.coded.v)[side], form, first, encode(form, tail[:, : end - first]))
+            left = row.held - end
+            tail[:, :left] = tail[:, end - first : end - first + left].copy()
+        row.sealed = sealed
+        bound = _pages(head.residual + 1, head) * head.page
+        if row.run.capacity > bound:  # a chunk of a prompt made it longer
+            self._move(row, heads, head, bound, row.held - min(row.sealed))
 
     def _write_ring(
-        self, row: _Row, heads: tuple[int, ...], head: HeadSpec, k: np.ndarray, v: np.ndarray, at: IntArray
+        self, row: _Row, heads: tuple[int, ...], head: HeadSpec, k: Parts, v: Parts, at: IntArray
     ) -> GroupView:
         """One token overwrites the oldest slot in place; several are joined to what is still visible, then folded in."""
         keep: Any = head.keep
@@ -310,25 +404,34 @@ class KVStore:
         if len(at) == 1:
             self._own(row, len(heads), head, keep.held(after))
             slot = self._slot(keep, before)
-            row.run.k[:, slot], row.run.v[:, slot], row.positions[slot] = k[:, 0], v[:, 0], at[0]
+            for parts, new in ((row.run.k, k), (row.run.v, v)):
+                for to, value in zip(parts, new, strict=True):
+                    to[:, slot] = value[:, 0]
+            row.positions[slot] = at[0]
             row.held, row.seen = keep.held(after), after
-            held = row.held
-            return GroupView(heads, row.run.k[:, :held], row.run.v[:, :held], row.positions[:held])
+            return self._view(row, heads, head)
         # The oldest slot is out of sight of the first new token when the ring is full.
         seen = np.arange(row.held)
         if keep.visible(before) < row.held:
             seen = seen[seen != self._slot(keep, before)]
-        view = GroupView(
-            heads,
-            np.concatenate((row.run.k[:, seen], k), axis=1),
-            np.concatenate((row.run.v[:, seen], v), axis=1),
-            np.concatenate((row.positions[seen], at)),
+        joined = [
+            tuple(np.concatenate((part[:, seen], value), axis=1) for part, value in zip(parts, new, strict=True))
+            for parts, new in ((row.run.k, k), (row.run.v, v))
+        ]
+        k_all, v_all = (
+            decode(form, parts, size)
+            for form, parts, size in zip(head.landing, joined, (head.head_dim, head.v_head_dim), strict=True)
         )
+        read = sum(part.nbytes for parts in joined for part in parts)
+        view = GroupView(heads, k_all, v_all, np.concatenate((row.positions[seen], at)), read)
         self._own(row, len(heads), head, keep.held(after))
         order = np.arange(before, after)
         stays = (order < keep.sink) | (order >= after - keep.recent)
         slots = np.where(order < keep.sink, order, keep.sink + (order - keep.sink) % keep.recent)[stays]
-        row.run.k[:, slots], row.run.v[:, slots], row.positions[slots] = k[:, stays], v[:, stays], at[stays]
+        for parts, new in ((row.run.k, k), (row.run.v, v)):
+            for to, value in zip(parts, new, strict=True):
+                to[:, slots] = value[:, stays]
+        row.positions[slots] = at[stays]
         row.held, row.seen = keep.held(after), after
         return view
 
@@ -345,17 +448,21 @@ class KVStore:
         Args:
             seq: of one sequence; None = of all.
         """
-        held = reserved = 0
+        reserved = 0
+        held: dict[tuple[int, int], int] = {}  # by run and side: a run that is shared counts once, as its longest row has it
         runs: dict[int, _Run] = {}
-        tokens: dict[int, int] = {}
         for one in self._seqs.values() if seq is None else (seq,):
-            for row in itertools.chain.from_iterable(one._rows):
-                runs[id(row.run)] = row.run
-                tokens[id(row.run)] = max(tokens.get(id(row.run), 0), row.held)
-        for key, run in runs.items():
-            held += sum(part[:, : tokens[key]].nbytes for part in run.parts)
-            reserved += run.nbytes
-        return KVBytes(held, reserved)
+            for rows, groups in zip(one._rows, self._groups, strict=True):
+                for row, (_, head) in zip(rows, groups, strict=True):
+                    coded = ((row.coded, (head.k_format, head.v_format), row.sealed),) if row.coded else ()
+                    left = row.held - row.sealed[0], row.held - row.sealed[1]
+                    for run, forms, counts in ((row.run, head.landing, left), *coded):
+                        runs[id(run)] = run
+                        for side, parts in enumerate((run.k, run.v)):
+                            key = id(run), side
+                            held[key] = max(held.get(key, 0), _nbytes(parts, forms[side], counts[side]))
+        reserved = sum(run.nbytes for run in runs.values())
+        return KVBytes(sum(held.values()), reserved)
 
     @property
     def pages_bytes(self) -> int:
@@ -369,8 +476,8 @@ class KVStore:
 
     # ------------------------------------------------------------------------------------------------- pages
 
-    def _take(self, heads: int, head: HeadSpec, capacity: int) -> _Run:
-        run = _Run(heads, head, capacity)
+    def _take(self, heads: int, head: HeadSpec, forms: tuple[PageFormat, PageFormat], capacity: int) -> _Run:
+        run = _Run(heads, forms, (head.head_dim, head.v_head_dim), capacity)
         self._pages_bytes += run.nbytes
         self._peak_bytes = max(self._peak_bytes, self._pages_bytes)
         return run
@@ -380,22 +487,49 @@ class KVStore:
         if run.owners == 0:
             self._pages_bytes -= run.nbytes
 
-    def _own(self, row: _Row, heads: int, head: HeadSpec, tokens: int) -> None:
-        """Make sure the row alone owns a run with room for `tokens`."""
+    def _drop_row(self, row: _Row) -> None:
+        self._drop(row.run)
+        if row.coded is not None:
+            self._drop(row.coded)
+
+    def _own(self, row: _Row, heads: int, head: HeadSpec, tokens: int, shift: int | None = None) -> None:
+        """Make sure the row alone owns a run with room for `tokens`; `shift`: tokens in it now, if not all that are held."""
         run = row.run
         if run.owners == 1 and tokens <= run.capacity:
             return
-        capacity = run.capacity
-        if tokens > capacity:
-            grown = max(tokens, capacity + capacity // 2 if capacity else tokens)
-            capacity = _pages(min(grown, _bound(head)), head) * head.page
-        self._admit(capacity * heads * head.token_bytes(), f"{tokens} tokens")
-        new = self._take(heads, head, capacity)
-        for to, source in zip(new.parts, run.parts, strict=True):
-            to[:, : row.held] = source[:, : row.held]
-        row.positions = np.concatenate((row.positions[: row.held], np.zeros(capacity - row.held, np.int64)))
+        self._move(row, heads, head, _grown(run.capacity, tokens, head), row.held if shift is None else shift)
+        if len(row.positions) < row.run.capacity:
+            more = np.zeros(row.run.capacity - len(row.positions), np.int64)
+            row.positions = np.concatenate((row.positions, more))
+
+    def _move(self, row: _Row, heads: int, head: HeadSpec, capacity: int, tokens: int) -> None:
+        """Give a row a run of its own with another capacity and the same `tokens` tokens."""
+        forms = head.landing
+        self._admit(capacity * heads * head.landing_bytes(), f"{capacity} tokens")
+        new = self._take(heads, head, forms, capacity)
+        for form, to, source in zip(forms, (new.k, new.v), (row.run.k, row.run.v), strict=True):
+            _put(to, form, 0, _span(source, form, 0, tokens))
+        self._drop(row.run)
         row.run = new
-        self._drop(run)
+
+    def _own_coded(self, row: _Row, heads: int, head: HeadSpec, tokens: int) -> None:
+        """As `_own`, for the run that tokens leave the tail for."""
+        old = row.coded
+        assert old is not None
+        if old.owners == 1 and tokens <= old.capacity:
+            return
+        capacity = _grown(old.capacity, tokens, head, bounded=False)
+        forms = head.k_format, head.v_format
+        self._admit(
+            heads * (forms[0].nbytes(capacity, head.head_dim) + forms[1].nbytes(capacity, head.v_head_dim)),
+            f"{tokens} tokens",
+        )
+        new = self._take(heads, head, forms, capacity)
+        sides = zip(forms, (new.k, new.v), (old.k, old.v), row.sealed, strict=True)
+        for form, to, source, count in sides:
+            _put(to, form, 0, _span(source, form, 0, count))
+        self._drop(old)
+        row.coded = new
 
     def _share(self, seq: Seq) -> list[list[_Row]]:
         return [[_copy(row) for row in rows] for rows in seq._rows]
@@ -425,24 +559,31 @@ def _groups(heads: Sequence[HeadSpec]) -> list[tuple[tuple[int, ...], HeadSpec]]
 
 def _copy(row: _Row) -> _Row:
     row.run.owners += 1
-    return _Row(row.run, row.seen, row.held, row.positions.copy())
+    if row.coded is not None:
+        row.coded.owners += 1
+    return _Row(row.run, row.seen, row.held, row.coded, row.sealed, row.positions.copy())
 
 
 def _bound(head: HeadSpec) -> int:
+    """Most tokens that stand in the landing run of a row between two passes."""
+    if head.seals:
+        return head.residual + 1
     return head.keep.sink + head.keep.recent if isinstance(head.keep, Ring) else 1 << 62
-
-
-def _slots(head: HeadSpec, tokens: int) -> int:
-    return min(tokens, _bound(head))
 
 
 def _pages(tokens: int, head: HeadSpec) -> int:
     return -(-tokens // head.page)
 
 
-def _convert(values: np.ndarray, kind: str) -> np.ndarray:
-    """Bring keys or values to the dtype of a page; uint16 is bf16."""
-    if values.dtype == NUMPY_DTYPES[kind]:
-        return values
-    wide = bfloat16_to_float32(values) if values.dtype == np.uint16 else values.astype(np.float32, copy=False)
-    return bfloat16_bits(wide) if kind == "bf16" else wide.astype(NUMPY_DTYPES[kind])
+def _grown(capacity: int, tokens: int, head: HeadSpec, bounded: bool = True) -> int:
+    """Capacity of a run that has to hold `tokens`: as it is, or half as much again, in whole pages."""
+    if tokens <= capacity:
+        return capacity
+    grown = max(tokens, capacity + capacity // 2 if capacity else tokens)
+    most = max(tokens, _bound(head)) if bounded else grown
+    return _pages(min(grown, most), head) * head.page
+
+
+def _floats(values: np.ndarray) -> np.ndarray:
+    """Float32 of what a floating page holds."""
+    return decode(PageFormat("fp32"), encode(PageFormat("fp32"), values), values.shape[-1])

@@ -134,10 +134,12 @@ def _missing_attention(node: AttentionSpec) -> str:
     heads = node.cache.heads
     if node.alibi or node.sinks or node.gated or node.tied_values or node.v_norm is not None or node.chunk is not None:
         return "Attention with ALiBi, sinks, gates, tied values, a norm of values or chunks"
+    if node.key_order != "model":
+        return "Attention over keys in another order of channels"
     if len(set(heads)) != 1 or not isinstance(heads[0].keep, All):
         return "A cache whose heads differ or forget tokens"
     head = heads[0]
-    if head.k_format != head.v_format or head.k_format.kind not in _PAGES:
+    if head.k_format != head.v_format or head.k_format.kind not in _PAGES or head.tail is not None:
         return f"A cache in {head.k_format} and {head.v_format}"
     if node.head_dim % 16 or node.head_dim > 512 or head.v_head_dim != node.head_dim:
         return f"A head of {node.head_dim} elements, not a multiple of 16 up to 512,"

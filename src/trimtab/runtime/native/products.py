@@ -18,7 +18,7 @@ import numpy as np
 from trimtab.errors import SpecError
 from trimtab.runtime.files import write_atomically
 from trimtab.runtime.kernels import _core, use_isa
-from trimtab.runtime.numerics.lookup import grid_format, lay_out
+from trimtab.runtime.numerics.lookup import encode_ternary, grid_format, lay_out
 from trimtab.runtime.numerics.tiles import tile, tiled_format
 from trimtab.runtime.weights.packed import Packed
 from trimtab.spec.formats import LOOKUP_KINDS, SUPER_BLOCKS, TILE_ROWS, UNIT_COLS, WeightFormat
@@ -49,7 +49,8 @@ def tiles_of(format: WeightFormat, product: Product, rows: int, cols: int) -> We
     if format.kind == "ternary":
         if product.isa != "auto":
             use_isa(product.isa)
-        return format
+        vnni = kernel_of(format, product, rows, cols) == "vnni"
+        return grid_format(format, "int") or format if vnni else format
     planes, ints = grid_format(format, "bitplane"), grid_format(format, "int")
     if planes is None or ints is None:
         raise SpecError(
@@ -160,11 +161,16 @@ def time_kernels(planes: WeightFormat, product: LookupTable, rows: int, cols: in
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, cols), dtype=np.float32)
     made: dict[str, Packed] = {}
-    buffers = {b.name: rng.integers(0, 256, b.shape, np.uint8) for b in planes.buffers(rows, cols) if b.dtype == "u8"}
-    scales = {b.name: np.full(b.shape, 0.01, np.float16) for b in planes.buffers(rows, cols) if b.dtype == "fp16"}
+    if planes.kind == "ternary":  # whose bytes are not codes at random
+        stored = encode_ternary(rng.standard_normal((rows, cols), dtype=np.float32), planes)
+    else:
+        wanted = planes.buffers(rows, cols)
+        buffers = {b.name: rng.integers(0, 256, b.shape, np.uint8) for b in wanted if b.dtype == "u8"}
+        scales = {b.name: np.full(b.shape, 0.01, np.float16) for b in wanted if b.dtype == "fp16"}
+        stored = Packed(planes, (rows, cols), buffers | scales)
     for kernel in ("lut", "vnni"):
         asked = LookupTable(act_group=product.act_group, kernel=kernel)
-        made[kernel] = as_tiles(Packed(planes, (rows, cols), buffers | scales), tiles_of(planes, asked, rows, cols))
+        made[kernel] = as_tiles(stored, tiles_of(planes, asked, rows, cols))
     best = dict.fromkeys(made, math.inf)
     for _ in range(_RUNS):
         for kernel, packed in made.items():

@@ -48,7 +48,7 @@ class NativeProgram:
 
     def open_store(self) -> KVStore:
         """An empty store that fits the model."""
-        return KVStore(self.spec, int_pages=True)
+        return KVStore(self.spec)
 
     def keep_tokens(self, ids: IntArray, record: Recorder | None) -> IntArray:
         """Every token of a prompt."""

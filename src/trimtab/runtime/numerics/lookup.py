@@ -15,8 +15,13 @@ from trimtab.spec.formats import PLANE_KINDS, TILE_ROWS, UNIT_COLS, WeightFormat
 
 
 def grid_format(format: WeightFormat, kind: str) -> WeightFormat | None:
-    """The format of the same codes and scales as ``int`` tiles or planes (`kind`), or None if `format` is no such grid."""
+    """The format of the same codes and scales as ``int`` tiles or planes (`kind`), or None if `format` is no such grid.
+
+    Ternary weights are the codes 1, 2, 3 of two bits.
+    """
     bits, group, sym = format.bits, format.group, format.sym
+    if format.kind == "ternary":
+        return WeightFormat(kind="int", bits=2, group=group, tiled=True) if kind == "int" else None
     if format.kind in PLAIN_BLOCKS:
         (bits, sym), group = PLAIN_BLOCKS[format.kind], 32
     elif format.kind != "int" and format.kind not in PLANE_KINDS:
@@ -30,7 +35,7 @@ def lay_out(packed: Packed, kind: str, buffers: dict[str, np.ndarray] | None = N
     """Store a matrix on an integer grid as ``int`` tiles, ``bitplane`` or ``bitlane``: codes and scales stay what they are.
 
     Args:
-        packed: integer rows, integer tiles, planes or simple ggml blocks, not transposed.
+        packed: integer rows, integer tiles, planes, ternary or simple ggml blocks, not transposed.
         kind: of the result.
         buffers: where to write; None allocates.
 
@@ -44,6 +49,9 @@ def lay_out(packed: Packed, kind: str, buffers: dict[str, np.ndarray] | None = N
         )
     if format == packed.format and buffers is None:
         return packed
+    if packed.format.kind == "ternary":
+        weights, scale = ternary_of(packed)
+        return _packed((weights + 2).astype(np.uint8), scale, None, format, buffers)
     codes, scale, minimum = grid_of(packed)
     return _packed(codes, scale, minimum, format, buffers)
 

@@ -43,6 +43,13 @@ def nearest_codes(values: np.ndarray, points: np.ndarray) -> np.ndarray:
     return np.searchsorted(last, np.abs(values)).astype(np.uint8)
 
 
+def encode_e4m3(values: np.ndarray) -> np.ndarray:
+    """Nearest codes uint8 of float32 values of any shape, without a scale; what is beyond 448 is cut to it, NaN stays."""
+    codes = nearest_codes(values.reshape(-1), _E4M3).reshape(values.shape) | (np.signbit(values) << np.uint8(7))
+    codes[np.isnan(values)] = 0x7F
+    return codes
+
+
 def encode_fp8(values: np.ndarray) -> dict[str, np.ndarray]:
     """Code float32 [rows, cols]; the largest magnitude of a row becomes 448.
 

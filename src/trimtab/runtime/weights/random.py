@@ -36,8 +36,14 @@ def random_weights(spec: ModelSpec, seed: int = 0) -> Weights:
             items[path] = encode(_small(node.size) + (0.0 if node.unit_offset else 1.0), node.format)
             if node.bias:
                 items[f"{path}.bias"] = encode(_small(node.size), node.format)
-        elif isinstance(node, AttentionSpec) and node.sinks:
-            items[f"{path}.sinks"] = encode(_small(node.num_attention_heads), node.q_proj.bias_format)
+        elif isinstance(node, AttentionSpec):
+            if node.sinks:
+                items[f"{path}.sinks"] = encode(_small(node.num_attention_heads), node.q_proj.bias_format)
+            if node.key_order != "model":
+                orders = np.stack([rng.permutation(node.head_dim) for _ in range(node.num_key_value_heads)])
+                ones = np.ones((len(orders), 1), np.float16)
+                buffers = {"codes": orders.astype(np.uint8), "scale": ones, "minimum": np.zeros_like(ones)}
+                items[f"{path}.key_order"] = Packed(node.key_order_format, orders.shape, buffers)
         elif isinstance(node, MoESpec) and node.correction_bias:
             items[f"{path}.correction_bias"] = encode(_small(node.num_experts), FP32)
         elif isinstance(node, FFNSpec) and isinstance(node.executor, GateFirst):

@@ -25,7 +25,8 @@ class Tmac(Technique):
 
     Matrices already on an integer grid of `bits` (from a file, or from a quantizer named before) keep their codes and scales;
     others are rounded to nearest. Exact: bytes. Approximated: the weights, where they are rounded, and every table entry, by
-    its rounding to `table`; with `fast_agg` also the sums. Ternary products equal those of integers with activations in int8.
+    its rounding to `table`; with `fast_agg` also the sums. Ternary products by lookup equal those of integers with activations in
+    int8. Where multiplying codes is faster, ternary weights are held in 2 bits instead of 1.67.
     More than 8 tokens at a time are multiplied with the decoded matrix.
 
     Unlike the paper: rows that 4 columns (ternary: 3) do not divide are padded with zeros; ternary weights need no second
@@ -64,10 +65,9 @@ class Tmac(Technique):
                 f"tmac: g={self.g} is not possible with bits={self.bits}. Allowed: 4, and 3 with bits=ternary."
             )
         self._check_group()
-        if self.ternary and (self.zp or self.fast_agg or self.kernel == "vnni"):
+        if self.ternary and (self.zp or self.fast_agg):
             raise SpecError(
-                "tmac: ternary weights have no zero point, no averages and no other kernel. "
-                "Allowed with bits=ternary: zp=0, fast_agg=0, kernel=auto or lut."
+                "tmac: ternary weights have no zero point and no averages. Allowed with bits=ternary: zp=0, fast_agg=0."
             )
         if self.group == "tensor" and not self.ternary:
             raise SpecError(

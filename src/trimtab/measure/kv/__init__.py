@@ -1,0 +1,1 @@
+"""Quality through the cache: one context, several questions, scored beside bytes and time."""

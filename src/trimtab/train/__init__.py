@@ -1,0 +1,1 @@
+"""Training: what is learned on top of a model, its weights frozen."""
