@@ -79,7 +79,9 @@ def coded(values: np.ndarray, kind: str, form: PageFormat, count: int) -> np.nda
     """What is read of a coded head: float32 [tokens, SIZE], the first `count` tokens through their codes."""
     landed = stored(values, kind)[None]
     past = decode(form, encode(form, landed[:, :count]), SIZE)
-    return np.concatenate((past, decode(PageFormat("fp32"), encode(PageFormat("fp32"), landed[:, count:]), SIZE)), axis=1)[0]
+    return np.concatenate(
+        (past, decode(PageFormat("fp32"), encode(PageFormat("fp32"), landed[:, count:]), SIZE)), axis=1
+    )[0]
 
 
 def stored(values: np.ndarray, kind: str) -> np.ndarray:
@@ -87,7 +89,9 @@ def stored(values: np.ndarray, kind: str) -> np.ndarray:
     return bfloat16_bits(np.ascontiguousarray(values)) if kind == "bf16" else values
 
 
-KEEPS = st.tuples(*[st.one_of(st.just(All()), st.just(CODED), st.builds(Ring, st.integers(0, 3), st.integers(1, 40)))] * HEADS)
+KEEPS = st.tuples(
+    *[st.one_of(st.just(All()), st.just(CODED), st.builds(Ring, st.integers(0, 3), st.integers(1, 40)))] * HEADS
+)
 ACTIONS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5), st.integers(1, 90)), min_size=1, max_size=25)
 
 

@@ -69,7 +69,9 @@ def test_pages_hold_what_their_format_says(form: PageFormat) -> None:
     if form.kind.startswith("int"):
         along = 1 if form.by_channel else 2
         grouped = np.array_split(x, range(form.group, x.shape[along], form.group), axis=along)
-        span = np.concatenate([np.broadcast_to(np.ptp(g, axis=along, keepdims=True), g.shape) for g in grouped], axis=along)
+        span = np.concatenate(
+            [np.broadcast_to(np.ptp(g, axis=along, keepdims=True), g.shape) for g in grouped], axis=along
+        )
         # Half a step, and what fp16 rounds away of the minimum and of the step times the code.
         assert (np.abs(back - x) <= 0.5 * span / (2**form.bits - 1) + 2e-3 * np.abs(x).max()).all()
     else:
@@ -95,7 +97,9 @@ def test_fp8_pages_are_torch_e4m3() -> None:
     np.testing.assert_array_equal(mine, theirs)
 
 
-@pytest.mark.parametrize("text", ["kivi:group=8,residual=8", "kivi:bits=4,group=16,residual=48", "kivi:kbits=8,vbits=2,group=8,residual=24"])
+@pytest.mark.parametrize(
+    "text", ["kivi:group=8,residual=8", "kivi:bits=4,group=16,residual=48", "kivi:kbits=8,vbits=2,group=8,residual=24"]
+)
 def test_codes_do_not_depend_on_chunks(text: str) -> None:
     rng = np.random.default_rng(2)
     k, v = (rng.standard_normal((700, HEADS, SIZE), dtype=np.float32) for _ in range(2))
@@ -122,7 +126,9 @@ def test_keys_by_channel_values_by_token_and_the_residual_as_it_came() -> None:
     k_sealed, v_sealed = 48, 59 - 16  # before the last token
     k_GTH, v_GTH = k.transpose(1, 0, 2), v.transpose(1, 0, 2)
     by_channel, by_token = PageFormat("int2", 8, by_channel=True), PageFormat("int2", 8)
-    np.testing.assert_array_equal(view.k[:, :k_sealed], decode(by_channel, encode(by_channel, k_GTH[:, :k_sealed]), SIZE))
+    np.testing.assert_array_equal(
+        view.k[:, :k_sealed], decode(by_channel, encode(by_channel, k_GTH[:, :k_sealed]), SIZE)
+    )
     np.testing.assert_array_equal(view.v[:, :v_sealed], decode(by_token, encode(by_token, v_GTH[:, :v_sealed]), SIZE))
     np.testing.assert_array_equal(view.k[:, k_sealed:], k_GTH[:, k_sealed:])
     np.testing.assert_array_equal(view.v[:, v_sealed:], v_GTH[:, v_sealed:])
@@ -202,3 +208,17 @@ def test_formats_that_clash_are_refused() -> None:
     with pytest.raises(SpecError, match=r"group=24 does not divide head_dim=16.*Allowed: 8, 16\. Try group=16"):
         compose(spec, parse_all(["kivi:group=24,residual=24"]))
     assert str(page_format("int2-g32")) == "int2-g32"
+
+
+def test_the_engine_keeps_what_a_technique_made_of_the_cache(smollm2_path: Any) -> None:
+    """The dtype asked for is that of the tail, whichever engine runs; nothing falls back to plain pages."""
+    del smollm2_path  # skips where the model is not installed
+    from trimtab.techniques.apply import load_engine
+
+    for kv_dtype, landing in (("bfloat16", "bf16"), ("float32", "fp32")):
+        model, why = load_engine("smollm2-135m", kv_dtype=kv_dtype, techniques=("kivi:bits=4",))
+        head = model.spec.layers[0].self_attn.cache.heads[0]
+        assert (str(head.k_format), str(head.v_format), str(head.tail)) == ("int4-t32", "int4-g32", landing)
+        assert "int4-t32 (keys)" in why
+    model, why = load_engine("smollm2-135m", kv_dtype="fp8", engine="torch")
+    assert str(model.spec.layers[0].self_attn.cache.heads[0].k_format) == "fp8" and not why

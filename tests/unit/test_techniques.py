@@ -60,7 +60,14 @@ CASES = {
     "kivi": Case(
         ("kivi:group=8,residual=8", "kivi:kbits=4,vbits=8,group=8,residual=16"),
         "kivi:group=8,residual=4096",
-        ("kivi:bits=3", "kivi:kbits=5", "kivi:group=0", "kivi:group=12", "kivi:residual=100", "kivi:group=48,residual=48"),
+        (
+            "kivi:bits=3",
+            "kivi:kbits=5",
+            "kivi:group=0",
+            "kivi:group=12",
+            "kivi:residual=100",
+            "kivi:group=48,residual=48",
+        ),
     ),
     "bfp": Case(
         ("bfp:block=8", "bfp:man=8,block=16,on=kv,sort=random"),

@@ -38,7 +38,11 @@ def register(app: typer.Typer) -> None:
             ),
         ] = "auto",
         kv_dtype: Annotated[
-            str, typer.Option("--kv-dtype", help="Cache of the native program: float32, bfloat16, float16.")
+            str,
+            typer.Option(
+                "--kv-dtype",
+                help="Cache: float32, bfloat16, float16, int8; in PyTorch also fp8, int4, int2, or int4-g32.",
+            ),
         ] = "float32",
         engine: Annotated[
             str, typer.Option(help="auto: the native program where the model can be lowered; native; torch.")

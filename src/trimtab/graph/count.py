@@ -163,7 +163,9 @@ def _append(op: Op, step: StepShape, how: _How) -> Counts:
     return Counts(
         vector_flops=step.tokens * sum(times * _page_coding(head) for head, times in heads),
         kv_written=step.tokens * sum(times * head.landing_bytes() for head, times in heads)
-        + sum(times * step.copies * head.sealed_bytes(step.past, step.new).sum(-1) for head, times in heads if head.seals),
+        + sum(
+            times * step.copies * head.sealed_bytes(step.past, step.new).sum(-1) for head, times in heads if head.seals
+        ),
     )
 
 

@@ -17,8 +17,10 @@ CHECKS = {
     16: "trimtab.papers.duoattention",
     34: "trimtab.papers.flashdecpp",
     39: "trimtab.papers.tmac",
+    49: "trimtab.papers.kivi",
     52: "trimtab.papers.gemfilter",
     60: "trimtab.papers.cats",
+    83: "trimtab.papers.bfp_ksort",
 }
 
 

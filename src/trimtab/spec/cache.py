@@ -204,7 +204,11 @@ class HeadSpec(Node):
         """Bytes of this head after `tokens` tokens of one sequence."""
         held = self.keep.held(tokens)
         k_sealed, v_sealed = self.sealed(tokens)
-        reserved = -(-_bounded(held, self.residual + 1 if self.seals else None) // self.page) * self.page * self.landing_bytes()
+        reserved = (
+            -(-_bounded(held, self.residual + 1 if self.seals else None) // self.page)
+            * self.page
+            * self.landing_bytes()
+        )
         if self.seals:
             room = -(-max(k_sealed, v_sealed) // self.page) * self.page
             reserved += self.k_format.nbytes(room, self.head_dim) + self.v_format.nbytes(room, self.v_head_dim)

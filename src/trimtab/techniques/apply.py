@@ -31,6 +31,7 @@ def load(
     source: str | Path,
     *,
     dtype: str = "float32",
+    kv_dtype: str | None = None,
     techniques: Sequence[str | Technique] = (),
     materials: Materials | None = None,
 ) -> Model:
@@ -39,6 +40,8 @@ def load(
     Args:
         source: where it is.
         dtype: ``float32 | bfloat16 | float16``, or ``file`` to keep quantized blocks as they are in the file.
+        kv_dtype: of the cache: a floating dtype, ``fp8``, ``int8``, ``int4``, ``int2`` (``int4-g32``: groups of 32); None = as
+            the activations.
         techniques: applied for good while loading; the matrices they replace are freed.
         materials: calibration texts; by default the built-in text.
 
@@ -48,12 +51,13 @@ def load(
     """
     chosen = parse_all(techniques)  # a typo is found before the weights are read
     loaded = open_model(source, dtype=dtype)
-    compose(loaded.spec, chosen)
+    spec = loaded.spec if kv_dtype is None else loaded.spec.with_kv_dtype(kv_dtype)
+    compose(spec, chosen)
     from trimtab.model.variant import Model, Variant
 
     # The tokenizer must not hold on to `loaded`: the weights that techniques replace are freed with it.
     tokenizer = functools.partial(read_tokenizer, loaded.tokenizer_source)
-    found = Model(Variant(loaded.spec, loaded.weights), tokenizer)
+    found = Model(Variant(spec, loaded.weights), tokenizer)
     if not chosen:
         return found
     materials = (materials or default_materials(found)).for_model(found)
@@ -90,20 +94,21 @@ def load_native(
     loaded = open_model(source, dtype=dtype)
     # The tokenizer must not hold on to `loaded`: its weights are freed once they are tiled.
     tokenizer = functools.partial(read_tokenizer, loaded.tokenizer_source)
-    spec = compose(loaded.spec, chosen).with_kv_dtype(kv_dtype)
+    base = loaded.spec.with_kv_dtype(kv_dtype)
+    spec = compose(base, chosen)
     lowered_spec(spec)  # refuses before anything is calibrated or converted
     if any(technique.unresolved or technique.needs for technique in chosen):  # found on the torch decoder
         from trimtab.model.variant import Model, Variant
 
-        model = Model(Variant(loaded.spec, loaded.weights), tokenizer)
+        model = Model(Variant(base, loaded.weights), tokenizer)
         materials = (materials or default_materials(model)).for_model(model)
         variant = derive(model.variant, resolve_all(model, chosen, materials), materials)
-        spec, weights = variant.spec.with_kv_dtype(kv_dtype), variant.weights
+        spec, weights = variant.spec, variant.weights
         del model, variant
     else:
         weights = loaded.weights
         for technique in sorted(chosen, key=lambda t: t.stage):
-            weights = technique.convert(weights, loaded.spec, spec, Materials())
+            weights = technique.convert(weights, base, spec, Materials())
         weights = reencode(weights, spec)
     del loaded
     return NativeModel(lower(spec, weights, threads), tokenizer)
@@ -156,7 +161,8 @@ def load_engine(
             if engine == "native":
                 raise
             why = str(error)
-    model = load(source, dtype="float32" if dtype == "auto" else dtype, techniques=techniques, materials=materials)
+    stored = "float32" if dtype == "auto" else dtype
+    model = load(source, dtype=stored, kv_dtype=kv_dtype, techniques=techniques, materials=materials)
     if threads:
         import torch
 

@@ -168,7 +168,8 @@ def train_gates(
         if len(sample.ids) > spec.max_position_embeddings:
             raise SpecError(
                 f"duo: a sample of {len(sample.ids)} tokens is longer than the context of {spec.name}, "
-                f"{spec.max_position_embeddings}. Allowed: shorter texts or fewer passkeys. Try max_tokens={spec.max_position_embeddings * 3 // 4}."
+                f"{spec.max_position_embeddings}. Allowed: shorter texts or fewer passkeys. "
+                f"Try max_tokens={spec.max_position_embeddings * 3 // 4}."
             )
         with torch.no_grad():
             branches.gates.clamp_(0, 1)

@@ -277,4 +277,3 @@ def dialogues(
         context, asked = task.build(rng, room, min(TURNS, task.turns) if turns is None else turns)
         built.append(Dialogue(id=f"{name}-{tokens}-{seed}-{index}", task=name, context=context, turns=asked))
     return built
-

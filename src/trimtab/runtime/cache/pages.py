@@ -115,7 +115,9 @@ def _steps(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
         base = minimum.astype(np.float32)
         scale = ((x.max(axis=-1) - base) / top).clip(0).astype(np.float16)
     if not (np.isfinite(scale).all() and np.isfinite(minimum).all()):
-        raise SpecError("A key or value is not finite, or beyond what an fp16 scale can express. Keep this cache in floats.")
+        raise SpecError(
+            "A key or value is not finite, or beyond what an fp16 scale can express. Keep this cache in floats."
+        )
     step = scale.astype(np.float32)[..., None]
     codes = np.divide(x - base[..., None], step, out=np.zeros_like(x), where=step > 0)
     return np.rint(codes).clip(0, top).astype(np.uint8), scale, minimum

@@ -449,7 +449,9 @@ class KVStore:
             seq: of one sequence; None = of all.
         """
         reserved = 0
-        held: dict[tuple[int, int], int] = {}  # by run and side: a run that is shared counts once, as its longest row has it
+        held: dict[
+            tuple[int, int], int
+        ] = {}  # by run and side: a run that is shared counts once, as its longest row has it
         runs: dict[int, _Run] = {}
         for one in self._seqs.values() if seq is None else (seq,):
             for rows, groups in zip(one._rows, self._groups, strict=True):

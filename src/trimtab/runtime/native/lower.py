@@ -140,7 +140,7 @@ def _missing_attention(node: AttentionSpec) -> str:
         return "A cache whose heads differ or forget tokens"
     head = heads[0]
     if head.k_format != head.v_format or head.k_format.kind not in _PAGES or head.tail is not None:
-        return f"A cache in {head.k_format} and {head.v_format}"
+        return f"A cache in {head.k_format} (keys) and {head.v_format} (values)"
     if node.head_dim % 16 or node.head_dim > 512 or head.v_head_dim != node.head_dim:
         return f"A head of {node.head_dim} elements, not a multiple of 16 up to 512,"
     for norm in (node.q_norm, node.k_norm):

@@ -45,12 +45,18 @@ class Kivi(Technique):
     residual: int = param(128, "newest tokens that stay in floats", "group or more, a multiple of group")
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (("bits", self.bits, _BITS), ("kbits", self.kbits, (0, *_BITS)), ("vbits", self.vbits, (0, *_BITS))):
+        for name, value, allowed in (
+            ("bits", self.bits, _BITS),
+            ("kbits", self.kbits, (0, *_BITS)),
+            ("vbits", self.vbits, (0, *_BITS)),
+        ):
             if value not in allowed:
                 listed = ", ".join(map(str, allowed))
                 raise SpecError(f"kivi: {name}={value} is not possible. Allowed: {listed}. Try {name}=4.")
         if self.group < 8 or self.group % 8:
-            raise SpecError(f"kivi: group={self.group} is not possible. Allowed: a multiple of 8, 8 or more. Try group=32.")
+            raise SpecError(
+                f"kivi: group={self.group} is not possible. Allowed: a multiple of 8, 8 or more. Try group=32."
+            )
         if self.residual < self.group or self.residual % self.group:
             nearest = max(self.group, round(self.residual / self.group) * self.group)
             raise SpecError(
