@@ -361,7 +361,7 @@ def test_turns_prefill_the_first_question_with_the_context(tiny_model: Any) -> N
     assert found.recompute_tokens == 2 * (len(prompt.context) + first) + 3 + second
 
 
-@pytest.mark.parametrize("method", ["full", "streaming-llm:sink=2,recent=20"])
+@pytest.mark.parametrize("method", ["full", "streaming-llm:sink=2,recent=20", "kivi:bits=2,group=16,residual=16"])
 def test_a_question_asked_again_gets_bit_equal_logits(tiny_model: Any, tiny_materials: Any, method: str) -> None:
     runners, _ = open_methods(tiny_model, [method], tiny_materials)
     track = Track(runners[method], 300)
@@ -668,7 +668,7 @@ def test_the_life_cycle_follows_what_is_held_and_read() -> None:
     [
         (("--len", "9000"), "len=9000 and the questions do not fit"),
         (("--methods", "gemfilter", "--mode", "multi-request"), "Try --mode multi-turn"),
-        (("--tasks", "kv,nedles"), "Did you mean 'needles'"),
+        (("--tasks", "kv,needls"), "Did you mean 'needles'"),
         (("--tier", "smok"), "Did you mean 'smoke'"),
     ],
 )

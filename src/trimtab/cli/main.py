@@ -22,7 +22,7 @@ VERBS = {
     "fit": "Largest context and batch that fit a machine.",
     "run": "Generate text.",
     "measure": "Predicted beside measured, quality included.",
-    "eval": "Quality alone: text or needles.",
+    "eval": "Quality alone: text, needles, or through the cache (kv).",
     "prepare": "Resolve every `auto` of a technique and keep what was found.",
     "train": "Learn what a technique needs, the model's weights frozen.",
     "calibrate": "Fit a Stack to this machine.",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from trimtab.errors import SpecError
 from trimtab.spec.formats import DTYPE_ALIASES, FLOAT_KINDS, ITEM_BYTES, WeightFormat, dtype_name
 from trimtab.spec.tree import Node
 
+#: A number of tokens, or a numpy array of such numbers: the formulas below hold for both.
+Tokens = Any
 #: Elements along the head size that share the scale and minimum of an integer page, unless said otherwise.
 PAGE_GROUP = 64
 
@@ -57,7 +60,7 @@ class PageFormat:
         """True for plain floating-point storage."""
         return self.kind in FLOAT_KINDS
 
-    def nbytes(self, tokens: int, head_dim: int) -> int:
+    def nbytes(self, tokens: Tokens, head_dim: int) -> Any:
         """Bytes of `tokens` keys (or values) of one head; by channel, of whole groups of tokens."""
         if self.kind == "bfp":
             return tokens * (-(-head_dim * self.bits // 8) + head_dim // self.group)
@@ -181,8 +184,8 @@ class HeadSpec(Node):
         """Whether tokens move from the tail into pages of another format."""
         return self.tail is not None and isinstance(self.keep, All)
 
-    def sealed(self, seen: int) -> tuple[int, int]:
-        """Keys and values that have left the tail after `seen` tokens; works on arrays too."""
+    def sealed(self, seen: Tokens) -> tuple[Any, Any]:
+        """Keys and values that have left the tail after `seen` tokens."""
         if not self.seals:
             return 0 * seen, 0 * seen
         return seen // self.residual * self.residual, _positive(seen - self.residual)
@@ -214,36 +217,36 @@ class HeadSpec(Node):
             reserved += self.k_format.nbytes(room, self.head_dim) + self.v_format.nbytes(room, self.v_head_dim)
         return KVBytes(self._held(held, k_sealed, v_sealed), reserved)
 
-    def read_bytes(self, past: int, new: int) -> int:
-        """Bytes one attention pass reads over `past` tokens in view and `new` ones; works on arrays too."""
+    def read_bytes(self, past: Tokens, new: Tokens) -> Any:
+        """Bytes one attention pass reads over `past` tokens in view and `new` ones."""
         return self._held(past + new, *self.sealed(past))
 
-    def hidden_bytes(self, past: int, hidden: int) -> int:
-        """Bytes of the oldest `hidden` of `past` tokens, which a window leaves out; works on arrays too."""
+    def hidden_bytes(self, past: Tokens, hidden: Tokens) -> Any:
+        """Bytes of the oldest `hidden` of `past` tokens, which a window leaves out."""
         k_sealed, v_sealed = self.sealed(past)
         # A group of tokens that share a scale is read as long as one of them is in view.
         every = self.k_format.group if self.k_format.by_channel else 1
         k, v = _lesser(hidden, k_sealed), _lesser(hidden, v_sealed)
         return self._held(hidden, k // every * every, v)
 
-    def sealed_bytes(self, past: int, new: int) -> int:
-        """Bytes written when tokens leave the tail in the pass that brings `new` ones; works on arrays too."""
+    def sealed_bytes(self, past: Tokens, new: Tokens) -> Any:
+        """Bytes written when tokens leave the tail in the pass that brings `new` ones."""
         (k, v), (k_after, v_after) = self.sealed(past), self.sealed(past + new)
         return self.k_format.nbytes(k_after - k, self.head_dim) + self.v_format.nbytes(v_after - v, self.v_head_dim)
 
-    def _held(self, tokens: int, k_sealed: int, v_sealed: int) -> int:
+    def _held(self, tokens: Tokens, k_sealed: Tokens, v_sealed: Tokens) -> Any:
         (k, v), h, w = self.landing, self.head_dim, self.v_head_dim
         coded = self.k_format.nbytes(k_sealed, h) + self.v_format.nbytes(v_sealed, w)
         return coded + k.nbytes(tokens - k_sealed, h) + v.nbytes(tokens - v_sealed, w)
 
 
-def _positive(count: int) -> int:
-    """The larger of a count and 0, for arrays too."""
+def _positive(count: Tokens) -> Any:
+    """The larger of a count and 0."""
     return count * (count > 0)
 
 
-def _lesser(a: int, b: int) -> int:
-    """The smaller of two counts, for arrays too."""
+def _lesser(a: Tokens, b: Tokens) -> Any:
+    """The smaller of two counts."""
     return a * (a < b) + b * (a >= b)
 
 
