@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,6 +19,9 @@ from trimtab.techniques import registry
 from trimtab.techniques.apply import applied, derive
 from trimtab.techniques.base import Stage, Technique, compose
 from trimtab.techniques.registry import parse_all, parse_technique, spec_string, technique_names
+
+
+GATES = Path(__file__).parents[1] / "fixtures" / "duo" / "tiny-llama.tsv"
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,11 @@ CASES = {
         None,
         ("bfp:man=1", "bfp:exp=3", "bfp:block=32", "bfp:block=6", "bfp:on=w"),
     ),
+    "duo": Case(
+        (f'duo:sink=1,recent=4,gates="{GATES}"', f'duo:sparsity=0.75,sink=2,recent=6,gates="{GATES}"'),
+        f'duo:sparsity=0,gates="{GATES}"',
+        (f'duo:sparsity=1.2,gates="{GATES}"', f'duo:recent=0,gates="{GATES}"', "duo:gates=llama-3.1-8b", "duo"),
+    ),
     "tmac": Case(
         ("tmac:bits=2,group=32,kernel=lut", "tmac:bits=ternary,group=-1"),
         None,
@@ -109,6 +118,7 @@ PAIRS = [
     "gemfilter:layer=1,topk=7+streaming-llm:sink=2,recent=4",
     "kivi:group=8,residual=8+streaming-llm:sink=2,recent=4",
     "kivi:bits=4,group=8,residual=8+gemfilter:layer=1,topk=7",
+    f'kivi:group=8,residual=8+duo:sink=1,recent=4,gates="{GATES}"',
 ]
 PROMPTS = {1: [[5]], 3: [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9], [2, 7, 1], list(range(40, 71))]}
 
@@ -150,7 +160,8 @@ def test_restores_after_exception_and_nesting(tiny_model: Any, tiny_materials: A
     with pytest.raises(KeyError), applied(tiny_model, setting, materials=tiny_materials):
         raise KeyError("inside")
     np.testing.assert_array_equal(_logits(tiny_model, PROMPTS[3]), before)
-    outer = "streaming-llm:sink=1,recent=5" if not setting.startswith("streaming") else "rtn:bits=8,group=16"
+    rings = setting.startswith(("streaming", "duo"))
+    outer = "rtn:bits=8,group=16" if rings else "streaming-llm:sink=1,recent=5"
     with applied(tiny_model, outer, materials=tiny_materials) as model:
         middle = _logits(model, PROMPTS[3])
         try:

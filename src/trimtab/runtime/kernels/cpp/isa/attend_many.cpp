@@ -10,6 +10,12 @@ namespace {
 constexpr int wide = 4;                        // registers of a row of the result
 constexpr int deep = lanes == 16 ? 6 : 3;      // rows of the result: as many as registers hold
 
+// Rounded twice where registers hold 8 floats: instruction sets of one width yield the same bits.
+inline FV multiply_add(FV a, FV b, FV c) {
+    if constexpr (lanes == 16) return fused(a, b, c);
+    return a * b + c;
+}
+
 // c [Q, V registers] (+)= a [Q, depth] times b [depth, V registers].
 template <int Q, int V>
 inline void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, bool add, float* c, int64_t c_stride) {
@@ -21,7 +27,7 @@ inline void multiply(const float* a, int64_t a_stride, const float* b, int64_t b
         for (int v = 0; v < V; ++v) row[v] = load<FV>(b + k * b_stride + v * lanes);
         for (int n = 0; n < Q; ++n) {
             const FV by = splat_f(a[n * a_stride + k]);
-            for (int v = 0; v < V; ++v) sum[n][v] = fused(row[v], by, sum[n][v]);
+            for (int v = 0; v < V; ++v) sum[n][v] = multiply_add(row[v], by, sum[n][v]);
         }
     }
     for (int n = 0; n < Q; ++n)
