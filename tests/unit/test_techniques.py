@@ -20,7 +20,6 @@ from trimtab.techniques.apply import applied, derive
 from trimtab.techniques.base import Stage, Technique, compose
 from trimtab.techniques.registry import parse_all, parse_technique, spec_string, technique_names
 
-
 GATES = Path(__file__).parents[1] / "fixtures" / "duo" / "tiny-llama.tsv"
 
 
