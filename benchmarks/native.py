@@ -127,7 +127,7 @@ def attention_table(threads: int, rounds: int, tokens: int = 8192) -> dict[str, 
             "sdpa_s": spread(theirs),
             "ratio": spread((np.array(theirs) / ours).tolist()),
             "kv_read": bytes_read,
-            "kv_read_by_the_graph": sum(head.read_bytes(held) for head in heads) * 30,
+            "kv_read_by_the_graph": sum(head.read_bytes(held - 1, 1) for head in heads) * 30,
         }
         session.close()
     return found
