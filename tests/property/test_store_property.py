@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.errors import CapacityError, NotRewindable, SpecError
-from trimtab.runtime.cache.pages import decode, encode
+from trimtab.runtime.cache.pages import decode, encode, widen
+from trimtab.runtime.cache.rows import Merge
 from trimtab.runtime.cache.store import KVStore
 from trimtab.runtime.numerics import bfloat16_bits
 from trimtab.runtime.step import Step
@@ -43,45 +45,68 @@ def make_spec(kind: str, keeps: tuple[Any, ...]) -> Any:
 
 
 class Naive:
-    """One sequence as it should be: every key and value ever seen, and where each stands."""
+    """One sequence as it should be: of every head of every layer the tokens in order, their keys, values and positions."""
 
     def __init__(self) -> None:
-        self.k = np.zeros((LAYERS, 0, HEADS, SIZE), np.float32)
-        self.v = np.zeros((LAYERS, 0, HEADS, SIZE), np.float32)
+        self.k = [[np.zeros((0, SIZE), np.float32) for _ in range(HEADS)] for _ in range(LAYERS)]
+        self.v = [[np.zeros((0, SIZE), np.float32) for _ in range(HEADS)] for _ in range(LAYERS)]
+        self.at = [[np.zeros(0, np.int64) for _ in range(HEADS)] for _ in range(LAYERS)]
         self.sealed = (0, 0)  # keys and values of a coded head that are coded: never fewer, whatever is cut
+        self.length = 0
 
     def copy(self) -> Naive:
-        other = Naive()
-        other.k, other.v, other.sealed = self.k.copy(), self.v.copy(), self.sealed
-        return other
+        return copy.deepcopy(self)
+
+    def append(self, k: np.ndarray, v: np.ndarray) -> None:
+        """Keys and values [LAYERS, tokens, HEADS, SIZE]."""
+        at = np.arange(self.length, self.length + k.shape[1])
+        for layer, head in np.ndindex(LAYERS, HEADS):
+            self.k[layer][head] = np.concatenate((self.k[layer][head], k[layer, :, head]))
+            self.v[layer][head] = np.concatenate((self.v[layer][head], v[layer, :, head]))
+            self.at[layer][head] = np.concatenate((self.at[layer][head], at))
+        self.length += k.shape[1]
+
+    def cut(self, tokens: int) -> None:
+        for layer, head in np.ndindex(LAYERS, HEADS):
+            for lists in (self.k, self.v, self.at):
+                lists[layer][head] = lists[layer][head][:tokens]
+        self.length = tokens
+
+    def evict(self, layer: int, head: int, keep: np.ndarray, merges: list[Merge]) -> None:
+        k, v = self.k[layer][head].copy(), self.v[layer][head].copy()
+        for merge in merges:
+            k[merge.target] += np.float32(merge.k_share) * (k[merge.source] - k[merge.target])
+            v[merge.target] += np.float32(merge.v_share) * (v[merge.source] - v[merge.target])
+        self.k[layer][head], self.v[layer][head] = k[keep], v[keep]
+        self.at[layer][head] = self.at[layer][head][keep]
 
     @property
-    def length(self) -> int:
-        return self.k.shape[1]
+    def evicted(self) -> bool:
+        return any(len(at) < self.length for layer in self.at for at in layer)
 
     def seal(self) -> None:
         keys, values = self.length // RESIDUAL * RESIDUAL, max(0, self.length - RESIDUAL)
         self.sealed = max(keys, self.sealed[0]), max(values, self.sealed[1])
 
-    def nbytes(self, spec: Any, keeps: tuple[Any, ...]) -> int:
-        """Bytes the pages hold."""
+    def nbytes(self, spec: Any, keeps: tuple[Any, ...], chosen: set[tuple[int, int]]) -> int:
+        """Bytes the pages hold; where tokens have been given up, the position of each is kept too."""
         total = 0
-        for head, keep in zip(spec.layers[0].cache.heads, keeps, strict=True):
+        for layer, head in np.ndindex(LAYERS, HEADS):
+            node, keep = spec.layers[layer].cache.heads[head], keeps[head]
             if keep != CODED:
-                total += head.nbytes(self.length).held
+                held = len(self.at[layer][head])
+                total += keep.held(held) * node.landing_bytes() + ((layer, head) in chosen) * 4 * held
                 continue
             for form, coded in zip((KEYS, VALUES), self.sealed, strict=True):
-                total += form.nbytes(coded, SIZE) + head.tail.nbytes(self.length - coded, SIZE)
-        return LAYERS * total
+                total += form.nbytes(coded, SIZE) + node.tail.nbytes(self.length - coded, SIZE)
+        return total
 
 
 def coded(values: np.ndarray, kind: str, form: PageFormat, count: int) -> np.ndarray:
     """What is read of a coded head: float32 [tokens, SIZE], the first `count` tokens through their codes."""
     landed = stored(values, kind)[None]
     past = decode(form, encode(form, landed[:, :count]), SIZE)
-    return np.concatenate(
-        (past, decode(PageFormat("fp32"), encode(PageFormat("fp32"), landed[:, count:]), SIZE)), axis=1
-    )[0]
+    return np.concatenate((past, widen(landed[:, count:])), axis=1)[0]
 
 
 def stored(values: np.ndarray, kind: str) -> np.ndarray:
@@ -92,86 +117,154 @@ def stored(values: np.ndarray, kind: str) -> np.ndarray:
 KEEPS = st.tuples(
     *[st.one_of(st.just(All()), st.just(CODED), st.builds(Ring, st.integers(0, 3), st.integers(1, 40)))] * HEADS
 )
-ACTIONS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5), st.integers(1, 90)), min_size=1, max_size=25)
+ACTIONS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 5), st.integers(1, 90)), min_size=1, max_size=25)
+
+
+class World:
+    """A store and what it should hold."""
+
+    def __init__(self, kind: str, keeps: tuple[Any, ...], seed: int) -> None:
+        self.kind, self.keeps, self.rng = kind, keeps, np.random.default_rng(seed)
+        self.store = KVStore(make_spec(kind, keeps))
+        self.alive: list[list[Any]] = [[self.store.open(reserve_tokens=seed * 7), Naive(), set()]]
+        self.marks: list[tuple[Any, Any, Naive, set[tuple[int, int]]]] = []
+
+    def act(self, action: int, which: int, amount: int) -> None:
+        """One operation on one of the sequences."""
+        store, alive = self.store, self.alive
+        if not alive:
+            alive.append([store.open(), Naive(), set()])
+        one = alive[which % len(alive)]
+        seq, naive, chosen = one
+        if action <= 2:
+            rows = alive[: which + 1] if action == 0 else [one]
+            self.append(rows, amount if action else 1)
+        elif action == 3:
+            alive.append([store.fork(seq), naive.copy(), set(chosen)])
+        elif action == 4:
+            self.marks.append((seq, store.mark(seq), naive.copy(), set(chosen)))
+        elif action == 5 and any(mark[0] is seq for mark in self.marks):
+            _, mark, then, was = next(mark for mark in self.marks if mark[0] is seq)
+            store.reset(seq, mark)
+            one[1:] = [then.copy(), set(was)]
+        elif action == 6 and which == 0 and len(alive) > 1:
+            store.free(seq)
+            alive.pop(which % len(alive))
+        elif action >= 7:
+            self.evict(one, amount)
+        else:
+            self.cut(one, min(amount, naive.length))
+
+    def cut(self, one: list[Any], tokens: int) -> None:
+        seq, naive, _ = one
+        overwritten = any(isinstance(keep, Ring) and naive.length > keep.sink + keep.recent for keep in self.keeps)
+        gone = (overwritten or naive.evicted) and tokens < naive.length
+        if gone or (CODED in self.keeps and tokens < max(naive.sealed)):
+            with pytest.raises(NotRewindable):
+                self.store.truncate(seq, tokens)
+        else:
+            self.store.truncate(seq, tokens)
+            naive.cut(tokens)
+
+    def evict(self, one: list[Any], amount: int) -> None:
+        """Give up some tokens of one head, and let some of them go into others first."""
+        seq, naive, chosen = one
+        layer, head = amount % LAYERS, amount % HEADS
+        held = len(naive.at[layer][head])
+        if self.keeps[head] != All() or held < 2:
+            return
+        keep = np.flatnonzero(self.rng.random(held) < self.rng.choice([0.1, 0.5, 0.95]))
+        gone = np.setdiff1d(np.arange(held), keep)
+        merges = []
+        if len(keep) and len(gone) and amount % 2:
+            merges = [
+                Merge(int(self.rng.choice(gone)), int(self.rng.choice(keep)), float(self.rng.random()), float(self.rng.random()))
+                for _ in range(amount % 4)
+            ]
+        if self.kind == "bf16":  # what is merged is rounded to a page's floats: compared on floats alone
+            merges = []
+        before = self.store.pages_bytes
+        self.store.evict(seq, layer, head, keep, merges)
+        assert self.store.pages_bytes <= before + 2 * 64 * SIZE * 4 * -(-held // 64)  # shared pages may have to be copied
+        naive.evict(layer, head, keep, merges)
+        chosen.add((layer, head))
+
+    def append(self, rows: list[list[Any]], tokens: int) -> None:
+        """Append to several sequences in one step and compare every view with the naive arrays."""
+        counts = [tokens + 3 * index for index in range(len(rows))]
+        step = Step.of(counts, [naive.length for _, naive, _ in rows], [seq for seq, _, _ in rows])
+        k = self.rng.standard_normal((LAYERS, sum(counts), HEADS, SIZE), dtype=np.float32)
+        v = self.rng.standard_normal((LAYERS, sum(counts), HEADS, SIZE), dtype=np.float32)
+        views = [self.store.append(layer, k[layer], v[layer], step) for layer in range(LAYERS)]
+        for row, (_, naive, _) in enumerate(rows):
+            first, end, past = int(step.cu[row]), int(step.cu[row + 1]), naive.length
+            naive.append(k[:, first:end], v[:, first:end])
+            for layer in range(LAYERS):
+                seen: set[int] = set()
+                for view in views[layer][row]:
+                    seen.update(view.heads)
+                    for index, head in enumerate(view.heads):
+                        self.compare(view, index, head, layer, naive, past, end - first)
+                assert seen == set(range(HEADS))
+            naive.seal()
+
+    def compare(self, view: Any, index: int, head: int, layer: int, naive: Naive, past: int, new: int) -> None:
+        """A new token sees itself, its chunk, and of the past what its head leaves in view."""
+        keep, at = self.keeps[head], naive.at[layer][head]
+        wanted = np.arange(len(at))
+        if isinstance(keep, Ring):
+            in_view = (at >= past) | (at < keep.sink) | (at > past - keep.recent)
+            wanted = wanted if new == 1 and past < keep.sink else wanted[in_view]
+        positions = view.positions[index] if view.positions.ndim == 2 else view.positions
+        order = np.argsort(positions)
+        assert positions[order].tolist() == at[wanted].tolist()
+        for side, (found, true) in enumerate(((view.k, naive.k), (view.v, naive.v))):
+            expected = stored(true[layer][head][wanted], self.kind)
+            if keep == CODED and found.dtype == np.float32:
+                expected = coded(true[layer][head], self.kind, (KEYS, VALUES)[side], naive.sealed[side])
+            np.testing.assert_array_equal(found[index, order], expected)
+
+    def check(self) -> None:
+        """Lengths and bytes of everything alive."""
+        for seq, naive, chosen in self.alive:
+            assert seq.length == naive.length
+            assert self.store.nbytes(seq).held == naive.nbytes(self.store.spec, self.keeps, chosen)
+
+    def close(self) -> None:
+        """When everything is given up, no page is left."""
+        for seq, _, _ in self.alive:
+            self.store.free(seq)
+        for _, mark, _, _ in self.marks:
+            self.store.release(mark)
+        assert self.store.nbytes().held == self.store.nbytes().reserved == self.store.pages_bytes == 0
+        assert all(not arena.owners.any() for arena in self.store._arenas.values())
 
 
 @settings(deadline=None, max_examples=60)
 @given(kind=st.sampled_from(["fp32", "bf16"]), keeps=KEEPS, actions=ACTIONS, seed=st.integers(0, 9))
 def test_store_equals_lists_of_arrays(kind: str, keeps: tuple[Any, ...], actions: Any, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    store = KVStore(make_spec(kind, keeps))
-    alive: list[tuple[Any, Naive]] = [(store.open(reserve_tokens=seed * 7), Naive())]
-    marks: list[tuple[Any, Any, Naive]] = []
+    world = World(kind, keeps, seed)
     for action, which, amount in actions:
-        if not alive:
-            alive.append((store.open(), Naive()))
-        seq, naive = alive[which % len(alive)]
-        if action <= 2:
-            rows = alive[: which + 1] if action == 0 else [(seq, naive)]
-            append(store, keeps, kind, rows, amount if action else 1, rng)
-        elif action == 3:
-            alive.append((store.fork(seq), naive.copy()))
-        elif action == 4:
-            marks.append((seq, store.mark(seq), naive.copy()))
-        elif action == 5 and any(mark[0] is seq for mark in marks):
-            _, mark, then = next(mark for mark in marks if mark[0] is seq)
-            store.reset(seq, mark)
-            alive[which % len(alive)] = (seq, then.copy())
-        elif action == 6 and which == 0 and len(alive) > 1:
-            store.free(seq)
-            alive.pop(which % len(alive))
-        else:
-            cut = min(amount, naive.length)
-            overwritten = any(isinstance(keep, Ring) and naive.length > keep.sink + keep.recent for keep in keeps)
-            if (overwritten and cut < naive.length) or (CODED in keeps and cut < max(naive.sealed)):
-                with pytest.raises(NotRewindable):
-                    store.truncate(seq, cut)
-            else:
-                store.truncate(seq, cut)
-                naive.k, naive.v = naive.k[:, :cut], naive.v[:, :cut]
-        for one, other in alive:
-            assert one.length == other.length
-            assert store.nbytes(one).held == other.nbytes(store.spec, keeps)
-    for seq, _ in alive:
-        store.free(seq)
-    for _, mark, _ in marks:
-        store.release(mark)
-    assert store.nbytes().held == store.nbytes().reserved == store.pages_bytes == 0
+        world.act(action, which, amount)
+        world.check()
+    world.close()
 
 
-def append(store: Any, keeps: Any, kind: str, rows: Any, tokens: int, rng: Any) -> None:
-    """Append to several sequences in one step and compare every view with the naive arrays."""
-    counts = [tokens + 3 * index for index in range(len(rows))]
-    step = Step.of(counts, [naive.length for _, naive in rows], [seq for seq, _ in rows])
-    k = rng.standard_normal((LAYERS, sum(counts), HEADS, SIZE), dtype=np.float32)
-    v = rng.standard_normal((LAYERS, sum(counts), HEADS, SIZE), dtype=np.float32)
-    views = [store.append(layer, k[layer], v[layer], step) for layer in range(LAYERS)]
-    for row, (_, naive) in enumerate(rows):
-        first, end, past = int(step.cu[row]), int(step.cu[row + 1]), naive.length
-        naive.k = np.concatenate((naive.k, k[:, first:end]), axis=1)
-        naive.v = np.concatenate((naive.v, v[:, first:end]), axis=1)
-        for layer in range(LAYERS):
-            seen: set[int] = set()
-            for view in views[layer][row]:
-                keep = keeps[view.heads[0]]
-                seen.update(view.heads)
-                # A new token sees itself, its chunk, and of the past what its `keep` leaves in view.
-                past_seen = set(range(past))
-                if isinstance(keep, Ring):
-                    past_seen = {p for p in past_seen if p < keep.sink or p > past - keep.recent}
-                wanted = sorted(past_seen | set(range(past, naive.length)))
-                if isinstance(keep, Ring) and end - first == 1 and past < keep.sink:
-                    wanted = list(range(naive.length))
-                order = np.argsort(view.positions)
-                assert view.positions[order].tolist() == wanted
-                for index, head in enumerate(view.heads):
-                    for side, (found, true) in enumerate(((view.k, naive.k), (view.v, naive.v))):
-                        expected = stored(true[layer, wanted, head], kind)
-                        if keep == CODED and found.dtype == np.float32:
-                            expected = coded(true[layer, :, head], kind, (KEYS, VALUES)[side], naive.sealed[side])
-                        np.testing.assert_array_equal(found[index, order], expected)
-            assert seen == set(range(HEADS))
-        naive.seal()
+def test_ten_thousand_operations_leak_no_page() -> None:
+    world = World("fp32", (All(), CODED, Ring(2, 20)), 3)
+    rng = np.random.default_rng(5)
+    for turn in range(10_000):
+        action, which, amount = int(rng.integers(0, 9)), int(rng.integers(0, 4)), int(rng.integers(1, 40))
+        if len(world.alive) > 6 or max(naive.length for _, naive, _ in world.alive) > 400:
+            world.store.free(world.alive.pop(0)[0])
+        while len(world.marks) > 4:
+            world.store.release(world.marks.pop(0)[1])
+        world.act(action, which, amount)
+        if turn % 500 == 0:
+            world.check()
+            taken = sum(int((arena.owners > 0).sum()) * arena.page_bytes for arena in world.store._arenas.values())
+            assert taken == world.store.pages_bytes
+    world.close()
 
 
 def test_capacity_is_refused_before_pages_are_taken() -> None:

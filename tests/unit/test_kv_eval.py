@@ -93,6 +93,9 @@ class Tape:
     def release(self, mark: list[int]) -> None:
         self.marks -= 1
 
+    def end_turn(self, seq: list[int]) -> None:
+        pass
+
     def nbytes(self, seq: list[int]) -> Any:
         class Bytes:
             held = len(seq)

@@ -22,12 +22,13 @@ from trimtab.model.tensors import as_array, as_tensor, float_tensor, widened
 from trimtab.runtime.step import Step
 from trimtab.runtime.weights.packed import Weights
 from trimtab.spec.cache import Keep, Ring
-from trimtab.spec.nodes import AttentionSpec, Unified
+from trimtab.spec.nodes import AttentionSpec, Prefill, Unified
 
 if TYPE_CHECKING:
     from trimtab.runtime.cache.store import KVStore
 
-#: Keys and values of some heads of one row: (head indices, k [G', S, H], v [G', S, H], positions [S], bytes of pages read).
+#: Keys and values of some heads of one row: (head indices, k [G', S, H], v [G', S, H], positions [S] or [G', S], bytes of pages
+#: read).
 Group = tuple[tuple[int, ...], torch.Tensor, torch.Tensor, torch.Tensor, int]
 
 
@@ -58,11 +59,12 @@ class Attention(nn.Module):
         if store is None:
             views = (self._own(k_TGH[a:b], v_TGH[a:b], positions[a:b]) for a, b in rows)
         else:
-            views = self._stored(k_TGH, v_TGH, step, store, layer)
+            views = self._stored(q_TNH, k_TGH, v_TGH, step, store, layer)
         per_head = q_TNH.shape[1] // k_TGH.shape[1]
         flops = read = 0
         recomputed = self.recomputed
-        for (a, b), groups in zip(rows, views, strict=True):
+        for row, ((a, b), groups) in enumerate(zip(rows, views, strict=True)):
+            ends = store is None or (step.ends is not None and bool(step.ends[row]))
             for heads, k_GSH, v_GSH, at_S, nbytes in groups:
                 queries = [head * per_head + i for head in heads for i in range(per_head)]
                 chosen = (
@@ -74,7 +76,7 @@ class Attention(nn.Module):
                 q_sNH = q_TNH[a:b, chosen]
                 read += nbytes
                 flops += 2 * q_sNH.shape[0] * q_sNH.shape[1] * k_GSH.shape[1] * (k_GSH.shape[2] + v_GSH.shape[2])
-                mask = visible(positions[a:b], at_S, self.spec.window, keep)
+                mask = visible(positions[a:b], at_S, self.spec.window, keep, self.spec.prefill, ends)
                 bias = self._bias(positions[a:b], at_S, mask, chosen)
                 out_TNH[a:b, chosen] = self.backend(
                     self, q_sNH, k_GSH.to(q_sNH.dtype), v_GSH.to(q_sNH.dtype), bias, chosen
@@ -84,6 +86,12 @@ class Attention(nn.Module):
             step.record.op(f"{self.path}.attend", flops=flops, weight_read=own, kv_read=read)
             if isinstance(self.spec.softmax, Unified):
                 step.record.observe(f"{self.path}.recomputed", self.recomputed - recomputed)
+        if store is not None and store.acts(layer):
+            q = as_array(q_TNH)
+            done = store.attended(layer, [q[a:b] for a, b in rows], step)
+            if step.record is not None:
+                step.record.op(f"{self.path}.evict", flops=done.flops, kv_read=done.read, kv_written=done.written)
+                step.record.observe(f"{self.path}.evict.moved", done.moved)
         return self.o_proj(out_TNH.flatten(1), step)
 
     def project(self, x_TD: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -129,11 +137,17 @@ class Attention(nn.Module):
             yield chosen, k_sGH[:, index].transpose(0, 1), v_sGH[:, index].transpose(0, 1), at_s, 0
 
     def _stored(
-        self, k_TGH: torch.Tensor, v_TGH: torch.Tensor, step: Step, store: KVStore, layer: int
+        self,
+        q_TNH: torch.Tensor,
+        k_TGH: torch.Tensor,
+        v_TGH: torch.Tensor,
+        step: Step,
+        store: KVStore,
+        layer: int,
     ) -> Iterator[list[Group]]:
         """Append to the store and yield what each row may read."""
         written = store.written
-        views = store.append(layer, as_array(k_TGH), as_array(v_TGH), step)
+        views = store.append(layer, as_array(k_TGH), as_array(v_TGH), step, as_array(q_TNH))
         if step.record is not None:
             step.record.op(f"{self.path}.append", kv_written=store.written - written)
         for row in views:
@@ -146,16 +160,23 @@ class Attention(nn.Module):
     def _bias(
         self, at_s: torch.Tensor, at_S: torch.Tensor, mask_sS: torch.Tensor | None, heads: slice | list[int]
     ) -> torch.Tensor | None:
-        """Additive mask [s, S], or with ALiBi [N', s, S]; None if every query sees every key."""
+        """Additive mask [s, S], or [N', s, S] where heads differ; None if every query sees every key."""
         bias = None
         if mask_sS is not None:
             bias = torch.zeros(mask_sS.shape).masked_fill_(~mask_sS, float("-inf"))
+            if bias.dim() == 3:
+                bias = self._by_query_head(bias)
         if self.spec.alibi:
             slopes = alibi_slopes(self.spec.num_attention_heads)[heads]
-            distance = (at_S[None, :] - at_s[:, None]).float()
+            distance = (at_S[..., None, :] - at_s[:, None]).float()
+            if distance.dim() == 3:
+                distance = self._by_query_head(distance)
             alibi = slopes[:, None, None] * distance
             bias = alibi if bias is None else alibi + bias
         return bias
+
+    def _by_query_head(self, x_GsS: torch.Tensor) -> torch.Tensor:
+        return x_GsS.repeat_interleave(self.spec.num_attention_heads // self.spec.num_key_value_heads, dim=0)
 
 
 def _normed_ordered(norm: Norm, x_TNH: torch.Tensor, order_GH: torch.Tensor, step: Step) -> torch.Tensor:
@@ -165,16 +186,30 @@ def _normed_ordered(norm: Norm, x_TNH: torch.Tensor, order_GH: torch.Tensor, ste
     return norm(in_model, step).gather(-1, order_NH.expand_as(x_TNH))
 
 
-def visible(at_s: torch.Tensor, at_S: torch.Tensor, window: int | None, keep: Keep) -> torch.Tensor | None:
-    """Which keys each query sees [s, S], or None if all of them: causal, inside the window, inside the ring."""
+def visible(
+    at_s: torch.Tensor,
+    at_S: torch.Tensor,
+    window: int | None,
+    keep: Keep,
+    prefill: Prefill | None = None,
+    ends: bool = False,
+) -> torch.Tensor | None:
+    """Which keys each query sees [s, S], or [G, s, S] where heads hold different ones; None if all of them: causal, inside the
+    window, inside the ring, inside the pattern of a prompt (`ends`: these are its last queries).
+    """
     if len(at_s) == 1 and window is None and not isinstance(keep, Ring):
         return None
-    query, key = at_s[:, None], at_S[None, :]
+    query, key = at_s[:, None], at_S[..., None, :]
     seen = key <= query
     if window is not None:
         seen &= key > query - window
     if isinstance(keep, Ring):
         seen &= (key < keep.sink) | (key > query - keep.recent)
+    if prefill is not None and len(at_s) > 1:
+        near = (key < prefill.sink) | (key > query - prefill.local)
+        if ends and prefill.last:
+            near[..., -prefill.last :, :] = True
+        seen &= near
     return None if bool(seen.all()) else seen
 
 

@@ -75,6 +75,7 @@ class Step:
         record: meter, or None.
         taps: by point name (``mlp.gate``, ``self_attn.qk``, ...); empty costs nothing.
         reach: [B] tokens each sequence will have in the end, as far as that is known; None = those of this pass.
+        ends: [B] whether this pass ends the prompt of a sequence: policies of the cache act then; None = it ends none.
     """
 
     seqs: Sequence[Seq]
@@ -83,6 +84,7 @@ class Step:
     record: Recorder | None = None
     taps: Mapping[str, Tap] = field(default_factory=dict)
     reach: IntArray | None = None
+    ends: npt.NDArray[np.bool_] | None = None
 
     @property
     def rows(self) -> int:
@@ -102,9 +104,16 @@ class Step:
         seqs: Sequence[Seq] = (),
         record: Recorder | None = None,
         reach: Sequence[int] | None = None,
+        ends: Sequence[bool] | None = None,
     ) -> Step:
         """Build a step from the new and the earlier token count of each row, each with at least one new token."""
         cu = np.concatenate([[0], np.cumsum(new)]).astype(np.int64)
         positions = np.concatenate([np.arange(p, p + n) for n, p in zip(new, past, strict=True)]).astype(np.int64)
-        ends = None if reach is None else np.asarray(reach, dtype=np.int64)
-        return Step(seqs=seqs, cu=cu, positions=positions, record=record, reach=ends)
+        return Step(
+            seqs=seqs,
+            cu=cu,
+            positions=positions,
+            record=record,
+            reach=None if reach is None else np.asarray(reach, dtype=np.int64),
+            ends=None if ends is None else np.asarray(ends, dtype=np.bool_),
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,10 @@ from trimtab.spec.tree import Node
 Tokens = Any
 #: Elements along the head size that share the scale and minimum of an integer page, unless said otherwise.
 PAGE_GROUP = 64
+#: Tokens of a tile of a page whose tokens share scales.
+_TILE = 16
+#: Bytes of a cache line.
+_LINE = 64
 
 _INT_BITS = {"int8": 8, "int4": 4, "int2": 2}
 _PAGE_KINDS = (*FLOAT_KINDS, "fp8", *_INT_BITS, "bfp")
@@ -101,11 +107,11 @@ def page_format(asked: str) -> PageFormat:
 class All:
     """Keep every token."""
 
-    def held(self, seen: int) -> int:
-        """Tokens held after `seen` tokens."""
+    def held(self, seen: Tokens, prompt: Tokens = None) -> Any:
+        """Tokens held after `seen` tokens, of which the first `prompt` came before the first answer."""
         return seen
 
-    def visible(self, past: int) -> int:
+    def visible(self, past: Tokens, prompt: Tokens = None) -> Any:
         """Of `past` earlier tokens, those a new token may still read."""
         return past
 
@@ -124,20 +130,116 @@ class Ring:
         if self.sink < 0 or self.recent < 1:
             raise SpecError(f"ring: sink={self.sink}, recent={self.recent}. Allowed: sink >= 0, recent >= 1.")
 
-    def held(self, seen: int) -> int:
+    def held(self, seen: Tokens, prompt: Tokens = None) -> Any:
         """Tokens held after `seen` tokens."""
-        return min(seen, self.sink + self.recent)
+        return _lesser(seen, self.sink + self.recent)
 
-    def visible(self, past: int) -> int:
+    def visible(self, past: Tokens, prompt: Tokens = None) -> Any:
         """Of `past` earlier tokens, those a new token may still read: the new one is the last of the recent."""
-        return min(past, self.sink + self.recent - 1)
+        return _lesser(past, self.sink + self.recent - 1)
 
     def __str__(self) -> str:
         return f"sink {self.sink} + recent {self.recent}"
 
 
-Keep = All | Ring
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Keep the `tokens` tokens that a policy chooses.
+
+    Args:
+        tokens: most tokens kept.
+        when: ``prompt``: once, when the prompt has ended; what follows is kept. ``pass``: after every pass.
+    """
+
+    tokens: int
+    when: str = "prompt"
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.when not in ("prompt", "pass"):
+            raise SpecError(
+                f"budget: tokens={self.tokens}, when={self.when}. Allowed: tokens >= 1, when prompt or pass."
+            )
+
+    def held(self, seen: Tokens, prompt: Tokens = None) -> Any:
+        """Tokens held after `seen` tokens; without `prompt`, all of them were the prompt."""
+        if self.when == "pass" or prompt is None:
+            return _lesser(seen, self.tokens)
+        ended = seen >= prompt
+        return ended * (_lesser(prompt, self.tokens) + _positive(seen - prompt)) + (1 - ended) * seen
+
+    def visible(self, past: Tokens, prompt: Tokens = None) -> Any:
+        """Of `past` earlier tokens, those a new token may still read."""
+        return self.held(past, prompt)
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens, chosen {'after the prompt' if self.when == 'prompt' else 'after every pass'}"
+
+
+Keep = All | Ring | Budget
 KEEP_ALL = All()
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySpec:
+    """Who decides which tokens or channels stay.
+
+    Args:
+        name: ``module:Class``, imported when a store opens; see `runtime.cache.policy.Policy`.
+        params: its keyword arguments.
+        queries: newest queries it looks at: 0 none, -1 all of a pass.
+        products: whether it multiplies them with the keys that are held.
+        score: whether it keeps one float32 for every token that is held.
+    """
+
+    name: str
+    params: tuple[tuple[str, int | float | str], ...] = ()
+    queries: int = 0
+    products: bool = False
+    score: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Thin:
+    """When the prompt has ended, keys lose all channels but some; the index of those is kept as one byte each.
+
+    Args:
+        channels: kept, of every head its own.
+        recent: newest keys of the prompt that stay whole, where no `residual` says so.
+        policy: chooses the channels.
+    """
+
+    channels: int
+    recent: int
+    policy: PolicySpec
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """A pass of one token reads only some pieces of what is held: the newest, and those that promise most by bounds of their keys.
+
+    Bounds are the least and the largest of each channel of a piece, in bf16. Source: Tang et al., Quest, arXiv 2406.10774.
+
+    Args:
+        tokens: most that are read, a multiple of `piece`.
+        piece: neighbouring tokens with bounds of their own.
+    """
+
+    tokens: int
+    piece: int = 16
+
+    def __post_init__(self) -> None:
+        if self.piece < 1 or self.tokens < self.piece or self.tokens % self.piece:
+            raise SpecError(
+                f"pieces of {self.piece} tokens, {self.tokens} read: not possible. Allowed: a multiple of the piece from one on."
+            )
+
+    def read(self, held: Tokens) -> Any:
+        """Tokens read of `held`."""
+        return _lesser(held, self.tokens - self.piece + (held - 1) % self.piece + 1)
+
+    def bounds_bytes(self, tokens: Tokens, head_dim: int) -> Any:
+        """Bytes of the bounds of so many tokens."""
+        return -(-tokens // self.piece) * 2 * head_dim * ITEM_BYTES["bf16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +265,9 @@ class HeadSpec(Node):
         tail: floating format in which the newest tokens stay at first; None = tokens are coded as they come.
         residual: with a tail, how many: keys are coded `residual` at a time, as soon as that many stand in the tail; values one
             by one, so that the last `residual` ones stay. A ring is kept in the tail's format altogether.
+        policy: of a `Budget`.
+        thin: fewer channels for keys that have left the tail.
+        select: which of the tokens held a pass of one token reads; None = all.
     """
 
     head_dim: int
@@ -173,6 +278,32 @@ class HeadSpec(Node):
     page: int = 64
     tail: PageFormat | None = None
     residual: int = 0
+    policy: PolicySpec | None = None
+    thin: Thin | None = None
+    select: Pieces | None = None
+
+    def __post_init__(self) -> None:
+        if self.select is not None and (self.seals or self.k_format.by_channel or not isinstance(self.keep, All)):
+            how = f"keeps {self.keep}" if not isinstance(self.keep, All) else "codes or thins keys after they were written"
+            raise SpecError(
+                f"Reading some pieces of a cache that {how}: not possible, since bounds of its pieces would not hold. "
+                "Allowed: a cache that keeps every token as it was written. Use one of the two."
+            )
+        if self.seals and isinstance(self.keep, Budget) and self.keep.when == "pass":
+            raise SpecError(
+                f"A cache of {self.keep} whose keys are coded or thinned later: not possible, since groups of tokens that share a "
+                "scale cannot be moved. Allowed: tokens chosen after the prompt, or a cache written in its last format at once."
+            )
+        if self.thin is not None and isinstance(self.keep, Ring):
+            raise SpecError(
+                f"Keys of fewer channels in a ring ({self.keep}): not possible, since nothing in a ring grows old. "
+                "Allowed: a head that keeps its tokens. Name what makes rings first, then the heads left are thinned."
+            )
+        if self.thin is not None and self.tail is None and not self.k_format.is_float:
+            raise SpecError(
+                f"Keys of fewer channels in {self.k_format} without a tail in floats: not possible, since keys are written whole "
+                "before they are thinned. Allowed: keys in float32, bfloat16 or float16, or a tail."
+            )
 
     @property
     def landing(self) -> tuple[PageFormat, PageFormat]:
@@ -181,14 +312,33 @@ class HeadSpec(Node):
 
     @property
     def seals(self) -> bool:
-        """Whether tokens move from the tail into pages of another format."""
-        return self.tail is not None and isinstance(self.keep, All)
+        """Whether tokens move from the pages they land in to others."""
+        return (self.tail is not None or self.thin is not None) and not isinstance(self.keep, Ring)
 
-    def sealed(self, seen: Tokens) -> tuple[Any, Any]:
-        """Keys and values that have left the tail after `seen` tokens."""
+    @property
+    def waits(self) -> bool:
+        """Whether nothing leaves the tail before the prompt has ended: tokens or channels are chosen then."""
+        return self.thin is not None or (isinstance(self.keep, Budget) and self.keep.when == "prompt")
+
+    @property
+    def k_width(self) -> int:
+        """Elements of a key that has left the tail."""
+        return self.head_dim if self.thin is None else self.thin.channels
+
+    def sealed(self, seen: Tokens, prompt: Tokens = None) -> tuple[Any, Any]:
+        """Keys and values that have left the tail after `seen` tokens; without `prompt`, all of them were the prompt."""
         if not self.seals:
             return 0 * seen, 0 * seen
-        return seen // self.residual * self.residual, _positive(seen - self.residual)
+        held = self.keep.held(seen, prompt)
+        if self.tail is not None:
+            k, v = held // self.residual * self.residual, _positive(held - self.residual)
+        else:
+            assert self.thin is not None
+            k, v = _positive(self.keep.held(seen if prompt is None else prompt) - self.thin.recent), 0 * held
+        if self.waits and prompt is not None:
+            ended = seen >= prompt
+            k, v = k * ended, v * ended
+        return k, v
 
     def landing_bytes(self) -> int:
         """Bytes written for one new token, key and value."""
@@ -197,46 +347,88 @@ class HeadSpec(Node):
 
     def token_bytes(self) -> int | float:
         """Bytes of one cached token, key and value, once it has left the tail."""
-        if self.tail is not None and not self.seals:
+        if not self.seals:
             return self.landing_bytes()
         tokens = self.k_format.group if self.k_format.by_channel else 1
-        total = self.k_format.nbytes(tokens, self.head_dim) + self.v_format.nbytes(tokens, self.v_head_dim)
+        v_format = self.landing[1] if self.tail is None else self.v_format
+        total = self.k_format.nbytes(tokens, self.k_width) + v_format.nbytes(tokens, self.v_head_dim)
         return total // tokens if total % tokens == 0 else total / tokens
 
-    def nbytes(self, tokens: int) -> KVBytes:
-        """Bytes of this head after `tokens` tokens of one sequence."""
-        held = self.keep.held(tokens)
-        k_sealed, v_sealed = self.sealed(tokens)
-        reserved = (
-            -(-_bounded(held, self.residual + 1 if self.seals else None) // self.page)
-            * self.page
-            * self.landing_bytes()
+    def page_tokens(self, format: PageFormat) -> int:
+        """Tokens of a page in a format: whole groups and tiles where tokens share a scale."""
+        return math.lcm(self.page, format.group, _TILE) if format.by_channel else self.page
+
+    def page_bytes(self, format: PageFormat, width: int) -> int:
+        """Bytes of a page of keys or values; pages start at a cache line."""
+        return -(-format.nbytes(self.page_tokens(format), width) // _LINE) * _LINE
+
+    def nbytes(self, tokens: int, prompt: int | None = None) -> KVBytes:
+        """Bytes of this head after `tokens` tokens of one sequence, the first `prompt` of which came before the first answer."""
+        held, sealed = self.keep.held(tokens, prompt), self.sealed(tokens, prompt)
+        reserved = 0
+        sides = zip(
+            self.landing,
+            (self.k_format, self.v_format),
+            self._widths,
+            (self.head_dim, self.v_head_dim),
+            sealed,
+            strict=True,
         )
-        if self.seals:
-            room = -(-max(k_sealed, v_sealed) // self.page) * self.page
-            reserved += self.k_format.nbytes(room, self.head_dim) + self.v_format.nbytes(room, self.v_head_dim)
-        return KVBytes(self._held(held, k_sealed, v_sealed), reserved)
+        for landing, coded, width, whole, count in sides:
+            pages = -(-held // self.page) - count // self.page
+            reserved += pages * self.page_bytes(landing, whole)
+            if count:
+                reserved += -(-count // self.page_tokens(coded)) * self.page_bytes(coded, width)
+        side, room = self._sides(held), self._sides(-(-held // self.page) * self.page)
+        if self.thin is not None and sealed[0]:
+            side, room = side + self.thin.channels, room + self.thin.channels
+        return KVBytes(self._held(held, *sealed) + side, reserved + room)
 
-    def read_bytes(self, past: Tokens, new: Tokens) -> Any:
-        """Bytes one attention pass reads over `past` tokens in view and `new` ones."""
-        return self._held(past + new, *self.sealed(past))
+    def peak_nbytes(self, tokens: int, prompt: int) -> KVBytes:
+        """The most bytes at any time on the way to `tokens` tokens."""
+        ends = self.nbytes(tokens, prompt)
+        if not self.waits:
+            return ends
+        before = dataclasses.replace(
+            self, keep=KEEP_ALL, thin=None, residual=0, k_format=self.landing[0], v_format=self.landing[1], tail=None
+        )
+        return max(ends, before.nbytes(prompt), key=lambda found: found.reserved)
 
-    def hidden_bytes(self, past: Tokens, hidden: Tokens) -> Any:
-        """Bytes of the oldest `hidden` of `past` tokens, which a window leaves out."""
-        k_sealed, v_sealed = self.sealed(past)
+    def read_bytes(self, past: Tokens, new: Tokens, prompt: Tokens = None) -> Any:
+        """Bytes one attention pass of `new` tokens reads after `past` earlier ones, bounds of pieces included."""
+        in_view = self.keep.visible(past, prompt) + new
+        whole = self._held(in_view, *self.sealed(past, prompt))
+        if self.select is None:
+            return whole
+        single, bounds = new == 1, self.select.bounds_bytes(in_view, self.head_dim)
+        some = self.select.read(in_view) * self.landing_bytes() + bounds
+        return single * some + (1 - single) * whole
+
+    def hidden_bytes(self, past: Tokens, hidden: Tokens, prompt: Tokens = None) -> Any:
+        """Bytes of the oldest `hidden` tokens in view, which a window leaves out."""
+        k_sealed, v_sealed = self.sealed(past, prompt)
         # A group of tokens that share a scale is read as long as one of them is in view.
         every = self.k_format.group if self.k_format.by_channel else 1
         k, v = _lesser(hidden, k_sealed), _lesser(hidden, v_sealed)
         return self._held(hidden, k // every * every, v)
 
-    def sealed_bytes(self, past: Tokens, new: Tokens) -> Any:
-        """Bytes written when tokens leave the tail in the pass that brings `new` ones."""
-        (k, v), (k_after, v_after) = self.sealed(past), self.sealed(past + new)
-        return self.k_format.nbytes(k_after - k, self.head_dim) + self.v_format.nbytes(v_after - v, self.v_head_dim)
+    def sealed_bytes(self, past: Tokens, new: Tokens, prompt: Tokens = None) -> Any:
+        """Bytes written when tokens leave the tail after the pass that brings `new` ones."""
+        (k, v), (k_after, v_after) = self.sealed(past, prompt), self.sealed(past + new, prompt)
+        return self.k_format.nbytes(k_after - k, self.k_width) + self.v_format.nbytes(v_after - v, self.v_head_dim)
+
+    @property
+    def _widths(self) -> tuple[int, int]:
+        return self.k_width, self.v_head_dim
+
+    def _sides(self, tokens: int) -> int:
+        """Bytes kept beside so many tokens: positions and scores of chosen ones, bounds of pieces."""
+        each = 4 * (isinstance(self.keep, Budget) + (self.policy is not None and self.policy.score))
+        return tokens * each + (0 if self.select is None else self.select.bounds_bytes(tokens, self.head_dim))
 
     def _held(self, tokens: Tokens, k_sealed: Tokens, v_sealed: Tokens) -> Any:
         (k, v), h, w = self.landing, self.head_dim, self.v_head_dim
-        coded = self.k_format.nbytes(k_sealed, h) + self.v_format.nbytes(v_sealed, w)
+        coded = self.k_format.nbytes(k_sealed, self.k_width) + self.v_format.nbytes(v_sealed, w)
         return coded + k.nbytes(tokens - k_sealed, h) + v.nbytes(tokens - v_sealed, w)
 
 
@@ -248,10 +440,6 @@ def _positive(count: Tokens) -> Any:
 def _lesser(a: Tokens, b: Tokens) -> Any:
     """The smaller of two counts."""
     return a * (a < b) + b * (a >= b)
-
-
-def _bounded(count: int, most: int | None) -> int:
-    return count if most is None else min(count, most)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,9 +473,9 @@ class CacheSpec(Node):
         """Bytes of one sequence whatever its tokens."""
         return sum(state.nbytes() for state in self.states)
 
-    def nbytes(self, tokens: int) -> KVBytes:
+    def nbytes(self, tokens: int, prompt: int | None = None) -> KVBytes:
         """Bytes of this layer after `tokens` tokens of one sequence, states included."""
         total = KVBytes(self.state_bytes, self.state_bytes)
         for head in self.heads:
-            total = total + head.nbytes(tokens)
+            total = total + head.nbytes(tokens, prompt)
         return total

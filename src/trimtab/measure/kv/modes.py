@@ -146,10 +146,8 @@ class Track:
         self.session.store.release(point.mark)
 
     def end_turn(self) -> None:
-        """Tell the cache's policy that a turn is over, if this session passes that on."""
-        end = getattr(self.session, "end_turn", None)
-        if end is not None:
-            end()
+        """Tell the cache that a turn is over."""
+        self.session.end_turn()
 
     @property
     def decode_s(self) -> float:

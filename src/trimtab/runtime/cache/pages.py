@@ -1,50 +1,145 @@
-"""How keys and values lie in pages: the codec of every page format, on numpy arrays.
+"""How keys and values lie in pages: access to them, and the codec of every page format on numpy arrays.
 
-`decode(encode(x))` is what a page stands for, and the oracle of every kernel that reads one.
+`decode(encode(x))` is what a page stands for, and the oracle of every kernel that writes or reads one; how the bytes lie is told in
+`kernels/cpp/native/pages.h`.
 
-Legend: G heads, T tokens, H head size, n elements that share a scale.
+Legend: G heads, T tokens, H head size, W elements of a token that are stored, M pages, n elements that share a scale.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from trimtab.errors import SpecError
-from trimtab.runtime.kernels import pack_codes, unpack_codes
+from trimtab.runtime.cache.arena import Arena
+from trimtab.runtime.kernels import _core, pack_codes, unpack_codes
 from trimtab.runtime.numerics import bfloat16_bits, bfloat16_to_float32
 from trimtab.runtime.numerics.bfp import BlockFloat, decode_bfp, encode_bfp, pack_bfp, unpack_bfp
 from trimtab.runtime.numerics.scaled import E4M3_VALUES, encode_e4m3
+from trimtab.runtime.step import IntArray
 from trimtab.runtime.weights.packed import NUMPY_DTYPES
 from trimtab.spec.cache import PageFormat
 
 #: Encoded tokens: one array [G, T, ...] of a float format; codes, then what they are scaled by, of another.
 Parts = tuple[np.ndarray, ...]
+_TOO_LARGE = "A key or value is not finite, or beyond what an fp16 scale can express. Keep this cache in floats."
 
 
-class Buffer(NamedTuple):
-    """One array of a run: dtype, elements of an entry, and tokens of an entry (1, or those that share a scale)."""
+#: Page formats -> index in `PageKind` of ``cpp/native/pages.h``, for tokens side by side and for channels side by side.
+_ROWS = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8": 3, "int8": 4, "int4": 4, "int2": 4, "bfp": 5}
+_TURNED = {"fp32": 6, "fp16": 7, "bf16": 8}
+_GROUPED = 9
+#: Tokens of a tile of pages whose channels lie side by side.
+_TILE = 16
 
-    dtype: np.dtype
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One kind of page.
+
+    Args:
+        form: how a token is coded.
+        width: elements of a token.
+        tokens: of a page.
+        turned: floats lie channel after channel, which a kernel that reads few of them wants.
+
+    Attributes:
+        code: the kind as the kernels take it.
+        plain: numpy can read and write its floats.
+    """
+
+    form: PageFormat
     width: int
-    tokens: int = 1
+    tokens: int
+    turned: bool = False
+
+    @property
+    def code(self) -> tuple[int, int, int, int, int]:
+        """Kind, tokens, width, bits and group."""
+        kind = _GROUPED if self.form.by_channel else _ROWS[self.form.kind] if self.plain else self._coded
+        return kind, self.tokens, self.width, self.form.bits, self.form.group
+
+    @property
+    def plain(self) -> bool:
+        """Whether it holds the floats of one token after another."""
+        return self.form.is_float and not (self.turned and self.tokens % _TILE == 0)
+
+    @property
+    def _coded(self) -> int:
+        return _TURNED[self.form.kind] if self.form.is_float else _ROWS[self.form.kind]
+
+    def nbytes(self, tokens: Any) -> Any:
+        """Bytes of so many tokens of one head."""
+        return self.form.nbytes(tokens, self.width)
+
+    def floats(self, arena: Arena) -> np.ndarray:
+        """All pages of an arena as the floats they hold [pages, tokens, W]; bf16 as uint16."""
+        dtype = NUMPY_DTYPES[self.form.kind]
+        used = arena.data[:, : self.tokens * self.width * dtype.itemsize]
+        return used.view(dtype).reshape(len(used), self.tokens, self.width)
 
 
-def buffers(form: PageFormat, size: int) -> tuple[Buffer, ...]:
-    """The arrays that hold tokens of `size` elements in a format, in the order of `encode`."""
-    byte, half = NUMPY_DTYPES["u8"], NUMPY_DTYPES["fp16"]
-    if form.is_float:
-        return (Buffer(NUMPY_DTYPES[form.kind], size),)
-    if form.kind == "fp8":
-        return (Buffer(byte, size),)
-    codes = Buffer(byte, -(-size * form.bits // 8))
-    if form.kind == "bfp":
-        return codes, Buffer(byte, size // form.group)
-    if form.by_channel:
-        return codes, Buffer(half, size, form.group), Buffer(half, size, form.group)
-    groups = -(-size // form.group)
-    return codes, Buffer(half, groups), Buffer(half, groups)
+def read_pages(page: Page, arena: Arena, table: IntArray, addresses: IntArray, first: int, end: int) -> np.ndarray:
+    """Tokens [first, end) of G heads, [G, n, W]: their own floats where the page is plain, else what the codes stand for, float32.
+
+    Args:
+        table, addresses: [G, M], index and address of each page.
+    """
+    count = end - first
+    if not page.plain:
+        found = np.empty((len(table), count, page.width), np.float32)
+        if count:
+            _core.decode_pages(page.code, addresses, first, count, found)
+        return found
+    floats = page.floats(arena)
+    if count == 0:
+        return np.empty((len(table), 0, page.width), floats.dtype)
+    low, high = first // page.tokens, -(-end // page.tokens)
+    part = table[:, low:high]
+    inside = slice(first - low * page.tokens, end - low * page.tokens)
+    if floats[0].nbytes == arena.page_bytes and bool((np.diff(part, axis=1) == 1).all()):
+        starts = part[:, 0]
+        apart = int(starts[1] - starts[0]) if len(starts) > 1 else 0
+        if bool((np.diff(starts) == apart).all()) and apart >= 0:  # one stretch of memory: nothing need be moved
+            item = floats.itemsize
+            return np.lib.stride_tricks.as_strided(
+                floats[starts[0]].reshape(page.tokens, page.width),
+                (len(part), (high - low) * page.tokens, page.width),
+                (apart * arena.page_bytes, page.width * item, item),
+            )[:, inside]
+    return floats[part].reshape(len(part), -1, page.width)[:, inside]
+
+
+def write_pages(page: Page, arena: Arena, table: IntArray, addresses: IntArray, first: int, values: np.ndarray) -> None:
+    """Write tokens [G, s, W] from slot `first` on.
+
+    Raises:
+        SpecError: a value that the format cannot hold.
+    """
+    if page.plain:
+        slots = np.arange(first, first + values.shape[1])
+        page.floats(arena)[table[:, slots // page.tokens], slots % page.tokens] = _converted(values, page.form.kind)
+    elif not _core.encode_pages(page.code, addresses, first, np.ascontiguousarray(widen(values))):
+        raise SpecError(_TOO_LARGE)
+
+
+def bounds_of(k_GTH: np.ndarray, piece: int) -> np.ndarray:
+    """Bf16 bits of the least and the largest of each channel, in pieces of so many tokens: uint16 [G, ceil(T / piece), 2, H].
+
+    Rounded outwards, so that they bound.
+    """
+    heads, tokens, size = k_GTH.shape
+    pieces = -(-tokens // piece)
+    full = np.pad(k_GTH, ((0, 0), (0, pieces * piece - tokens), (0, 0)), mode="edge").reshape(
+        heads, pieces, piece, size
+    )
+    least, most = (np.ascontiguousarray(x, np.float32).view(np.uint32) for x in (full.min(axis=2), full.max(axis=2)))
+    up, down = (np.uint32(0xFFFF) * (bits >> 31 ^ flip) for bits, flip in ((most, 1), (least, 0)))
+    bounds = np.stack(((least + down) >> 16, (most + up) >> 16), axis=2)
+    return bounds.astype(np.uint16)
 
 
 def encode(form: PageFormat, x_GTH: np.ndarray) -> Parts:
@@ -59,7 +154,7 @@ def encode(form: PageFormat, x_GTH: np.ndarray) -> Parts:
     """
     if form.is_float:
         return (_converted(x_GTH, form.kind),)
-    x = np.ascontiguousarray(_wide(x_GTH))
+    x = np.ascontiguousarray(widen(x_GTH))
     if form.kind == "fp8":
         return (encode_e4m3(x),)
     if form.kind == "bfp":
@@ -115,9 +210,7 @@ def _steps(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
         base = minimum.astype(np.float32)
         scale = ((x.max(axis=-1) - base) / top).clip(0).astype(np.float16)
     if not (np.isfinite(scale).all() and np.isfinite(minimum).all()):
-        raise SpecError(
-            "A key or value is not finite, or beyond what an fp16 scale can express. Keep this cache in floats."
-        )
+        raise SpecError(_TOO_LARGE)
     step = scale.astype(np.float32)[..., None]
     codes = np.divide(x - base[..., None], step, out=np.zeros_like(x), where=step > 0)
     return np.rint(codes).clip(0, top).astype(np.uint8), scale, minimum
@@ -132,7 +225,8 @@ def _block_float(form: PageFormat) -> BlockFloat:
     return BlockFloat(bits=form.bits, block=form.group)
 
 
-def _wide(values: np.ndarray) -> np.ndarray:
+def widen(values: np.ndarray) -> np.ndarray:
+    """Floats of any width, bf16 as uint16, as float32."""
     return bfloat16_to_float32(values) if values.dtype == np.uint16 else values.astype(np.float32, copy=False)
 
 
@@ -140,5 +234,5 @@ def _converted(values: np.ndarray, kind: str) -> np.ndarray:
     """Bring keys or values to a floating dtype; uint16 is bf16."""
     if values.dtype == NUMPY_DTYPES[kind]:
         return values
-    wide = _wide(values)
+    wide = widen(values)
     return bfloat16_bits(wide) if kind == "bf16" else wide.astype(NUMPY_DTYPES[kind])

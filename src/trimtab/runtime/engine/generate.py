@@ -84,6 +84,7 @@ class Session:
         self.seqs: list[Seq] = []
         self.lengths: list[int] = []
         self._reach: list[int] = []
+        self._prompts: list[int] = []
 
     def prefill(self, prompts: Sequence[Sequence[int] | IntArray], reserve: int = 0) -> np.ndarray:
         """Run the prompts of all rows side by side, in chunks, and return the logits after each [B, V].
@@ -105,6 +106,7 @@ class Session:
         rows = [row[self.runner.keep_tokens(row, self.record)] for row in rows]
         self.seqs = [self.store.open(reserve_tokens=len(row) + reserve) for row in rows]
         self.lengths, self._reach = [0] * len(rows), [len(row) + reserve for row in rows]
+        self._prompts = [len(row) for row in rows]
         logits: list[np.ndarray | None] = [None] * len(rows)
         while any(done < len(row) for done, row in zip(self.lengths, rows, strict=True)):
             pieces = [row[done : done + self.chunk] for done, row in zip(self.lengths, rows, strict=True)]
@@ -139,12 +141,18 @@ class Session:
         self.seqs = [self.seqs[index] for index in rows]
         self.lengths = [self.lengths[index] for index in rows]
         self._reach = [self._reach[index] for index in rows]
+        self._prompts = [self._prompts[index] for index in rows]
+
+    def end_turn(self) -> None:
+        """Tell that the answers are complete: policies that act between turns do so now."""
+        for seq in self.seqs:
+            self.store.end_turn(seq)
 
     def close(self) -> None:
         """Free the sequences."""
         for seq in self.seqs:
             self.store.free(seq)
-        self.seqs, self.lengths, self._reach = [], [], []
+        self.seqs, self.lengths, self._reach, self._prompts = [], [], [], []
 
     def _forward(self, active: list[int], pieces: list[IntArray], last: list[int] | None) -> np.ndarray:
         """One pass over `pieces` of the rows `active`; logits after the last token of the rows `last` (None = all)."""
@@ -155,7 +163,11 @@ class Session:
         for earlier, more in zip(past, new, strict=True):
             check_context(self.runner.spec, earlier, more)
         reach = [self._reach[index] for index in active]
-        step = Step.of(new, past, [self.seqs[index] for index in active], self.record, reach)
+        ends = [
+            earlier < self._prompts[index] <= earlier + more
+            for index, earlier, more in zip(active, past, new, strict=True)
+        ]
+        step = Step.of(new, past, [self.seqs[index] for index in active], self.record, reach, ends)
         if last is None:
             wanted = np.arange(int(step.cu[-1]), dtype=np.int64)
         else:
