@@ -92,7 +92,7 @@ class WorkerError(Exception):
 class Worker:
     """A process that answers one JSON line with another."""
 
-    def __init__(self, arm: Arm, model: str, threads: int) -> None:
+    def __init__(self, arm: Arm, model: str, threads: int, **asked: Any) -> None:
         python, script = WORKERS[arm.who]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in close)
         self.process = subprocess.Popen(
@@ -103,7 +103,7 @@ class Worker:
             text=True,
         )
         try:
-            request: dict[str, Any] = {"model": model, "threads": threads}
+            request: dict[str, Any] = {"model": model, "threads": threads, **asked}
             self.told = self.ask(request | ({"techniques": list(arm.techniques)} if arm.who == "ours" else {}))
         except WorkerError:
             self.close()

@@ -1,8 +1,9 @@
-"""The protocol between benchmarks/decode.py and those it times: one JSON line asks, one answers.
+"""The protocol between benchmarks/decode.py, kv_decode.py and those they time: one JSON line asks, one answers.
 
 First ``{"model": path, "threads": n, ...}``, answered by what is to be told of the contestant; then any number of
 ``{"prompt": [ids], "gen": n}``, answered by ``{"prefill_s", "decode_s", "decoded", "ids"}``. What goes wrong is answered as
-``{"error": ...}``.
+``{"error": ...}``. With ``"context": tokens`` in the first line a prompt stays, and an empty one asks for what follows further;
+``"kv"`` names the format of keys and values.
 """
 
 from __future__ import annotations

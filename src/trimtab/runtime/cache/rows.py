@@ -225,6 +225,13 @@ class Row:
             self.positions[:, first:end] = np.arange(self.seen, self.seen + count)
         self.held, self.seen = end, self.seen + count
 
+    def skip(self, count: int, sealed: int) -> None:
+        """Count tokens that came, and values that were coded, where pages had room for them."""
+        if self.positions is not None:
+            self.positions[:, self.held : self.held + count] = np.arange(self.seen, self.seen + count)
+        self.held, self.seen = self.held + count, self.seen + count
+        self.sealed = self.sealed[0], self.sealed[1] + sealed
+
     def overwrite(self, slot: int, values: Sequence[np.ndarray] | None = None) -> None:
         """Write one new token of a full ring [G, 1, H] to a slot; without values, the slot is made ready for it."""
         for column in LANDING:

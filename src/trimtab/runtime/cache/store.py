@@ -17,12 +17,13 @@ import numpy as np
 
 from trimtab.errors import CapacityError, NotRewindable, SpecError
 from trimtab.runtime.cache.arena import Arena, machine_bytes
-from trimtab.runtime.cache.eviction import Attended, attended, choose_pieces
-from trimtab.runtime.cache.pages import widen
+from trimtab.runtime.cache.eviction import Attended, attended
+from trimtab.runtime.cache.placing import Steady, empty_records, fold, place
 from trimtab.runtime.cache.policy import Policy, policy_of
-from trimtab.runtime.cache.rows import CODED, LANDING, RECORD, Layout, Merge, Row, ring_positions, ring_slot
+from trimtab.runtime.cache.rows import CODED, LANDING, Layout, Merge, Row
+from trimtab.runtime.cache.views import GroupView, queries_of, through_ring, view
 from trimtab.runtime.step import IntArray, Step
-from trimtab.spec.cache import All, HeadSpec, KVBytes, Ring
+from trimtab.spec.cache import All, Budget, HeadSpec, KVBytes, Ring
 from trimtab.spec.model import ModelSpec
 from trimtab.spec.runnable import check_runnable
 from trimtab.units import format_bytes
@@ -32,43 +33,43 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class GroupView:
-    """What the new tokens of one sequence may read from some heads.
-
-    Args:
-        heads: KV heads of the layer, in order.
-        k, v: [G, S, H]: the pages' own floats (bf16 as uint16), views where nothing had to be moved, or what codes stand for.
-        positions: int64 of the keys in their sequence, [S], or [G, S] where heads keep different tokens.
-        nbytes: of the pages that were read.
-    """
-
-    heads: tuple[int, ...]
-    k: np.ndarray
-    v: np.ndarray
-    positions: IntArray
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Mark:
     """A state of a sequence to come back to; free it by `KVStore.release`."""
 
     seq: int
     rows: tuple[tuple[Row, ...], ...]
+    ended: bool
 
 
 class Seq:
-    """A sequence of one store."""
+    """A sequence of one store.
 
-    __slots__ = ("_rows", "id", "spec_hash")
+    Attributes:
+        ended: policies have been told that its prompt has ended.
+    """
 
-    def __init__(self, id: int, spec_hash: str, rows: list[list[Row]]) -> None:
-        self.id, self.spec_hash, self._rows = id, spec_hash, rows
+    __slots__ = ("_held", "_steady", "ended", "id", "spec_hash")
+
+    def __init__(self, id: int, spec_hash: str, rows: list[list[Row]], ended: bool = False) -> None:
+        self.id, self.spec_hash, self._held, self.ended = id, spec_hash, rows, ended
+        self._steady: Steady | None = None
+
+    @property
+    def _rows(self) -> list[list[Row]]:
+        """The rows of every layer, up to date."""
+        if self._steady is not None:
+            self._steady.catch_up(self._held)
+            self._steady = None
+        return self._held
+
+    @_rows.setter
+    def _rows(self, rows: list[list[Row]]) -> None:
+        self._held, self._steady = rows, None
 
     @property
     def length(self) -> int:
         """Tokens every layer has seen."""
-        return self._rows[-1][0].seen if self._rows else 0
+        return self._rows[-1][0].seen if self._held else 0
 
 
 class KVStore:
@@ -102,6 +103,9 @@ class KVStore:
             for named in (head.policy, head.thin.policy if head.thin else None):
                 if named is not None:
                     self._policies[named] = policy_of(named)
+        budgets = (head.keep for head in layouts if head.policy is not None)
+        self._every_pass = any(isinstance(keep, Budget) and keep.when == "pass" for keep in budgets)
+        self._acts = bool(self._policies)
         self._hash = spec.hash
         self._seqs: dict[int, Seq] = {}
         self._ids = itertools.count()
@@ -143,14 +147,15 @@ class KVStore:
     def fork(self, seq: Seq) -> Seq:
         """Return a sequence that continues like this one; pages are shared until one of the two writes."""
         self._check(seq)
-        other = Seq(next(self._ids), seq.spec_hash, [[row.copy() for row in rows] for rows in seq._rows])
+        rows = [[row.copy() for row in some] for some in seq._rows]
+        other = Seq(next(self._ids), seq.spec_hash, rows, seq.ended)
         self._seqs[other.id] = other
         return other
 
     def mark(self, seq: Seq) -> Mark:
         """Remember this state of a sequence."""
         self._check(seq)
-        return Mark(seq.id, tuple(tuple(row.copy() for row in rows) for rows in seq._rows))
+        return Mark(seq.id, tuple(tuple(row.copy() for row in rows) for rows in seq._rows), seq.ended)
 
     def reset(self, seq: Seq, mark: Mark) -> None:
         """Bring a sequence back to a mark, which stays usable.
@@ -164,7 +169,7 @@ class KVStore:
         rows = [[row.copy() for row in rows] for rows in mark.rows]
         for row in itertools.chain.from_iterable(seq._rows):
             row.free()
-        seq._rows = rows
+        seq._rows, seq.ended = rows, mark.ended
 
     def release(self, mark: Mark) -> None:
         """Give up a mark and the pages only it still holds."""
@@ -268,16 +273,16 @@ class KVStore:
                 values = [x[first:end, chosen].transpose(1, 0, 2) for x in (k_TGH, v_TGH)]
                 self.written += row.head.landing_bytes() * len(row.heads) * (end - first)
                 if isinstance(row.head.keep, Ring):
-                    view = _through_ring(row, values)
+                    seen = through_ring(row, values)
                 else:
                     row.write(values)
                     queries = None
                     if row.head.select is not None and q_TNH is not None and end - first == 1:
                         queries = queries_of(row, q_TNH[first:end], k_TGH.shape[1])
-                    view = _view(row, queries)
+                    seen = view(row, queries)
                     self.written += row.seal()
-                self.handed_out += view.nbytes
-                found.append(view)
+                self.handed_out += seen.nbytes
+                found.append(seen)
             views.append(found)
         self._note_peak()
         return views
@@ -313,6 +318,8 @@ class KVStore:
                     continue
                 q = queries_of(row, queries[index], len(self.spec.layers[layer].cache.heads))
                 done += attended(row, layer, q, self._scale(layer), ends, self._policies)
+            if ends and layer == len(self._groups) - 1:
+                seq.ended = True
         self.written += done.written
         return done
 
@@ -327,25 +334,38 @@ class KVStore:
             CapacityError: the pages do not fit.
         """
         most = max(len(layer.cache.heads) for layer in self.spec.layers)
-        records = np.zeros((len(self._groups), len(step.seqs), most, RECORD), np.int64)
+        records = empty_records(len(self._groups), len(step.seqs), most)
         for index, seq in enumerate(step.seqs):
             self._check(seq)
             count = int(step.cu[index + 1] - step.cu[index])
-            for layer, rows in enumerate(seq._rows):
-                for row in rows:
-                    _place(row, count, records[layer, index])
+            if count == 1 and seq._steady is not None and seq._steady.left:
+                records[:, index] = seq._steady.step()
+                continue
+            rows = seq._rows
+            for layer, some in enumerate(rows):
+                for row in some:
+                    place(row, count, records[layer, index])
+            seq._steady = Steady.after(rows, records[:, index]) if count == 1 else None
         self._note_peak()
         return records
 
     def settle(self, step: Step) -> None:
         """After a pass that `place` made room for: free what is no longer needed."""
         for index, seq in enumerate(step.seqs):
+            if seq._steady is not None and seq._steady.done:
+                continue
             count = int(step.cu[index + 1] - step.cu[index])
-            for row in itertools.chain.from_iterable(seq._rows):
+            for row in itertools.chain.from_iterable(seq._held):
                 if row.head.seals:
                     row.release()
                 elif isinstance(row.head.keep, Ring) and row.held > row.head.keep.held(row.seen):
-                    _fold(row, count)
+                    fold(row, count)
+
+    def idle(self, step: Step) -> bool:
+        """Whether no policy will act after this pass."""
+        if self._every_pass:
+            return False
+        return not self._acts or (all(seq.ended for seq in step.seqs) and (step.ends is None or not step.ends.any()))
 
     # ---------------------------------------------------------------------------------------------- accounting
 
@@ -440,98 +460,9 @@ class KVStore:
         return float(getattr(self.spec.layers[layer].self_attn, "scale", 1.0))
 
 
-def queries_of(row: Row, q_sNH: np.ndarray, kv_heads: int) -> np.ndarray:
-    """Queries [s, N, H] of the heads of a row, float32 [G, P, s, H]."""
-    s, n, h = q_sNH.shape
-    return widen(q_sNH).reshape(s, kv_heads, n // kv_heads, h)[:, list(row.heads)].transpose(1, 2, 0, 3)
-
-
 def _groups(heads: Sequence[HeadSpec]) -> Iterator[tuple[tuple[int, ...], HeadSpec]]:
     """Heads with one description, in order of first appearance."""
     found: dict[HeadSpec, list[int]] = {}
     for index, head in enumerate(heads):
         found.setdefault(head, []).append(index)
     return ((tuple(indices), head) for head, indices in found.items())
-
-
-def _view(row: Row, queries: np.ndarray | None) -> GroupView:
-    """All a row holds, or with `queries` [G, P, 1, H] the pieces they choose."""
-    read = sum(row.nbytes_of(side, 0, row.held) for side in range(2))
-    at = row.token_positions()
-    if queries is None or row.head.select is None or row.bounds is None:
-        k, v = row.read(0), row.read(1)
-        due = row.due
-        if due != row.sealed:  # what is read must outlive the move
-            k, v = k.copy(), v.copy()
-        return GroupView(row.heads, k, v, at, read)
-    slots = choose_pieces(row.head.select, queries, row.bounds, row.held)
-    heads = np.arange(len(row.heads))[:, None]
-    read = row.head.landing_bytes() * slots.size + row.head.select.bounds_bytes(row.held, row.head.head_dim) * len(
-        row.heads
-    )
-    return GroupView(row.heads, row.read(0)[heads, slots], row.read(1)[heads, slots], slots, read)
-
-
-def _through_ring(row: Row, values: Sequence[np.ndarray]) -> GroupView:
-    """One token overwrites the oldest slot in place; several are joined to what is still visible, then folded in."""
-    keep = row.head.keep
-    assert isinstance(keep, Ring)
-    count = values[0].shape[1]
-    if count == 1:
-        slot = int(ring_slot(keep, row.seen))
-        if slot >= row.held:
-            row.write(values)
-        else:
-            row.overwrite(slot, values)
-        return _view(row, None)
-    seen, held, past = row.seen, row.held, row.token_positions()
-    visible = np.arange(held)
-    if keep.visible(seen) < held:  # the oldest slot is out of sight of the first new token
-        visible = visible[visible != int(ring_slot(keep, seen))]
-    row.write(values)
-    kept = np.concatenate((visible, np.arange(held, row.held)))
-    k, v = (row.read(side)[:, kept] for side in range(2))  # copies: the slots are folded below
-    read = row.head.landing_bytes() * len(kept) * len(row.heads)
-    at = np.concatenate((past[visible], np.arange(seen, row.seen)))
-    _fold(row, count)
-    return GroupView(row.heads, k, v, at, read)
-
-
-def _fold(row: Row, count: int) -> None:
-    """Bring the last `count` tokens, which stand behind the ring, to the slots where they belong."""
-    keep = row.head.keep
-    assert isinstance(keep, Ring)
-    before = row.held - count
-    came = np.arange(row.seen - count, row.seen)
-    stays = (came < keep.sink) | (came >= row.seen - keep.recent)
-    row.move(before + np.flatnonzero(stays), np.asarray(ring_slot(keep, came[stays])))
-    row.shrink(keep.held(row.seen))
-
-
-def _place(row: Row, count: int, records: IntArray) -> None:
-    """Make room for the tokens of one pass and write what the kernels need to know."""
-    keep, head = row.head.keep, row.head
-    before, slot = row.held, row.held
-    positions = 0
-    if isinstance(keep, Ring) and count == 1 and (at := int(ring_slot(keep, row.seen))) < row.held:
-        slot = at
-        row.overwrite(slot)
-    else:
-        row.advance(count)
-        if isinstance(keep, Ring) and count > 1:
-            at_slots = np.concatenate(
-                (ring_positions(keep, row.seen - count, before), np.arange(row.seen - count, row.seen))
-            )
-            row.ring_at = np.ascontiguousarray(at_slots, np.int32)
-            positions = row.ring_at.ctypes.data
-    sealed = row.sealed
-    due = row.due if head.seals else sealed
-    row.prepare_seal(due)
-    for index, g in enumerate(row.heads):
-        record = records[g]
-        for column, addresses in enumerate(row.addresses):
-            record[column] = addresses[index].ctypes.data
-        record[4], record[5], record[6], record[7], record[8] = row.held, *sealed, *due
-        record[9] = 0 if row.channels is None else row.channels[index].ctypes.data
-        record[10] = positions if row.positions is None else row.positions[index].ctypes.data
-        record[14] = slot

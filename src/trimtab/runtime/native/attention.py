@@ -12,16 +12,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trimtab.errors import SpecError, unknown
+from trimtab.errors import SpecError
+from trimtab.runtime.cache.pages import Page
+from trimtab.runtime.cache.rows import RECORD
 from trimtab.runtime.kernels import _core
-from trimtab.runtime.numerics import bfloat16_bits, bfloat16_to_float32
-from trimtab.spec.cache import PAGE_GROUP, PageFormat, page_format
+from trimtab.runtime.step import IntArray
+from trimtab.spec.cache import PageFormat, page_format
 from trimtab.spec.nodes import ONLINE, AttentionSpec, Softmax, Unified
 
-#: Page formats the kernel reads -> index in `Coding` of ``cpp/native/tiles.h``.
-CODINGS = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3}
 #: Bounds of a head: a multiple of 16 up to this.
 _MOST = 512
+#: Tokens of a page.
+_PAGE = 64
 
 
 def unified_limits(attn: AttentionSpec) -> tuple[float, float, float] | None:
@@ -39,93 +41,61 @@ def _limits(softmax: Softmax) -> tuple[float, float, float] | None:
 
 @dataclass(frozen=True, slots=True)
 class Coded:
-    """Keys or values [G, S, H] in a page format, in one run as the kernel reads it.
+    """Keys or values [G, S, H] in pages.
 
     Args:
-        format: fp32, fp16, bf16 or int8.
-        shape: (G, S, H).
-        data: uint8, one run: the elements, or the codes [G, S, H], then the scales and the minima [G, S, ceil(H / group)].
+        page: kind of page.
+        tokens: S.
+        data: uint8 [G, pages, bytes of a page].
+        table: int64 [G, pages], their addresses.
     """
 
-    format: PageFormat
-    shape: tuple[int, int, int]
+    page: Page
+    tokens: int
     data: np.ndarray
+    table: IntArray
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the run."""
-        return self.data.nbytes
+        """Bytes the tokens take."""
+        return len(self.data) * self.page.nbytes(self.tokens)
 
     def floats(self) -> np.ndarray:
-        """What it stands for: float32 [G, S, H]."""
-        if self.format.kind == "int8":
-            codes, scale, minimum = self.parts()
-            wide = [
-                np.repeat(part.astype(np.float32), self.format.group, axis=-1)[..., : self.shape[2]]
-                for part in (scale, minimum)
-            ]
-            return codes * wide[0] + wide[1]
-        if self.format.kind == "bf16":
-            return bfloat16_to_float32(self.data.view(np.uint16).reshape(self.shape))
-        return (
-            self.data.view({"fp32": np.float32, "fp16": np.float16}[self.format.kind])
-            .reshape(self.shape)
-            .astype(np.float32)
-        )
-
-    def parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Codes [G, S, H], scales and minima [G, S, ceil(H / group)] of integer pages, as views."""
-        return grid_parts(self.data, self.shape, self.format.group)
+        """What they stand for: float32 [G, S, H]."""
+        found = np.empty((len(self.data), self.tokens, self.page.width), np.float32)
+        _core.decode_pages(self.page.code, self.table, 0, self.tokens, found)
+        return found
 
 
-def grid_parts(run: np.ndarray, shape: tuple[int, int, int], group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Views of one uint8 run of integer pages: codes [G, S, H], fp16 scales and fp16 minima [G, S, ceil(H / group)]."""
-    heads, tokens, size = shape
-    codes, groups = heads * tokens * size, -(-size // group)
-    ends = codes, codes + 2 * heads * tokens * groups
-    scale, minimum = (
-        part.view(np.float16).reshape(heads, tokens, groups) for part in (run[ends[0] : ends[1]], run[ends[1] :])
-    )
-    return run[:codes].reshape(shape), scale, minimum
-
-
-def code_rows(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Round the rows of float32 x [..., H] to integer pages: uint8 codes [..., H], fp16 scales and minima [..., ceil(H / group)].
-
-    A group spans its own least and largest element in 255 steps.
-    """
-    rows = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])
-    groups = -(-rows.shape[1] // group)
-    codes = np.empty(rows.shape, np.uint8)
-    scale, minimum = (np.empty((len(rows), groups), np.uint16) for _ in range(2))
-    _core.encode_grid(rows, group, codes, scale, minimum)
-    lead = x.shape[:-1]
-    scales, minima = (part.view(np.float16).reshape(*lead, groups) for part in (scale, minimum))
-    return codes.reshape(x.shape), scales, minima
-
-
-def encode_pages(x_GSH: np.ndarray, format: str = "fp32") -> Coded:
-    """Bring float32 keys or values [G, S, H] into a page format.
+def encode_pages(x_GSH: np.ndarray, format: str | PageFormat = "fp32", page: int = _PAGE) -> Coded:
+    """Bring float32 keys or values [G, S, H] into pages.
 
     Args:
         x_GSH: values.
-        format: ``float32 | bfloat16 | float16 | int8``, see `page_format`.
+        format: of the pages, or its name, see `page_format`.
+        page: tokens of one.
 
     Raises:
-        SpecError: a format the kernel does not read.
+        SpecError: values that the format cannot hold.
     """
-    made = page_format(format)
-    if made.kind not in CODINGS:
-        raise unknown("page format of the native attention", format, ("float32", "bfloat16", "float16", "int8"))
     x = np.ascontiguousarray(x_GSH, np.float32)
-    g, s, h = x.shape
-    if made.kind == "int8":
-        data = np.concatenate([part.reshape(-1).view(np.uint8) for part in code_rows(x, made.group)])
-    elif made.kind == "bf16":
-        data = bfloat16_bits(x).reshape(-1).view(np.uint8)
-    else:
-        data = x.astype({"fp32": np.float32, "fp16": np.float16}[made.kind]).reshape(-1).view(np.uint8)
-    return Coded(made, (g, s, h), data)
+    heads, tokens, size = x.shape
+    kind = Page(page_format(format) if isinstance(format, str) else format, size, page)
+    count = -(-tokens // kind.tokens)
+    data = np.zeros((heads, count, -(-int(kind.nbytes(kind.tokens)) // 64) * 64), np.uint8)
+    starts = np.arange(heads)[:, None] * count + np.arange(count)
+    coded = Coded(kind, tokens, data, data.ctypes.data + starts * data.shape[2])
+    if not _core.encode_pages(kind.code, coded.table, 0, x):
+        raise SpecError(f"A value is not finite, or beyond what {kind.form} pages can express.")
+    return coded
+
+
+def record_of(k: Coded, v: Coded, head: int, write: int) -> list[int]:
+    """What the kernels read of one KV head whose new tokens start at slot `write`, see `Row`."""
+    record = [0] * RECORD
+    record[0], record[1] = k.table[head].ctypes.data, v.table[head].ctypes.data
+    record[4], record[14] = k.tokens, write
+    return record
 
 
 class Partial(NamedTuple):
@@ -177,30 +147,18 @@ def attend_range(
             f"q {list(q_QH.shape)}, k {list(k_SH.shape)}, v {list(v_SH.shape)} do not agree. Allowed: [Q, H], [S, H], [S, H] "
             f"with H a multiple of 16 up to {_MOST}."
         )
-    size = page or s
-    if size < 1 or not 0 <= first <= (s if last is None else last) <= s:
+    if (page or s) < 1 or not 0 <= first <= (s if last is None else last) <= s:
         raise SpecError(
             f"page={page}, keys {first}..{last} of {s}: not possible. Allowed: page >= 1, 0 <= first <= last <= {s}."
         )
-    pages: list[list[np.ndarray]] = [[], []]
-    grids = []
-    form = page_format(format)
-    for start in range(0, s, size):
-        parts = [encode_pages(x[None, start : start + size], format) for x in (k_SH, v_SH)]
-        for held, part in zip(pages, parts, strict=True):
-            held.append(part.data)
-        if form.kind == "int8":
-            (_, k_scale, k_min), (_, v_scale, v_min) = (part.parts() for part in parts)
-            grids.append(
-                tuple(np.ascontiguousarray(x).reshape(-1).view(np.uint16) for x in (k_scale, k_min, v_scale, v_min))
-            )
+    k, v = (encode_pages(x[None], format, page or s) for x in (k_SH, v_SH))
     q = np.ascontiguousarray(q_QH, np.float32)
     count = len(q)
     out, weight, largest = np.empty((count, h), np.float32), np.empty(count, np.float32), np.empty(count, np.float32)
-    _core.attend_pages(
-        CODINGS[form.kind], q, pages[0], pages[1], grids, size, form.group or PAGE_GROUP, first, s if last is None else last,
+    _core.attend_heads(
+        q, np.array(record_of(k, v, 0, s), np.int64), (k.page.code, v.page.code, None, None, 0, 0), first, s if last is None else last,
         np.asarray(np.zeros(count) if low is None else low, np.int64),
-        np.asarray(np.full(count, s) if high is None else high, np.int64), scale, softcap, phi, out, weight, largest,
+        np.asarray(np.full(count, s) if high is None else high, np.int64), None, 0, 0, scale, softcap, phi, out, weight, largest,
     )  # fmt: skip
     return Partial(out, weight, largest)
 
@@ -234,6 +192,7 @@ class Attention:
     threads: int = 1
     _core: _core.Program = field(init=False, repr=False, compare=False)
     _ends: tuple[int, int] = field(init=False, repr=False, compare=False)
+    _page: Page = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.head_dim % 16 or not 16 <= self.head_dim <= _MOST or self.kv_heads < 1 or self.heads % self.kv_heads:
@@ -246,14 +205,15 @@ class Attention:
         program = _core.Program(self.threads)
         qkv = program.values((self.heads + 2 * self.kv_heads) * self.head_dim, False)
         out = program.values(self.heads * self.head_dim, False)
-        form = page_format(self.format)
-        program.attend(
-            "attend", 0, qkv, out, -1, self.heads, self.kv_heads, self.head_dim, self.window, CODINGS[form.kind], None, None,
-            self.scale, self.softcap, _limits(self.softmax), form.group, False,
+        page = Page(page_format(self.format), self.head_dim, _PAGE)
+        program.attend_heads(
+            "attend", 0, qkv, out, -1, self.heads, self.kv_heads, self.head_dim, self.window,
+            [(page.code, page.code, None, None, 0, 0)] * self.kv_heads, None, None, self.scale, self.softcap, _limits(self.softmax), False,
         )  # fmt: skip
         program.split(self.split)
         object.__setattr__(self, "_core", program)
         object.__setattr__(self, "_ends", (qkv, out))
+        object.__setattr__(self, "_page", page)
 
     @property
     def recomputed(self) -> int:
@@ -270,26 +230,22 @@ class Attention:
         Raises:
             SpecError: shapes or formats that do not agree.
         """
-        form = page_format(self.format)
-        wanted = (self.kv_heads, k.shape[1], self.head_dim)
-        if k.shape != wanted or v.shape != wanted or k.format != form or v.format != form:
-            raise SpecError(f"k {k.format}{list(k.shape)} and v {v.format}{list(v.shape)} are no {form}{list(wanted)}.")
-        if q_TNH.shape[1:] != (self.heads, self.head_dim) or not 1 <= len(q_TNH) <= k.shape[1]:
-            raise SpecError(
-                f"q {list(q_TNH.shape)} is no [T, {self.heads}, {self.head_dim}] with T in 1..{k.shape[1]}."
-            )
+        for name, coded in (("k", k), ("v", v)):
+            if coded.page != self._page or len(coded.data) != self.kv_heads or coded.tokens != k.tokens:
+                raise SpecError(
+                    f"{name}: {len(coded.data)} heads of {coded.tokens} tokens of {coded.page.width} in {coded.page.form} pages of "
+                    f"{coded.page.tokens}; the kernel reads {self.kv_heads} heads of {k.tokens} tokens of {self.head_dim} in "
+                    f"{self._page.form} pages of {self._page.tokens}."
+                )
+        if q_TNH.shape[1:] != (self.heads, self.head_dim) or not 1 <= len(q_TNH) <= k.tokens:
+            raise SpecError(f"q {list(q_TNH.shape)} is no [T, {self.heads}, {self.head_dim}] with T in 1..{k.tokens}.")
         tokens = len(q_TNH)
         x = np.zeros((tokens, self.heads + 2 * self.kv_heads, self.head_dim), np.float32)
         x[:, : self.heads] = q_TNH
         out = np.empty((tokens, self.heads * self.head_dim), np.float32)
-        cache = np.array([[[k.data.ctypes.data, v.data.ctypes.data, k.shape[1]]]], np.int64)
+        past = k.tokens - tokens
+        records = np.array([[[record_of(k, v, head, past) for head in range(self.kv_heads)]]], np.int64)
         seconds = self._core.run_on(
-            np.array([0, tokens]),
-            np.array([k.shape[1] - tokens]),
-            cache,
-            self._ends[0],
-            x.reshape(tokens, -1),
-            self._ends[1],
-            out,
+            np.array([0, tokens]), np.array([past]), records, self._ends[0], x.reshape(tokens, -1), self._ends[1], out
         )
         return out.reshape(tokens, self.heads, self.head_dim), seconds

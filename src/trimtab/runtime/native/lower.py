@@ -13,6 +13,7 @@ import numpy as np
 
 from trimtab.errors import SpecError, UnsupportedModelError
 from trimtab.runtime import kernels
+from trimtab.runtime.cache.rows import head_forms
 from trimtab.runtime.kernels import _core
 from trimtab.runtime.native.arena import Arena
 from trimtab.runtime.native.attention import unified_limits
@@ -23,7 +24,6 @@ from trimtab.runtime.numerics import decode
 from trimtab.runtime.rope import frequencies
 from trimtab.runtime.weights.packed import Packed, Weights
 from trimtab.spec import tree
-from trimtab.spec.cache import All
 from trimtab.spec.formats import FP32, WeightFormat
 from trimtab.spec.leaves import EmbeddingSpec, LinearSpec, NormSpec
 from trimtab.spec.model import ModelSpec
@@ -39,7 +39,6 @@ _NONE = 4
 #: Formats whose single rows a kernel can read.
 _ROW_KINDS = ("fp32", "bf16", "int")
 _CODINGS = {"fp32": 0, "fp16": 1, "bf16": 2}
-_PAGES = {**_CODINGS, "int8": 3}
 _SET, _ADD, _GATED = 0, 1, 2
 
 
@@ -136,12 +135,14 @@ def _missing_attention(node: AttentionSpec) -> str:
         return "Attention with ALiBi, sinks, gates, tied values, a norm of values or chunks"
     if node.key_order != "model":
         return "Attention over keys in another order of channels"
-    if len(set(heads)) != 1 or not isinstance(heads[0].keep, All):
-        return "A cache whose heads differ or forget tokens"
-    head = heads[0]
-    if head.k_format != head.v_format or head.k_format.kind not in _PAGES or head.tail is not None:
-        return f"A cache in {head.k_format} (keys) and {head.v_format} (values)"
-    if node.head_dim % 16 or node.head_dim > 512 or head.v_head_dim != node.head_dim:
+    if node.prefill is not None:
+        return "Attention that hides keys from the queries of a prompt"
+    for head in heads:
+        if head.select is not None:
+            return "A cache of which some pieces are read"
+        if head.policy is not None and head.policy.queries < 0:
+            return "A cache whose policy looks at every query"
+    if node.head_dim % 16 or node.head_dim > 512 or any(head.v_head_dim != node.head_dim for head in heads):
         return f"A head of {node.head_dim} elements, not a multiple of 16 up to 512,"
     for norm in (node.q_norm, node.k_norm):
         if norm is not None and norm.size != node.head_dim:
@@ -234,12 +235,11 @@ class _Builder:
             column += node.n
         norm = self.norm(f"{path}.input_layernorm", layer.input_layernorm)
         program.linear(f"{path}.input_layernorm+q_proj+k_proj+v_proj", h, norm, parts, _SET, _NONE)
-        head = attn.cache.heads[0]
-        program.attend(
+        program.attend_heads(
             self.attend_name(at, attn), index, qkv, attended, self.rope(attn), attn.num_attention_heads,
-            attn.num_key_value_heads, attn.head_dim, attn.window or 0, _PAGES[head.k_format.kind],
+            attn.num_key_value_heads, attn.head_dim, attn.window or 0, [head_forms(head) for head in attn.cache.heads],
             self.norm(f"{at}.q_norm", attn.q_norm), self.norm(f"{at}.k_norm", attn.k_norm), attn.scale, attn.softcap or 0.0,
-            unified_limits(attn), head.k_format.group,
+            unified_limits(attn), True,
         )  # fmt: skip
         self.back(f"{at}.o_proj", attn.o_proj, attended, h, side, f"{path}.attn_output_norm", layer.attn_output_norm)
         norm = self.norm(f"{path}.post_attention_layernorm", layer.post_attention_layernorm)

@@ -15,6 +15,7 @@ from trimtab.runtime.kernels import _core
 from trimtab.runtime.native.arena import Arena
 from trimtab.runtime.step import IntArray, Recorder, Step
 from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import AttentionSpec
 
 
 class NativeProgram:
@@ -30,6 +31,7 @@ class NativeProgram:
     ) -> None:
         self.spec, self.weight_bytes = spec, weight_bytes
         self._core, self._arena, self._logits, self._kept = core, arena, logits, kept
+        self._watched = 0
 
     @property
     def threads(self) -> int:
@@ -48,7 +50,10 @@ class NativeProgram:
 
     def open_store(self) -> KVStore:
         """An empty store that fits the model."""
-        return KVStore(self.spec)
+        store = KVStore(self.spec)
+        self._watched = max((store.watches(layer) for layer in range(len(self.spec.layers))), default=0)
+        self._core.watch(self._watched)
+        return store
 
     def keep_tokens(self, ids: IntArray, record: Recorder | None) -> IntArray:
         """Every token of a prompt."""
@@ -60,17 +65,36 @@ class NativeProgram:
         Raises:
             CapacityError: the pages do not fit.
         """
-        cache = store.place(step)
+        records = store.place(step)
         out = np.empty((len(logits_rows), self.spec.vocab_size), np.float32)
         past = step.positions[step.cu[:-1]]
         timed = step.record is not None
         try:
-            self._core.run(tokens, step.cu, past, step.reaches, logits_rows, cache, self._logits, timed, out)
+            self._core.run(tokens, step.cu, past, step.reaches, logits_rows, records, self._logits, timed, out)
         except MemoryError as error:
             raise CapacityError(f"{error} Prefill in smaller chunks.") from None
+        store.settle(step)
         if step.record is not None:
             self._report(step.record)
+        if step.record is not None or not store.idle(step):
+            self._tell(store, step)
         return out
+
+    def _tell(self, store: KVStore, step: Step) -> None:
+        """Let the policies of the cache act on what the pass has attended to."""
+        new = np.diff(step.cu)
+        for layer in range(len(self.spec.layers)):
+            if not store.acts(layer):
+                continue
+            attn = self.spec.layers[layer].self_attn
+            found = self._core.queries(layer) if self._watched else np.zeros((len(new), 0, *_heads(attn)), np.float32)
+            done = store.attended(
+                layer, [q[max(len(q) - count, 0) :] for q, count in zip(found, new, strict=True)], step
+            )
+            if step.record is not None:
+                path = f"layers.{layer}.self_attn.evict"
+                step.record.op(path, flops=done.flops, kv_read=done.read, kv_written=done.written)
+                step.record.observe(f"{path}.moved", done.moved)
 
     def _report(self, record: Recorder) -> None:
         for name, weight_read, kv_read, kv_written, flops, _ in self._core.metered():
@@ -83,3 +107,8 @@ class NativeProgram:
     def metered(self) -> list[tuple[Any, ...]]:
         """(name, weight bytes, KV bytes read, written, FLOPs, seconds) of every kernel in the last pass."""
         return self._core.metered()
+
+
+def _heads(attn: object) -> tuple[int, int]:
+    assert isinstance(attn, AttentionSpec)
+    return attn.num_attention_heads, attn.head_dim
