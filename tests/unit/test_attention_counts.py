@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from trimtab.graph.attention import QUERY_TILE
 from trimtab.graph.build import build
-from trimtab.graph.count import QUERY_TILE, count
+from trimtab.graph.count import count
 from trimtab.graph.ops import Op, StepShape
 from trimtab.spec.cache import Ring
 from trimtab.spec.configs import load_spec, spec_from_config

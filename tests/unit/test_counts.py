@@ -24,6 +24,8 @@ from trimtab.spec.tree import walk
 from trimtab.techniques.apply import derive
 from trimtab.techniques.registry import parse_all
 
+pytestmark = pytest.mark.filterwarnings("ignore:think. the prompt has")
+
 COUNTS = ("flops", "weight_read", "kv_read", "kv_written")
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2], [2, 7, 1, 8, 2, 8]]
 TECHNIQUES = [
@@ -45,6 +47,26 @@ TECHNIQUES = [
     "kivi:group=8,residual=8+streaming-llm:sink=2,recent=5",
     "bfp:block=8",
     "bfp:man=8,block=16,on=kv,sort=none",
+    "snapkv:cap=9,window=3",
+    "snapkv:cap=5,window=2,kernel=3,pool=max",
+    "snapkv:cap=12,window=3+kivi:group=8,residual=8",
+    "pyramidkv:cap=8,window=3",
+    "knorm:cap=7,sink=1",
+    "knorm:cap=12+kivi:kbits=8,vbits=4,group=8,residual=8",
+    "h2o:cap=8",
+    "h2o:cap=100",
+    "tova:cap=8",
+    "gemfilter:layer=1,topk=12+h2o:cap=7",
+    "gemfilter:layer=1,topk=12+snapkv:cap=7,window=2",
+    "quest:budget=8,page=4,skip=1",
+    "quest:budget=6,page=3,skip=0",
+    "think:ratio=0.4,obs=4,recent=4",
+    "think:ratio=0.5,recent=100",
+    "snapkv:cap=10,window=2+think:ratio=0.3,obs=3,recent=3",
+    "kivi:group=8,residual=8+think:ratio=0.5,obs=4",
+    "snapkv:cap=16,window=3+think:ratio=0.4,obs=5+kivi:group=8,residual=8",
+    "a-shape:sink=1,local=5",
+    "tri-shape:sink=1,local=5,last=3+snapkv:cap=9,window=3",
 ]
 
 
@@ -98,12 +120,14 @@ def check_passes(model: Model, prompts: list[list[int]]) -> None:
         active = [row for row, tokens in enumerate(held) if done[row] < tokens]
         new = [min(11, held[row] - done[row]) for row in active]
         last = sum(done[row] + count == held[row] for row, count in zip(active, new, strict=True))
-        step = StepShape.of(new, [done[row] for row in active], logits=last, observed=record.observed)
+        past, whole = [done[row] for row in active], [held[row] for row in active]
+        step = StepShape.of(new, past, logits=last, observed=record.observed, prompt=whole)
         compare(build(spec, "prefill", head=last > 0), step, record)
         for row, tokens in zip(active, new, strict=True):
             done[row] += tokens
     for index, record in enumerate(passes[-2:]):
-        step = StepShape.of([1] * len(held), [h + index for h in held], logits=len(held), observed=record.observed)
+        past = [tokens + index for tokens in held]
+        step = StepShape.of([1] * len(held), past, logits=len(held), observed=record.observed, prompt=held)
         compare(build(spec), step, record)
 
 
@@ -176,16 +200,18 @@ def test_resident_bytes_with_techniques(tiny_model: Any, tiny_materials: Any, se
     assert model.weights.nbytes == model.spec.weight_nbytes()
     session = model.session()
     session.prefill(PROMPTS)
+    prompts = list(session.lengths)
     for token in (5, 6):
         session.decode([token] * len(PROMPTS))
-    assert session.store.nbytes().held == sum(model.spec.kv_nbytes(length) for length in session.lengths)
+    lengths = zip(session.lengths, prompts, strict=True)
+    assert session.store.nbytes().held == sum(model.spec.kv_nbytes(length, prompt) for length, prompt in lengths)
 
 
 def test_planted_fault_in_a_formula_is_found(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One key too many in the attention formula turns the comparison red."""
-    from trimtab.graph import count as module
+    from trimtab.graph import attention as module
 
-    pairs = module._pairs
-    monkeypatch.setattr(module, "_pairs", lambda *args: pairs(*args) + 1)
+    pairs = module.pairs
+    monkeypatch.setattr(module, "pairs", lambda *args: pairs(*args) + 1)
     with pytest.raises(AssertionError):
         check_passes(tiny_model, PROMPTS)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from trimtab.graph.attention import QUERY_TILE
 from trimtab.graph.build import build, filter_graph
-from trimtab.graph.count import KINDS, QUERY_TILE, count, count_all
+from trimtab.graph.count import KINDS, count, count_all
 from trimtab.graph.fuse import fuse
 from trimtab.graph.ops import Counts, Op, StepShape
 from trimtab.graph.passes import chunks, mean_decode_step, passes

@@ -92,7 +92,18 @@ class _Words:
 
 
 @pytest.mark.parametrize(
-    "setting", ["rtn:bits=4,group=16", "streaming-llm:sink=2,recent=20", "gemfilter:layer=1,topk=11", "cats"]
+    "setting",
+    [
+        "rtn:bits=4,group=16",
+        "streaming-llm:sink=2,recent=20",
+        "gemfilter:layer=1,topk=11",
+        "cats",
+        "snapkv:cap=20,window=4",
+        "knorm:cap=24+kivi:group=8,residual=8",
+        "think:ratio=0.4,obs=8,recent=5",
+        "h2o:cap=20",
+        "quest:budget=16,page=4,skip=1",
+    ],
 )
 def test_predicted_and_measured_counts_are_equal(
     tiny_model: Any, tiny_materials: Any, tmp_path: Path, setting: str
@@ -116,10 +127,10 @@ def test_predicted_and_measured_counts_are_equal(
 
 
 def test_a_formula_that_is_off_is_noticed(tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trimtab.graph import count as module
+    from trimtab.graph import attention as module
 
-    pairs = module._pairs
-    monkeypatch.setattr(module, "_pairs", lambda *args: pairs(*args) + 1)
+    pairs = module.pairs
+    monkeypatch.setattr(module, "pairs", lambda *args: pairs(*args) + 1)
     base = Model(tiny_model.variant, _Words)  # type: ignore[arg-type]
     (found,) = compare(
         [Arm("baseline", _plan(base, load_stack("datasheet")), base)], rounds=1, ledger=Ledger(tmp_path / "l")

@@ -158,7 +158,7 @@ class _Builder:
         return self.linear_attention(path, node, x)
 
     def attention(self, path: str, node: AttentionSpec, x: Value) -> Value:
-        """Projections, norms of q and k, rope, cache, attention, output projection."""
+        """Projections, norms of q and k, rope, cache, attention, what the cache then gives up, output projection."""
         if node.gated:
             q, gate = self.split(f"{path}.q_proj", node.q_proj, x, q=node.q_proj.n // 2, gate=node.q_proj.n // 2)
         else:
@@ -174,6 +174,8 @@ class _Builder:
             self.ops.append(Op(f"{path}.append", "append", node, (k, v), ()))
         read = (q,) if self.cache else (q, k, v)
         out = self.emit(f"{path}.attend", "attend", node, read, node.o_proj.k)
+        if self.cache and any(head.policy or head.thin for head in node.cache.heads):
+            self.ops.append(Op(f"{path}.evict", "evict", node, (), ()))
         if gate is not None:
             out = self.emit(f"{path}.gate", "gate", node, (out, gate), out.width)
         return self.linear(f"{path}.o_proj", node.o_proj, out)

@@ -12,17 +12,29 @@ Source: Yuan et al., LLM Inference Unveiled, arXiv 2402.16363; Dao, FlashAttenti
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from trimtab.errors import unknown
+from trimtab.graph.attention import (
+    DEQUANT,
+    SOFTCAP,
+    SOFTMAX,
+    How,
+    append,
+    attend,
+    attend_expanded,
+    attend_latent,
+    evict,
+    page_coding,
+    score_elements,
+    within_chunks,
+)
 from trimtab.graph.ops import Counts, Group, IntArray, Kernel, Op, StepShape, group
 from trimtab.graph.routing import busiest_rank, distinct_experts
-from trimtab.spec.cache import CacheSpec, HeadSpec, Keep
 from trimtab.spec.formats import ITEM_BYTES
 from trimtab.spec.leaves import LinearSpec
 from trimtab.spec.model import weight_nbytes
@@ -31,20 +43,9 @@ from trimtab.spec.nodes import FFNSpec, GateFirst, LinearAttentionSpec, MoESpec,
 #: How attention runs.
 ATTENTIONS = ("eager", "tiled")
 
-#: Query rows of one tile of a tiled attention kernel; keys are read once per tile where they do not fit the cache.
-QUERY_TILE = 128
-
 # Vector FLOPs per element; the same for every machine, since they only matter where nothing else does.
 _NORM = {"rms": 5, "layer": 7}
-_SOFTMAX, _SOFTCAP, _ROPE, _ACT, _ADD, _DEQUANT = 5, 4, 3, 5, 1, 2
-
-
-@dataclass(frozen=True, slots=True)
-class _How:
-    """How this stack runs attention."""
-
-    attention: str
-    llc_bytes: int | None
+_ROPE, _ACT, _ADD = 3, 5, 1
 
 
 def count(item: Op | Kernel, step: StepShape, attention: str = "eager", llc_bytes: int | None = None) -> Counts:
@@ -62,7 +63,7 @@ def count(item: Op | Kernel, step: StepShape, attention: str = "eager", llc_byte
     """
     if attention not in ATTENTIONS:
         raise unknown("attention", attention, ATTENTIONS)
-    how = _How(attention, llc_bytes)
+    how = How(attention, llc_bytes)
     total = Counts()
     for op in item.ops if isinstance(item, Kernel) else (item,):
         total = total + _TABLE[op.kind](op, step, how)
@@ -98,19 +99,19 @@ def scratch_bytes(op: Op, step: StepShape, attention: str) -> IntArray | int:
         return _chunks(node, step) * node.cache.states[0].nbytes()
     if attention == "tiled" or not op.kind.startswith("attend"):
         return 0
-    return 2 * ITEM_BYTES[op.dtype] * _score_elements(op, replace(step, copies=1), _How("eager", None))
+    return 2 * ITEM_BYTES[op.dtype] * score_elements(op, replace(step, copies=1))
 
 
 # ---------------------------------------------------------------------------------------------------- linear and norm
 
 
-def _embed(op: Op, step: StepShape, how: _How) -> Counts:
+def _embed(op: Op, step: StepShape, how: How) -> Counts:
     table: Any = op.node
     tokens = step.tokens
     return Counts(weight_read=tokens * table.format.row_nbytes(table.k), vector_flops=_ADD * tokens * table.k)
 
 
-def _linear(op: Op, step: StepShape, how: _How) -> Counts:
+def _linear(op: Op, step: StepShape, how: How) -> Counts:
     node: Any = op.node
     return _matrix(node, step.rows(op.writes[0].rows))
 
@@ -124,15 +125,15 @@ def _matrix(node: LinearSpec, rows: IntArray) -> Counts:
 
 def _decoding(node: LinearSpec) -> int:
     """Vector FLOPs that turn a packed matrix into floats; none where its codes go into the product."""
-    return 0 if node.format.is_float or node.act != "none" else _DEQUANT * node.n * node.k
+    return 0 if node.format.is_float or node.act != "none" else DEQUANT * node.n * node.k
 
 
 def _coding(node: LinearSpec, rows: Any) -> Any:
     """Vector FLOPs that code the inputs of a product and scale its outputs."""
-    return 0 if node.act == "none" else rows * (_DEQUANT * node.k + node.n)
+    return 0 if node.act == "none" else rows * (DEQUANT * node.k + node.n)
 
 
-def _norm(op: Op, step: StepShape, how: _How) -> Counts:
+def _norm(op: Op, step: StepShape, how: How) -> Counts:
     node: Any = op.node
     rows = step.rows(op.writes[0].rows)
     return Counts(
@@ -140,14 +141,14 @@ def _norm(op: Op, step: StepShape, how: _How) -> Counts:
     )
 
 
-def _elementwise(per_element: int) -> Callable[[Op, StepShape, _How], Counts]:
-    def formula(op: Op, step: StepShape, how: _How) -> Counts:
+def _elementwise(per_element: int) -> Callable[[Op, StepShape, How], Counts]:
+    def formula(op: Op, step: StepShape, how: How) -> Counts:
         return Counts(vector_flops=sum(per_element * value.width * step.rows(value.rows) for value in op.writes))
 
     return formula
 
 
-def _act(op: Op, step: StepShape, how: _How) -> Counts:
+def _act(op: Op, step: StepShape, how: How) -> Counts:
     """The gate's threshold is a weight of four bytes."""
     node: Any = op.node
     read = _where(step.tokens > 0, weight_nbytes(node), 0) if isinstance(node.executor, GateFirst) else 0
@@ -157,69 +158,18 @@ def _act(op: Op, step: StepShape, how: _How) -> Counts:
 # ---------------------------------------------------------------------------------------------------------- attention
 
 
-def _append(op: Op, step: StepShape, how: _How) -> Counts:
-    node: Any = op.node
-    heads = Counter(node.cache.heads).items()
-    return Counts(
-        vector_flops=step.tokens * sum(times * _page_coding(head) for head, times in heads),
-        kv_written=step.tokens * sum(times * head.landing_bytes() for head, times in heads)
-        + sum(
-            times * step.copies * head.sealed_bytes(step.past, step.new).sum(-1) for head, times in heads if head.seals
-        ),
-    )
-
-
-def _attend(op: Op, step: StepShape, how: _How) -> Counts:
-    """Grouped-query attention over the cache, or over the prompt itself where the pass keeps none."""
-    node: Any = op.node
-    cached = len(op.reads) == 1
-    per_head = node.num_attention_heads // node.num_key_value_heads
-    flops = pairs = kv_read = decoding = 0
-    for head, heads in Counter(node.cache.heads).items():
-        seen = per_head * heads * _pairs(head.keep, node.window, step, how, node.chunk)
-        pairs = pairs + seen
-        flops = flops + 2 * (head.head_dim + head.v_head_dim) * seen
-        if cached:
-            keys, nbytes = _keys_read(head, node.window, step, how, node.chunk)
-            kv_read = kv_read + heads * nbytes
-            decoding = decoding + heads * keys * _page_coding(head)
-    vector = (_SOFTMAX + (_SOFTCAP if node.softcap else 0)) * pairs + decoding
-    own = _where(step.tokens > 0, weight_nbytes(node), 0) if weight_nbytes(node) else 0
-    return Counts(flops=flops, vector_flops=vector, weight_read=own, kv_read=kv_read) + _scores(op, step, how)
-
-
-def _attend_expanded(op: Op, step: StepShape, how: _How) -> Counts:
-    """Latent attention on expanded keys and values (prefill)."""
-    node: Any = op.node
-    pairs = node.num_attention_heads * _pairs(_keep(node.cache), None, step, how)
-    width = node.qk_nope_head_dim + node.qk_rope_head_dim + node.v_head_dim
-    return Counts(flops=2 * width * pairs, vector_flops=_SOFTMAX * pairs) + _scores(op, step, how)
-
-
-def _attend_latent(op: Op, step: StepShape, how: _How) -> Counts:
-    """Latent attention in the latent space (decode): the cache is read once for all heads."""
-    node: Any = op.node
-    head = node.cache.heads[0]
-    pairs = node.num_attention_heads * _pairs(head.keep, None, step, how)
-    width = 2 * node.kv_lora_rank + node.qk_rope_head_dim
-    keys, nbytes = _keys_read(head, None, step, how)
-    vector = _SOFTMAX * pairs + keys * _page_coding(head)
-    core = Counts(flops=2 * width * pairs, vector_flops=vector, kv_read=nbytes)
-    return core + _scores(op, step, how)
-
-
-def _expand(op: Op, step: StepShape, how: _How) -> Counts:
+def _expand(op: Op, step: StepShape, how: How) -> Counts:
     """Keys and values of every token in view, out of the cached latents."""
     node: Any = op.node
     head = node.cache.heads[0]
-    cached = Counts(vector_flops=step.keys * _page_coding(head), kv_read=step.keys * head.token_bytes())
+    cached = Counts(vector_flops=step.keys * page_coding(head), kv_read=step.keys * head.token_bytes())
     return _matrix(node.kv_b_proj, step.keys) + cached
 
 
-def _absorb(head_dim: str) -> Callable[[Op, StepShape, _How], Counts]:
+def _absorb(head_dim: str) -> Callable[[Op, StepShape, How], Counts]:
     """One GEMM per head with its part of kv_b_proj: into the latent space (keys) or out of it (values)."""
 
-    def formula(op: Op, step: StepShape, how: _How) -> Counts:
+    def formula(op: Op, step: StepShape, how: How) -> Counts:
         node: Any = op.node
         rows, rank = node.num_attention_heads * getattr(node, head_dim), node.kv_lora_rank
         used = step.tokens > 0
@@ -230,103 +180,17 @@ def _absorb(head_dim: str) -> Callable[[Op, StepShape, _How], Counts]:
     return formula
 
 
-def _score(op: Op, step: StepShape, how: _How) -> Counts:
+def _score(op: Op, step: StepShape, how: How) -> Counts:
     """Inner products of the last query, summed over the heads of each group, with every key of the prompt (token filter)."""
     node: Any = op.node
     heads, size = node.num_key_value_heads, node.head_dim
     return Counts(flops=2 * heads * size * step.tokens, vector_flops=node.num_attention_heads * size * step.copies)
 
 
-def _scores(op: Op, step: StepShape, how: _How) -> Counts:
-    """Traffic of the scores: written by QK, read and written by softmax, read by PV."""
-    if how.attention == "tiled":
-        return Counts()
-    nbytes = 2 * ITEM_BYTES[op.dtype] * _score_elements(op, step, how)
-    return Counts(act_read=nbytes, act_written=nbytes)
-
-
-def _score_elements(op: Op, step: StepShape, how: _How) -> IntArray | int:
-    node: Any = op.node
-    per_head = node.num_attention_heads // len(node.cache.heads)
-    return sum(
-        per_head * heads * _pairs(head.keep, None, step, how) for head, heads in Counter(node.cache.heads).items()
-    )
-
-
-def _keep(cache: CacheSpec) -> Keep:
-    return cache.heads[0].keep
-
-
-def _visible(keep: Keep, past: IntArray) -> IntArray:
-    """Earlier tokens still in view; every `Keep` is the smaller of the past and a bound."""
-    return np.minimum(past, keep.visible(1 << 62))
-
-
-def _pairs(keep: Keep, window: int | None, step: StepShape, how: _How, chunk: int | None = None) -> IntArray:
-    """(query, key) pairs of one head, all rows: the full rectangle (eager), or what mask, window and chunk leave (tiled)."""
-    s, c = step.new, _visible(keep, step.past)
-    if how.attention == "eager":
-        return step.copies * (s * (c + s)).sum(-1)
-    if chunk is not None:
-        return step.copies * (_within_chunks(c + s, chunk) - _within_chunks(c, chunk)).sum(-1)
-    if window is None:
-        return step.copies * (s * c + s * (s + 1) // 2).sum(-1)
-    growing = np.clip(window - c, 0, s)  # queries that see fewer than `window` keys
-    return step.copies * (growing * c + growing * (growing + 1) // 2 + (s - growing) * window).sum(-1)
-
-
-def _within_chunks(tokens: IntArray, chunk: int) -> IntArray:
-    """Causal pairs of a sequence of `tokens`, each token with those before it in its chunk and itself."""
-    full, rest = tokens // chunk, tokens % chunk
-    return full * (chunk * (chunk + 1) // 2) + rest * (rest + 1) // 2
-
-
-def _keys_read(
-    head: HeadSpec, window: int | None, step: StepShape, how: _How, chunk: int | None = None
-) -> tuple[IntArray, IntArray]:
-    """Tokens of one KV head read by all rows, and their bytes; the queries of its group share a read.
-
-    A tiled kernel reads for every tile of queries the keys in view of it, and each key once where all of them fit the cache.
-    """
-    s, c = step.new, _visible(head.keep, step.past)
-    if how.attention == "eager":
-        return step.copies * (c + s).sum(-1), step.copies * head.read_bytes(c, s).sum(-1)
-
-    hidden = c // chunk * chunk if chunk else np.maximum(c - (window - 1), 0) if window else 0
-    keys = c + s - hidden
-    nbytes = head.read_bytes(c, s) - head.hidden_bytes(c, hidden)
-    if how.llc_bytes is not None:
-        tiles = -(-s // QUERY_TILE)
-        again = tiles * c + QUERY_TILE * (tiles * (tiles - 1) // 2) + s - _hidden_from_tiles(c, tiles, window, chunk)
-        beyond = nbytes > how.llc_bytes
-        # Each of the keys beyond the first reading costs what the average one does.
-        nbytes = np.where(beyond, np.rint(nbytes * (again / np.maximum(keys, 1))).astype(np.int64), nbytes)
-        keys = np.where(beyond, again, keys)
-    return step.copies * keys.sum(-1), step.copies * nbytes.sum(-1)
-
-
-def _hidden_from_tiles(c: IntArray, tiles: IntArray, window: int | None, chunk: int | None) -> IntArray | int:
-    """Keys before the first one in view of each tile of queries, summed over the tiles of a row."""
-    if chunk is not None:
-        start = c[..., None] + QUERY_TILE * np.arange(int(tiles.max(initial=0)))
-        return np.where(start < (c + QUERY_TILE * tiles)[..., None], start // chunk * chunk, 0).sum(-1)
-    if window is None:
-        return 0
-    before = c - (window - 1)  # hidden from the first tile if positive; every tile hides QUERY_TILE more
-    none = np.clip(-(before // QUERY_TILE), 0, tiles)
-    return (tiles - none) * before + QUERY_TILE * (tiles * (tiles - 1) - none * (none - 1)) // 2
-
-
-def _page_coding(head: HeadSpec) -> int:
-    """Vector FLOPs that code a token's key and value for the cache, or bring them back to floats."""
-    parts = ((head.k_format, head.head_dim), (head.v_format, head.v_head_dim))
-    return _DEQUANT * sum(size for form, size in parts if not form.is_float)
-
-
 # ---------------------------------------------------------------------------------------------------- recurrent layers
 
 
-def _conv(op: Op, step: StepShape, how: _How) -> Counts:
+def _conv(op: Op, step: StepShape, how: How) -> Counts:
     """Every channel by itself, so no matrix product; the last inputs of every sequence are read and written anew."""
     node: Any = op.node
     owner: Any = op.owner
@@ -339,7 +203,7 @@ def _conv(op: Op, step: StepShape, how: _How) -> Counts:
     )
 
 
-def _scan(op: Op, step: StepShape, how: _How) -> Counts:
+def _scan(op: Op, step: StepShape, how: How) -> Counts:
     """A recurrence. One new token updates the state; more are worked on in chunks, inside which all pairs are products.
 
     Per head of p x n numbers and per token, state update and readout take 4 p n FLOPs (Mamba-2), 6 p n with the correction of
@@ -385,14 +249,14 @@ def _chunks(node: StateSpaceSpec | LinearAttentionSpec, step: StepShape) -> IntA
     return step.copies * np.where(step.new > 1, -(-step.new // node.chunk), 0).sum(-1)
 
 
-def _worked(new: IntArray, chunk: int, how: _How) -> IntArray:
+def _worked(new: IntArray, chunk: int, how: How) -> IntArray:
     """Tokens worked on, padding included."""
     return np.where(new > 1, -(-new // chunk) * chunk, new) if how.attention == "eager" else new
 
 
-def _chunk_pairs(new: IntArray, chunk: int, how: _How) -> IntArray:
+def _chunk_pairs(new: IntArray, chunk: int, how: How) -> IntArray:
     """(token, token) pairs inside the chunks of a row; a single token has none."""
-    pairs = _worked(new, chunk, how) * chunk if how.attention == "eager" else _within_chunks(new, chunk)
+    pairs = _worked(new, chunk, how) * chunk if how.attention == "eager" else within_chunks(new, chunk)
     return np.where(new > 1, pairs, 0)
 
 
@@ -428,7 +292,7 @@ def _seen(node: MoESpec, tokens: IntArray) -> IntArray:
     return tokens * (node.ranks if node.exchange else 1)
 
 
-def _gated_linear(op: Op, step: StepShape, how: _How) -> Counts:
+def _gated_linear(op: Op, step: StepShape, how: How) -> Counts:
     """Up or down behind a gate: one stored row per active neuron while few tokens run, the whole matrix otherwise."""
     node: Any = op.node
     owner: Any = op.owner
@@ -446,21 +310,21 @@ def _gated_linear(op: Op, step: StepShape, how: _How) -> Counts:
     sparse = (tokens > 0) & (tokens <= owner.executor.max_tokens)
     return Counts(
         flops=_where(sparse, _whole(2 * row * pairs), dense.flops),
-        vector_flops=_where(sparse, _whole((0 if node.format.is_float else _DEQUANT * row) * rows), dense.vector_flops),
+        vector_flops=_where(sparse, _whole((0 if node.format.is_float else DEQUANT * row) * rows), dense.vector_flops),
         weight_read=_where(sparse, _whole(node.format.nbytes(1, row) * rows + bias), dense.weight_read),
     )
 
 
-def _router(op: Op, step: StepShape, how: _How) -> Counts:
+def _router(op: Op, step: StepShape, how: How) -> Counts:
     owner: Any = op.owner
     tokens = step.tokens
     extra = Counts(
-        vector_flops=_SOFTMAX * owner.num_experts * tokens, weight_read=_where(tokens > 0, weight_nbytes(owner), 0)
+        vector_flops=SOFTMAX * owner.num_experts * tokens, weight_read=_where(tokens > 0, weight_nbytes(owner), 0)
     )
     return _linear(op, step, how) + extra
 
 
-def _expert(op: Op, step: StepShape, how: _How) -> Counts:
+def _expert(op: Op, step: StepShape, how: How) -> Counts:
     """One matrix of the chosen experts: k per token are computed, the distinct ones are read."""
     node: Any = op.node
     owner: Any = op.owner
@@ -475,13 +339,13 @@ def _expert(op: Op, step: StepShape, how: _How) -> Counts:
     )
 
 
-def _collective(op: Op, step: StepShape, how: _How) -> Counts:
+def _collective(op: Op, step: StepShape, how: How) -> Counts:
     """Payload of a collective: the whole value, whatever the algorithm sends of it."""
     value = op.writes[0]
     return Counts(comm=value.row_bytes * step.rows(value.rows))
 
 
-def _combine(op: Op, step: StepShape, how: _How) -> Counts:
+def _combine(op: Op, step: StepShape, how: How) -> Counts:
     node: Any = op.node
     return Counts(vector_flops=2 * node.num_experts_per_tok * op.writes[0].width * step.tokens)
 
@@ -495,15 +359,16 @@ def _whole(value: Any) -> Any:
     return value if isinstance(value, int) else np.rint(value).astype(np.int64)[()]
 
 
-_TABLE: dict[str, Callable[[Op, StepShape, _How], Counts]] = {
+_TABLE: dict[str, Callable[[Op, StepShape, How], Counts]] = {
     "embed": _embed,
     "linear": _linear,
     "norm": _norm,
     "rope": _elementwise(_ROPE),
-    "append": _append,
-    "attend": _attend,
-    "attend_expanded": _attend_expanded,
-    "attend_latent": _attend_latent,
+    "append": append,
+    "attend": attend,
+    "attend_expanded": attend_expanded,
+    "attend_latent": attend_latent,
+    "evict": evict,
     "expand": _expand,
     "absorb_q": _absorb("qk_nope_head_dim"),
     "absorb_v": _absorb("v_head_dim"),
@@ -513,7 +378,7 @@ _TABLE: dict[str, Callable[[Op, StepShape, _How], Counts]] = {
     "gate": _elementwise(_ACT),
     "conv": _conv,
     "scan": _scan,
-    "softcap": _elementwise(_SOFTCAP),
+    "softcap": _elementwise(SOFTCAP),
     "gated_linear": _gated_linear,
     "router": _router,
     "expert": _expert,

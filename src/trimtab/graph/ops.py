@@ -29,6 +29,8 @@ class StepShape:
         copies: every row stands for this many equal ones; an array of the leading axes where passes differ in it.
         skew: how unevenly tokens choose experts: the chance of the r-th most popular one falls as r^-skew; 0 = evenly.
         observed: counts that data decides (``layers.3.mlp.active_rows``); absent ones are taken at their expectation.
+        prompt: [..., B] tokens of each row that come before its first answer; None: what was seen before, or the new tokens
+            of a row that saw none.
     """
 
     new: IntArray
@@ -37,6 +39,7 @@ class StepShape:
     copies: IntArray | int = 1
     observed: Mapping[str, int] = field(default_factory=dict)
     skew: float = 0.0
+    prompt: IntArray | None = None
 
     @staticmethod
     def of(
@@ -46,6 +49,7 @@ class StepShape:
         copies: npt.ArrayLike = 1,
         observed: Mapping[str, int] | None = None,
         skew: float = 0.0,
+        prompt: npt.ArrayLike | Sequence[int] | None = None,
     ) -> StepShape:
         """Build a step from array-likes: int64, or Python integers where int64 could overflow.
 
@@ -59,12 +63,24 @@ class StepShape:
         kind = object if tokens > _MOST_TOKENS or tokens * longest > _MOST_PAIRS else np.int64
         rows = np.broadcast_to(np.asarray(logits, np.int64), a.shape[:-1])
         times = many.astype(kind) if many.ndim else int(many)
-        return StepShape(a.astype(kind), b.astype(kind), rows.astype(kind), times, dict(observed or {}), skew)
+        before = None if prompt is None else np.broadcast_to(np.asarray(prompt, np.int64), a.shape).astype(kind)
+        return StepShape(a.astype(kind), b.astype(kind), rows.astype(kind), times, dict(observed or {}), skew, before)
 
     @property
     def tokens(self) -> IntArray:
         """[...] new tokens of a pass, all rows."""
         return self.copies * self.new.sum(-1)
+
+    @property
+    def prompts(self) -> IntArray:
+        """[..., B] tokens of each row that come before its first answer."""
+        return np.where(self.past > 0, self.past, self.new) if self.prompt is None else self.prompt
+
+    @property
+    def ends_prompt(self) -> IntArray:
+        """[..., B] 1 where the pass brings the last token of a row's prompt, else 0."""
+        prompts = self.prompts
+        return ((self.past < prompts) & (prompts <= self.past + self.new)).astype(np.int64)
 
     @property
     def keys(self) -> IntArray:
@@ -114,8 +130,9 @@ class Op:
 
     @property
     def dtype(self) -> str:
-        """Dtype the op computes in."""
-        return (self.writes or self.reads)[0].dtype
+        """Dtype the op computes in; one that touches the cache alone computes in floats of four bytes."""
+        values = self.writes or self.reads
+        return values[0].dtype if values else "fp32"
 
 
 @dataclass(frozen=True, slots=True)

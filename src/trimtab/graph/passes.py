@@ -136,13 +136,13 @@ def request_passes(
     graph = graphs.prefill
     found = []
     if held < prompt:
-        found.append(_pass("filter", graphs.filter, [prompt], [0], [1], batch[..., None], logits=False))
+        found.append(_pass("filter", graphs.filter, [prompt], [0], prompt, [1], batch[..., None], logits=False))
     budget = stack.max_batched_tokens
     if budget is not None and held <= budget:
         together = budget // held
         copies = np.stack([np.minimum(batch, together), batch % together], -1)
         weight = np.stack([batch // together + (batch < together), (batch % together > 0) & (batch > together)], -1)
-        found.append(_pass("prefill", graph, [held] * 2, [0] * 2, copies, weight))
+        found.append(_pass("prefill", graph, [held] * 2, [0] * 2, held, copies, weight))
     else:
         # One prompt after the other, or all side by side.
         copies, times = (batch, 1) if budget is None else (np.ones_like(batch), batch)
@@ -153,14 +153,16 @@ def request_passes(
             start = [chunk * index for index in at]
             weight = share * np.broadcast_to(times, batch.shape)[..., None]
             found.append(
-                _pass("prefill", graphs.headless, [chunk] * len(at), start, copies[..., None], weight, logits=False)
+                _pass(
+                    "prefill", graphs.headless, [chunk] * len(at), start, held, copies[..., None], weight, logits=False
+                )
             )
         weight = np.broadcast_to(times, batch.shape)[..., None]
-        found.append(_pass("prefill", graph, [last], [held - last], copies[..., None], weight))
+        found.append(_pass("prefill", graph, [last], [held - last], held, copies[..., None], weight))
     if gen > 1:
         at, share = samples(gen - 1)
         past = [held + index for index in at]
-        found.append(_pass("decode", graphs.decode, [1] * len(at), past, batch[..., None], np.asarray(share)))
+        found.append(_pass("decode", graphs.decode, [1] * len(at), past, held, batch[..., None], np.asarray(share)))
     if skew:
         found = [replace(each, step=replace(each.step, skew=skew)) for each in found]
     return tuple(found)
@@ -171,6 +173,7 @@ def _pass(
     graph: Graph,
     new: list[int],
     past: list[int],
+    prompt: int,
     copies: npt.ArrayLike,
     weight: npt.ArrayLike,
     logits: bool = True,
@@ -180,7 +183,7 @@ def _pass(
     many = np.broadcast_to(np.asarray(copies, np.int64), shape)
     rows = np.broadcast_to(np.asarray(new, np.int64), shape)[..., None]
     before = np.broadcast_to(np.asarray(past, np.int64), shape)[..., None]
-    step = StepShape.of(rows, before, logits=many if logits else 0, copies=many)
+    step = StepShape.of(rows, before, logits=many if logits else 0, copies=many, prompt=prompt)
     return Pass(phase, graph, step, np.broadcast_to(np.asarray(weight, np.float64), shape))
 
 
@@ -210,5 +213,6 @@ def chunks(prompt: int, chunk: int | None) -> tuple[int, int]:
 
 def mean_decode_step(spec: ModelSpec, workload: Workload) -> StepShape:
     """The decode step at mean context: one new token per sequence after the prompt held and half of what is generated."""
-    past = prompt_held(spec, workload.prompt) + workload.mean_past - workload.prompt
-    return StepShape.of([1], [past], logits=workload.batch, copies=workload.batch, skew=workload.skew)
+    held = prompt_held(spec, workload.prompt)
+    past = held + workload.mean_past - workload.prompt
+    return StepShape.of([1], [past], logits=workload.batch, copies=workload.batch, skew=workload.skew, prompt=held)

@@ -267,8 +267,9 @@ def examine(arm: Arm, prompts: Sequence[IntArray], continuations: Sequence[IntAr
         "prefill_weight_read": prefill.total("weight_read"),
         "prefill_kv_read": prefill.total("kv_read"),
     }
-    past = prompt_held(arm.plan.model, work.prompt) + max(work.gen - 2, 0) // 2
-    step = StepShape.of([1], [past], logits=work.batch, copies=work.batch, observed=middle.observed)
+    kept = prompt_held(arm.plan.model, work.prompt)
+    past = kept + max(work.gen - 2, 0) // 2
+    step = StepShape.of([1], [past], logits=work.batch, copies=work.batch, observed=middle.observed, prompt=kept)
     eager = dataclasses.replace(arm.plan, stack=dataclasses.replace(arm.plan.stack, attention="eager"))
     wanted = step_counts(eager, step)
     pairs = (("decode_flops", "flops"), ("weight_read", "weight_read"), ("kv_read", "kv_read"))
@@ -339,7 +340,12 @@ class Agreement:
 
 def agreement(predicted: Report, measured: Report) -> list[Agreement]:
     """Compare every exact count; those that data decides are marked, their prediction is an expectation."""
-    data: Mapping[str, bool] = dict.fromkeys(("weight_read", "decode_flops") if measured.observed else (), True)
+    moved = {name for name in measured.observed if name.endswith(".evict.moved")}
+    decided = [
+        *(("weight_read", "decode_flops") if set(measured.observed) - moved else ()),
+        *(("kv_read",) if moved else ()),
+    ]
+    data: Mapping[str, bool] = dict.fromkeys(decided, True)
     return [
         Agreement(name, predicted.counts[name], measured.counts[name], name in data)
         for name in EXACT

@@ -18,6 +18,9 @@ _COUNTS = {
         "the head keeps of prompt + gen tokens (of a filtered prompt, of what is left of it)."
     ),
     "kv_reserved_bytes": "As kv_bytes, in whole pages.",
+    "kv_peak_bytes": (
+        "Most bytes of pages at any time: a head that chooses when the prompt has ended holds all of it until then."
+    ),
     "state_bytes": (
         "Part of kv_bytes: recurrent states (Mamba, linear attention) of all sequences, as many bytes whatever the context."
     ),
@@ -26,7 +29,7 @@ _COUNTS = {
         "writes it to the last that reads it. Eager attention adds its scores before and after softmax."
     ),
     "reserve_bytes": "What the engine takes for itself; a constant of the stack.",
-    "peak_bytes": "weight_bytes + kv_reserved_bytes + activation_bytes + reserve_bytes.",
+    "peak_bytes": "weight_bytes + kv_peak_bytes + activation_bytes + reserve_bytes.",
     "capacity_bytes": "Memory of one device as its datasheet gives it, times the share the stack uses (memory_share).",
     "prefill_flops": (
         "Matrix multiplications of the whole prompt, whole batch, 2 per multiply-add; logits for the last token alone. "
@@ -80,7 +83,7 @@ _OF_OPS: dict[str, tuple[str, Callable[[OpRow], float], Callable[[float], str]]]
     "prefill_flops": ("prefill", lambda row: row.flops, lambda value: format_si(value, "FLOP")),
 }
 
-_SUMS = {"peak_bytes": ("weight_bytes", "kv_reserved_bytes", "activation_bytes", "reserve_bytes")}
+_SUMS = {"peak_bytes": ("weight_bytes", "kv_peak_bytes", "activation_bytes", "reserve_bytes")}
 
 
 def explain(report: Report, name: str, plan: Plan | None = None) -> str:

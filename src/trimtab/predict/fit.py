@@ -90,7 +90,7 @@ def _row(footprint: Footprint, batch: int, prompt: int, gen: int, unbounded: boo
         batch=batch,
         context=prompt + gen if prompt else 0,
         weights=memory.weights,
-        kv=memory.kv_reserved,
+        kv=memory.kv_peak,
         activations=memory.activations,
         reserve=memory.reserve,
         peak=memory.peak,

@@ -66,14 +66,14 @@ def prefill_attention(
     kernel: Kernel, main: Op, counts: Counts, step: StepShape, device: Device, c: dict[str, float], streamed: Any
 ) -> Any:
     """Rows of different lengths count as so many of their mean."""
-    heads, kv_heads, head_dim, item_bytes, window = _heads(main)
+    heads, kv_heads, head_dim, item_bytes, window = _heads(main, step)
     batch, new, past = _rows(main, step)
     return forms.prefill_attention_s(batch, new, past, heads, kv_heads, head_dim, window, item_bytes, device, c)
 
 
 def few_queries(decode: dict[str, float], main: Op, step: StepShape, device: Device) -> Any:
     """The same by the form of decoding, which splits long keys: kernels take whichever is faster."""
-    heads, kv_heads, head_dim, item_bytes, window = _heads(main)
+    heads, kv_heads, head_dim, item_bytes, window = _heads(main, step)
     batch, new, past = _rows(main, step)
     return forms.decode_attention_s(
         batch, new + past, heads, kv_heads, head_dim, item_bytes, device, decode, window=window, new=new
@@ -84,7 +84,7 @@ def decode_attention(
     kernel: Kernel, main: Op, counts: Counts, step: StepShape, device: Device, c: dict[str, float], streamed: Any
 ) -> Any:
     """As `prefill_attention`, one new token per row."""
-    heads, kv_heads, head_dim, item_bytes, window = _heads(main)
+    heads, kv_heads, head_dim, item_bytes, window = _heads(main, step)
     batch, new, past = _rows(main, step)
     return forms.decode_attention_s(
         batch, new + past, heads, kv_heads, head_dim, item_bytes, device, c, window=window, new=new
@@ -98,18 +98,25 @@ def _rows(op: Op, step: StepShape) -> tuple[Any, Any, Any]:
     new = np.asarray(step.new, np.float64).mean(-1)
     past = 0.0
     for head, times in Counter(node.cache.heads).items():
-        in_view = np.minimum(step.past, head.keep.visible(1 << 62))
+        in_view = head.keep.visible(step.past, step.prompts)
+        if head.select is not None:
+            in_view = np.where(step.new == 1, head.select.read(in_view + step.new) - step.new, in_view)
         past = past + times / len(node.cache.heads) * np.asarray(in_view, np.float64).mean(-1)
     return sequences, new, past
 
 
-def _heads(op: Op) -> tuple[int, int, float, float, float]:
-    """(query heads, cached heads, their width, bytes of a cached element, window) of an attention."""
+def _heads(op: Op, step: StepShape) -> tuple[int, int, float, float, float]:
+    """(query heads, cached heads, their width, bytes of a cached element, window) of an attention.
+
+    A sparse prompt is priced as a window of as many keys; its last queries, which see more, are few.
+    """
     node: Any = op.node
     head = node.cache.heads[0]
     if isinstance(node, AttentionSpec):
         width = (head.head_dim + head.v_head_dim) / 2
         window = np.inf if node.window is None else float(node.window)
+        if node.prefill is not None and np.max(step.new, initial=1) > 1:
+            window = float(node.prefill.sink + node.prefill.local)
         return node.num_attention_heads, node.num_key_value_heads, width, head.token_bytes() / (2 * width), window
     if op.kind == "attend_expanded":  # keys and values of every head, expanded
         width = (node.qk_nope_head_dim + node.qk_rope_head_dim + node.v_head_dim) / 2

@@ -65,6 +65,7 @@ class Memory:
         weights: resident weights, ties once.
         kv_held: cache bytes that hold a token, all sequences.
         kv_reserved: whole pages.
+        kv_peak: whole pages at their most: a prompt is held whole until what stays of it is chosen.
         activations: peak of live activations over all passes.
         reserve: what the engine takes for itself.
     """
@@ -72,13 +73,14 @@ class Memory:
     weights: int
     kv_held: Any
     kv_reserved: Any
+    kv_peak: Any
     activations: Any
     reserve: int
 
     @property
     def peak(self) -> Any:
         """Everything at once."""
-        return self.weights + self.kv_reserved + self.activations + self.reserve
+        return self.weights + self.kv_peak + self.activations + self.reserve
 
 
 class Footprint:
@@ -106,6 +108,7 @@ class Footprint:
             found,
             kv_held=int(found.kv_held),
             kv_reserved=int(found.kv_reserved),
+            kv_peak=int(found.kv_peak),
             activations=int(found.activations),
         )
 
@@ -114,16 +117,20 @@ class Footprint:
         share = -(-batch // self.parallel.dp)
         held = prompt_held(self.spec, prompt)
         # Equal layers are equal objects more often than not: each is asked once.
-        known: dict[int, KVBytes] = {}
-        layers = [
-            known.setdefault(id(x), x.nbytes(held + gen)) if id(x) not in known else known[id(x)]
-            for x in self._caches()
-        ]
-        most = max(self.stages, key=lambda stage: sum(layers[i].reserved for i in stage))
-        kv_held, kv_reserved = (sum(getattr(layers[i], name) for i in most) for name in ("held", "reserved"))
-        exact = share.astype(object) if float(np.max(share)) * kv_reserved > _MOST else share
+        known: dict[int, tuple[KVBytes, int]] = {}
+        for cache in self._caches():
+            if id(cache) not in known:
+                peak = sum(head.peak_nbytes(held + gen, held).reserved for head in cache.heads) + cache.state_bytes
+                known[id(cache)] = cache.nbytes(held + gen, held), peak
+        layers = [known[id(cache)] for cache in self._caches()]
+        most = max(self.stages, key=lambda stage: sum(layers[i][1] for i in stage))
+        kv_held, kv_reserved = (sum(getattr(layers[i][0], name) for i in most) for name in ("held", "reserved"))
+        kv_peak = sum(layers[i][1] for i in most)
+        exact = share.astype(object) if float(np.max(share)) * kv_peak > _MOST else share
         activations = self._activations(-(-share // self.parallel.pp), prompt, held, gen)
-        return Memory(self._weights, kv_held * exact, kv_reserved * exact, activations, self.stack.reserve_bytes)
+        return Memory(
+            self._weights, kv_held * exact, kv_reserved * exact, kv_peak * exact, activations, self.stack.reserve_bytes
+        )
 
     def _caches(self) -> Iterable[CacheSpec]:
         return (layer.cache for layer in self.spec.layers)
@@ -142,7 +149,9 @@ class Footprint:
         new, past = (np.array([[int(case[which])] for case in cases]) for which in (0, 1))
         copies = np.stack(np.broadcast_arrays(*(case[2] for case in cases)), -1)
         shape = (*copies.shape, 1)
-        step = StepShape.of(np.broadcast_to(new, shape), np.broadcast_to(past, shape), logits=copies, copies=copies)
+        step = StepShape.of(
+            np.broadcast_to(new, shape), np.broadcast_to(past, shape), logits=copies, copies=copies, prompt=held
+        )
         peak = functools.reduce(np.maximum, (state.nbytes(step, attention) for state in self._prefill))
         if held < prompt:
             whole = StepShape.of([[prompt]], [[0]])

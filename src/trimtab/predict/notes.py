@@ -99,7 +99,7 @@ def _too_big(plan: Plan, memory: Memory, over: int, footprint: Footprint) -> str
     """What does not fit, by how much, and what would."""
     work, machine = plan.workload, plan.machine
     total = (
-        f"weights {format_bytes(memory.weights)} + cache {format_bytes(memory.kv_reserved)} + activations "
+        f"weights {format_bytes(memory.weights)} + cache {format_bytes(memory.kv_peak)} + activations "
         f"{format_bytes(memory.activations)} + reserve {format_bytes(memory.reserve)} = {format_bytes(memory.peak)}"
     )
     usable = usable_bytes(plan)

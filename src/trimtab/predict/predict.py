@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from trimtab.graph.attention import expected_moves
 from trimtab.graph.count import active_rows, count_all, count_groups, experts_touched
 from trimtab.graph.ops import Counts, StepShape
 from trimtab.graph.passes import Graphs, Pass, mean_decode_step
@@ -18,8 +19,9 @@ from trimtab.predict.memory import Memory
 from trimtab.predict.notes import notes, usable_bytes
 from trimtab.predict.price import Times
 from trimtab.predict.request import Requests
+from trimtab.spec.cache import Budget
 from trimtab.spec.model import ModelSpec
-from trimtab.spec.nodes import FFNSpec, GateFirst, MoESpec
+from trimtab.spec.nodes import AttentionSpec, FFNSpec, GateFirst, MoESpec
 from trimtab.spec.plan import Plan
 from trimtab.spec.report import OpRow, Report
 
@@ -30,8 +32,9 @@ def predict(plan: Plan) -> Report:
     """Price a plan.
 
     Counts (integers): ``weight_bytes`` resident weights; ``kv_bytes`` cache of all sequences at prompt + gen tokens (what is
-    kept of a filtered prompt), ``kv_reserved_bytes`` the same in whole pages; ``activation_bytes`` peak of live
-    activations; ``reserve_bytes`` of the engine; ``peak_bytes`` their sum; ``capacity_bytes`` of the machine;
+    kept of a filtered prompt), ``kv_reserved_bytes`` the same in whole pages, ``kv_peak_bytes`` the most pages at any
+    time; ``activation_bytes`` peak of live activations; ``reserve_bytes`` of the engine; ``peak_bytes`` the sum of these
+    peaks and the weights; ``capacity_bytes`` of the machine;
     ``prefill_flops`` the whole batch; ``decode_flops``, ``weight_read``, ``kv_read`` one decode step at mean context;
     ``prefill_weight_read``, ``prefill_kv_read`` the whole prefill.
 
@@ -74,6 +77,9 @@ def expected(spec: ModelSpec, step: StepShape) -> dict[str, float]:
     found: dict[str, float] = {}
     tokens = step.tokens
     for index, layer in enumerate(spec.layers):
+        attn = layer.self_attn
+        if isinstance(attn, AttentionSpec) and any(isinstance(head.keep, Budget) for head in attn.cache.heads):
+            found[f"layers.{index}.self_attn.evict.moved"] = float(np.sum(expected_moves(attn, step)))
         path = f"layers.{index}.mlp"
         if isinstance(layer.mlp, MoESpec):
             found[f"{path}.experts_touched"] = float(experts_touched(layer.mlp, tokens, step.skew))
@@ -108,6 +114,7 @@ def _counts(
         "weight_bytes": memory.weights,
         "kv_bytes": memory.kv_held,
         "kv_reserved_bytes": memory.kv_reserved,
+        "kv_peak_bytes": memory.kv_peak,
         "state_bytes": -(-plan.workload.batch // plan.parallel.dp) * graphs.spec.state_nbytes(),
         "activation_bytes": memory.activations,
         "reserve_bytes": memory.reserve,

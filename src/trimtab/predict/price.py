@@ -191,7 +191,7 @@ def _price(item: Group, counts: Counts, rates: _Rates) -> Priced:
     active = _real(counts.act_read + counts.act_written, shape)
     memory = resident / bandwidth(rates.streamed, machine, stack) + active / bandwidth(active, machine, stack)
     memory = memory / bandwidth_share
-    runs = _real(_launches(item.kernel, step), shape)
+    runs = _real(_launches(item.kernel, counts, step), shape)
     launches = runs * launch
     compute = np.maximum(compute, vector)
     none = np.zeros(shape)
@@ -336,8 +336,10 @@ def _rows(op: Op, step: StepShape) -> Any:
     return step.rows(op.writes[0].rows) if op.writes else step.tokens
 
 
-def _launches(kernel: Kernel, step: StepShape) -> Any:
+def _launches(kernel: Kernel, counts: Counts, step: StepShape) -> Any:
     """Launches per pass; without grouping every expert that is touched is one."""
+    if kernel.ops[0].kind == "evict":  # most passes give up nothing
+        return np.not_equal(counts.kv_read + counts.kv_written, 0)
     runs = step.rows(kernel.writes[0].rows) > 0 if kernel.writes else step.tokens > 0
     if kernel.grouped or kernel.ops[0].kind != "expert":
         return runs

@@ -284,10 +284,14 @@ class HeadSpec(Node):
 
     def __post_init__(self) -> None:
         if self.select is not None and (self.seals or self.k_format.by_channel or not isinstance(self.keep, All)):
-            how = f"keeps {self.keep}" if not isinstance(self.keep, All) else "codes or thins keys after they were written"
+            how = (
+                f"keeps {self.keep}"
+                if not isinstance(self.keep, All)
+                else "codes or thins keys after they were written"
+            )
             raise SpecError(
                 f"Reading some pieces of a cache that {how}: not possible, since bounds of its pieces would not hold. "
-                "Allowed: a cache that keeps every token as it was written. Use one of the two."
+                "Allowed: a cache that keeps every token as it was written. Use one of the two, or name rings first."
             )
         if self.seals and isinstance(self.keep, Budget) and self.keep.when == "pass":
             raise SpecError(

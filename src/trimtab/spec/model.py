@@ -116,9 +116,14 @@ class ModelSpec(Node):
         once = {id(layer): total((layer,)) - rest for layer in {id(layer): layer for layer in self.layers}.values()}
         return rest + sum(once[id(layer)] for layer in self.layers)
 
-    def kv_nbytes(self, tokens: int) -> int:
-        """Bytes the cache of one sequence holds after `tokens` tokens, recurrent states included."""
-        return sum(layer.cache.nbytes(tokens).held for layer in self.layers)
+    def kv_nbytes(self, tokens: int, prompt: int | None = None) -> int:
+        """Bytes the cache of one sequence holds after `tokens` tokens, recurrent states included.
+
+        Args:
+            tokens: seen so far.
+            prompt: how many of them came before the first answer; None = all.
+        """
+        return sum(layer.cache.nbytes(tokens, prompt).held for layer in self.layers)
 
     def state_nbytes(self) -> int:
         """Of these the bytes that do not depend on tokens: the states of recurrent layers."""

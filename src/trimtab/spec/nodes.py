@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from trimtab.errors import SpecError, unknown
-from trimtab.spec.cache import CacheSpec
+from trimtab.spec.cache import Budget, CacheSpec, Ring
 from trimtab.spec.formats import WeightFormat
 from trimtab.spec.leaves import ConvSpec, LinearSpec, NormSpec, RopeSpec
 from trimtab.spec.tree import Node
@@ -84,6 +84,34 @@ class Unified:
 Softmax = Online | Unified
 ONLINE = Online()
 
+# ------------------------------------------------------------------------------------------------------ sparse prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """In passes of several tokens a query sees the first `sink` keys and the `local` newest; a single one sees all.
+
+    Args:
+        sink: first keys of the sequence.
+        local: newest keys of a query, its own included.
+        last: queries at the end of a prompt that see everything, as far as the pass that ends it brings them.
+
+    Raises:
+        SpecError: a negative number, or no newest key.
+    """
+
+    sink: int
+    local: int
+    last: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sink < 0 or self.local < 1 or self.last < 0:
+            raise SpecError(
+                f"a sparse prompt of sink={self.sink}, local={self.local}, last={self.last}: not possible. "
+                "Allowed: sink >= 0, local >= 1, last >= 0."
+            )
+
+
 # -------------------------------------------------------------------------------------------------------------- blocks
 
 #: Orders of the elements of a key.
@@ -111,6 +139,7 @@ class AttentionSpec(Node):
         key_order: how the elements of a key (and of the queries that meet it) are ordered: ``model``, or ``row``, ``rms``,
             ``random``: each KV head in an order of its own, which the rows of k_proj and q_proj already have and which is a
             weight, ``<path>.key_order``. Scores are the same in any order.
+        prefill: keys that the queries of a prompt see; None = all.
     """
 
     num_attention_heads: int
@@ -135,11 +164,26 @@ class AttentionSpec(Node):
     softmax: Softmax = ONLINE
     split: int | None = None
     key_order: str = "model"
+    prefill: Prefill | None = None
     cache: CacheSpec
 
     def __post_init__(self) -> None:
         if self.key_order not in KEY_ORDERS:
             raise unknown("order of keys", self.key_order, KEY_ORDERS)
+        if self.prefill is None:
+            return
+        if self.window is not None or self.chunk is not None:
+            raise SpecError(
+                "A sparse prompt in attention with a window or chunks: not possible. "
+                "Allowed: layers whose queries see all keys."
+            )
+        for head in self.cache.heads:
+            if isinstance(head.keep, Ring) or (isinstance(head.keep, Budget) and head.keep.when == "pass"):
+                raise SpecError(
+                    f"A sparse prompt over a cache that forgets tokens while the prompt runs ({head.keep}): not possible, "
+                    "since both hide keys of the same queries. Allowed: a cache that keeps the prompt to its end. "
+                    "Use one of the two."
+                )
 
     @property
     def key_order_format(self) -> WeightFormat:

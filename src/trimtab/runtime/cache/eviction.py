@@ -100,7 +100,7 @@ def choose_pieces(pieces: Pieces, q_GP1H: np.ndarray, bounds: np.ndarray, held: 
     most = pieces.tokens // pieces.piece
     heads = len(bounds)
     if count <= most:
-        return np.broadcast_to(np.arange(held), (heads, held))
+        return np.broadcast_to(np.arange(held), (heads, held)).copy()
     low, high = (bfloat16_to_float32(np.ascontiguousarray(bounds[:, : count - 1, side])) for side in range(2))
     q = q_GP1H[:, :, 0]
     best = np.matmul(np.maximum(q, 0), high.swapaxes(1, 2)) + np.matmul(
