@@ -16,10 +16,11 @@ from trimtab.errors import SpecError, UnsupportedModelError
 from trimtab.runtime.engine.generate import Session
 from trimtab.runtime.kernels import _core
 from trimtab.runtime.native import lower
-from trimtab.runtime.native.attention import Attention, attend_range, code_rows, encode_pages
+from trimtab.runtime.native.attention import Attention, attend_range, encode_pages
 from trimtab.runtime.native.lower import core_tiles
 from trimtab.runtime.numerics import decode, encode
 from trimtab.runtime.numerics.tiles import tile, tiled_format
+from trimtab.spec.cache import PageFormat
 from trimtab.spec.formats import WeightFormat
 from trimtab.spec.nodes import Unified
 from trimtab.techniques.apply import applied, load_native
@@ -230,13 +231,16 @@ def test_threads_do_not_change_the_sum() -> None:
 def test_int8_pages_hold_rows_to_half_a_step(isa: str, size: int, group: int) -> None:
     x = values(40, size) * 3
     x[3] = 7.25  # one value: no range
-    codes, scale, minimum = code_rows(x, group)
-    assert codes.dtype == np.uint8 and scale.dtype == minimum.dtype == np.float16
-    wide = [np.repeat(part.astype(np.float32), group, axis=1)[:, :size] for part in (scale, minimum)]
-    back = codes * wide[0] + wide[1]
+    coded = encode_pages(x[None], PageFormat("int8", group))
+    assert coded.nbytes == 40 * (size + 4 * -(-size // group))
+    back = coded.floats()[0]
+    parts = np.array_split(x, range(group, size, group), axis=1)
+    span, least = (
+        np.concatenate([np.broadcast_to(of(part, axis=1, keepdims=True), part.shape) for part in parts], axis=1)
+        for of in (np.ptp, np.min)
+    )
     # Half a step, and what rounding the minimum and 255 steps to halves adds.
-    bound = wide[0] * 0.5 + np.abs(wide[1]) * 2**-11 + 255 * wide[0] * 2**-11 + 1e-6
-    assert (np.abs(back - x) <= bound).all()
+    assert (np.abs(back - x) <= span / 510 + np.abs(least) * 2**-11 + span * 2**-11 + 1e-6).all()
     np.testing.assert_array_equal(back[3], np.full(size, 7.25, np.float32))
 
 
@@ -246,7 +250,7 @@ def test_int8_cache_runs_natively(tiny_model: Any) -> None:
     ids = np.random.default_rng(7).integers(0, 131, 150)
     wanted = tiny_model.logits([ids.tolist()])[0].numpy()
     session = Session(program, chunk=13)
-    prompt = session.prefill([ids[:140]])[0]  # no reserve: runs grow and are moved
+    prompt = session.prefill([ids[:140]])[0]  # no reserve: pages are taken on the way
     assert np.abs(prompt - wanted[139]).max() < 0.05 * np.abs(wanted).max()
     for at in range(140, 150):
         logits = session.decode([ids[at]])[0]

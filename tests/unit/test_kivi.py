@@ -213,6 +213,6 @@ def test_the_engine_keeps_what_a_technique_made_of_the_cache(smollm2_path: Any) 
         model, why = load_engine("smollm2-135m", kv_dtype=kv_dtype, techniques=("kivi:bits=4",))
         head = model.spec.layers[0].self_attn.cache.heads[0]
         assert (str(head.k_format), str(head.v_format), str(head.tail)) == ("int4-t32", "int4-g32", landing)
-        assert "int4-t32 (keys)" in why
+        assert not why  # it runs natively
     model, why = load_engine("smollm2-135m", kv_dtype="fp8", engine="torch")
     assert str(model.spec.layers[0].self_attn.cache.heads[0].k_format) == "fp8" and not why

@@ -123,7 +123,9 @@ def _time(form: WeightFormat, kv_dtype: str, machine: Machine, unit: Stack) -> I
 
 def skip(session: Session, tokens: int) -> None:
     """Let a sequence be `tokens` longer without computing them: what its cache holds does not change the time of a step."""
-    session.store.place(Step.of([tokens], session.lengths, session.seqs))
+    step = Step.of([tokens], session.lengths, session.seqs)
+    session.store.place(step)
+    session.store.settle(step)
     session.lengths = [session.lengths[0] + tokens]
 
 

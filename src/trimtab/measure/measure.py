@@ -253,13 +253,15 @@ def examine(arm: Arm, prompts: Sequence[IntArray], continuations: Sequence[IntAr
             logits.append(session.decode(tokens))
             if index == work.gen - 1:
                 held = session.store.nbytes()
+    most = max(session.store.peak_bytes, held.reserved)
     session.close()
     counts = {
         "weight_bytes": arm.model.weights.nbytes,
         "kv_bytes": held.held,
         "kv_reserved_bytes": held.reserved,
+        "kv_peak_bytes": most,
         "activation_bytes": live.peak,
-        "peak_bytes": arm.model.weights.nbytes + held.reserved + live.peak,
+        "peak_bytes": arm.model.weights.nbytes + most + live.peak,
         "prefill_flops": prefill.total("flops"),
         "decode_flops": middle.total("flops"),
         "weight_read": middle.total("weight_read"),

@@ -15,7 +15,7 @@ from trimtab.units import format_bytes, format_seconds, format_si
 _BAR = 40
 _PARTS = (
     ("weights", "weight_bytes", "█"),
-    ("cache", "kv_reserved_bytes", "▓"),
+    ("cache", "kv_peak_bytes", "▓"),
     ("activations", "activation_bytes", "▒"),
     ("reserve", "reserve_bytes", "░"),
 )
