@@ -28,6 +28,8 @@ Parts = tuple[np.ndarray, ...]
 _TOO_LARGE = "A key or value is not finite, or beyond what an fp16 scale can express. Keep this cache in floats."
 
 
+#: A kind of page as the kernels take it: kind, tokens, width, bits and group.
+Code = tuple[int, int, int, int, int]
 #: Page formats -> index in `PageKind` of ``cpp/native/pages.h``, for tokens side by side and for channels side by side.
 _ROWS = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8": 3, "int8": 4, "int4": 4, "int2": 4, "bfp": 5}
 _TURNED = {"fp32": 6, "fp16": 7, "bf16": 8}
@@ -57,8 +59,8 @@ class Page:
     turned: bool = False
 
     @property
-    def code(self) -> tuple[int, int, int, int, int]:
-        """Kind, tokens, width, bits and group."""
+    def code(self) -> Code:
+        """As the kernels take it."""
         kind = _GROUPED if self.form.by_channel else _ROWS[self.form.kind] if self.plain else self._coded
         return kind, self.tokens, self.width, self.form.bits, self.form.group
 

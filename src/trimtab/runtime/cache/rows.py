@@ -16,7 +16,7 @@ import numpy as np
 
 from trimtab.errors import SpecError
 from trimtab.runtime.cache.arena import Arena
-from trimtab.runtime.cache.pages import Page, bounds_of, read_pages, widen, write_pages
+from trimtab.runtime.cache.pages import Code, Page, bounds_of, read_pages, widen, write_pages
 from trimtab.runtime.kernels import _core
 from trimtab.runtime.step import IntArray
 from trimtab.spec.cache import All, Budget, HeadSpec, Ring
@@ -70,11 +70,12 @@ def pages_of(head: HeadSpec) -> tuple[Page, ...]:
     )
 
 
-def head_forms(head: HeadSpec) -> tuple[object, ...]:
+def head_forms(head: HeadSpec) -> tuple[Code, Code, Code | None, Code | None, int, int]:
     """What the kernels know of a head: its kinds of page (coded ones or None, None), then sink and recent of a ring, or 0, 0."""
-    codes: list[object] = [page.code for page in pages_of(head)]
-    ring = (head.keep.sink, head.keep.recent) if isinstance(head.keep, Ring) else (0, 0)
-    return *codes, *[None] * (4 - len(codes)), *ring
+    codes = [page.code for page in pages_of(head)]
+    k_coded, v_coded = codes[2:] or (None, None)
+    sink, recent = (head.keep.sink, head.keep.recent) if isinstance(head.keep, Ring) else (0, 0)
+    return codes[0], codes[1], k_coded, v_coded, sink, recent
 
 
 class Row:

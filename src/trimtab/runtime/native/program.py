@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.errors import CapacityError
+from trimtab.errors import CapacityError, SpecError
 from trimtab.runtime.cache.store import KVStore
 from trimtab.runtime.kernels import _core
 from trimtab.runtime.native.arena import Arena
@@ -64,6 +64,7 @@ class NativeProgram:
 
         Raises:
             CapacityError: the pages do not fit.
+            SpecError: a key or value that the pages cannot hold.
         """
         records = store.place(step)
         out = np.empty((len(logits_rows), self.spec.vocab_size), np.float32)
@@ -73,6 +74,8 @@ class NativeProgram:
             self._core.run(tokens, step.cu, past, step.reaches, logits_rows, records, self._logits, timed, out)
         except MemoryError as error:
             raise CapacityError(f"{error} Prefill in smaller chunks.") from None
+        except ValueError as error:  # a key or value that the pages cannot hold
+            raise SpecError(str(error)) from None
         store.settle(step)
         if step.record is not None:
             self._report(step.record)
