@@ -358,13 +358,14 @@ class HeadSpec(Node):
         total = self.k_format.nbytes(tokens, self.k_width) + v_format.nbytes(tokens, self.v_head_dim)
         return total // tokens if total % tokens == 0 else total / tokens
 
-    def page_tokens(self, format: PageFormat) -> int:
-        """Tokens of a page in a format: whole groups and tiles where tokens share a scale."""
-        return math.lcm(self.page, format.group, _TILE) if format.by_channel else self.page
+    @property
+    def landing_page(self) -> int:
+        """Tokens of a page that new tokens are written to: few where they soon leave it."""
+        return min(self.page, _TILE) if self.seals and self.tail is not None else self.page
 
-    def page_bytes(self, format: PageFormat, width: int) -> int:
-        """Bytes of a page of keys or values; pages start at a cache line."""
-        return -(-format.nbytes(self.page_tokens(format), width) // _LINE) * _LINE
+    def page_tokens(self, format: PageFormat) -> int:
+        """Tokens of a page of coded keys or values: whole groups and tiles where tokens share a scale."""
+        return math.lcm(self.page, format.group, _TILE) if format.by_channel else self.page
 
     def nbytes(self, tokens: int, prompt: int | None = None) -> KVBytes:
         """Bytes of this head after `tokens` tokens of one sequence, the first `prompt` of which came before the first answer."""
@@ -379,10 +380,11 @@ class HeadSpec(Node):
             strict=True,
         )
         for landing, coded, width, whole, count in sides:
-            pages = -(-held // self.page) - count // self.page
-            reserved += pages * self.page_bytes(landing, whole)
+            pages = -(-held // self.landing_page) - count // self.landing_page
+            reserved += pages * page_nbytes(landing, whole, self.landing_page)
             if count:
-                reserved += -(-count // self.page_tokens(coded)) * self.page_bytes(coded, width)
+                tokens_each = self.page_tokens(coded)
+                reserved += -(-count // tokens_each) * page_nbytes(coded, width, tokens_each)
         side, room = self._sides(held), self._sides(-(-held // self.page) * self.page)
         if self.thin is not None and sealed[0]:
             side, room = side + self.thin.channels, room + self.thin.channels
@@ -434,6 +436,11 @@ class HeadSpec(Node):
         (k, v), h, w = self.landing, self.head_dim, self.v_head_dim
         coded = self.k_format.nbytes(k_sealed, self.k_width) + self.v_format.nbytes(v_sealed, w)
         return coded + k.nbytes(tokens - k_sealed, h) + v.nbytes(tokens - v_sealed, w)
+
+
+def page_nbytes(format: PageFormat, width: int, tokens: int) -> int:
+    """Bytes of a page of so many tokens; pages start at a cache line."""
+    return -(-format.nbytes(tokens, width) // _LINE) * _LINE
 
 
 def _positive(count: Tokens) -> Any:

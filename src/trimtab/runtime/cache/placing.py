@@ -138,7 +138,7 @@ def _steady_passes(row: Row) -> int:
         if row.held >= head.residual:
             if row.sealed[1] != row.held - head.residual:
                 return 0
-            rooms += [_room(row, CODED[1], row.sealed[1]), head.page - row.sealed[1] % head.page - 1]
+            rooms += [_room(row, CODED[1], row.sealed[1]), head.landing_page - row.sealed[1] % head.landing_page - 1]
         else:
             rooms.append(head.residual - row.held)
     return max(0, min(rooms))

@@ -19,7 +19,7 @@ from trimtab.runtime.cache.arena import Arena
 from trimtab.runtime.cache.pages import Code, Page, bounds_of, read_pages, widen, write_pages
 from trimtab.runtime.kernels import _core
 from trimtab.runtime.step import IntArray
-from trimtab.spec.cache import All, Budget, HeadSpec, Ring
+from trimtab.spec.cache import All, Budget, HeadSpec, Ring, page_nbytes
 
 #: The columns of a row: keys and values as they land, then as they are coded.
 LANDING, CODED = (0, 1), (2, 3)
@@ -56,7 +56,8 @@ class Layout:
     def of(head: HeadSpec, arena: Callable[[int], Arena], admit: Callable[[int], None]) -> Layout:
         """Lay out a head over the arenas of a store."""
         pages = pages_of(head)
-        return Layout(head, pages, tuple(arena(head.page_bytes(page.form, page.width)) for page in pages), admit)
+        sizes = (page_nbytes(page.form, page.width, page.tokens) for page in pages)
+        return Layout(head, pages, tuple(arena(size) for size in sizes), admit)
 
 
 def pages_of(head: HeadSpec) -> tuple[Page, ...]:
@@ -65,7 +66,12 @@ def pages_of(head: HeadSpec) -> tuple[Page, ...]:
     if head.seals:
         forms += [(head.k_format, head.k_width), (head.v_format, head.v_head_dim)]
     return tuple(
-        Page(form, width, head.page_tokens(form), turned=index == 2 and head.thin is not None)
+        Page(
+            form,
+            width,
+            head.page_tokens(form) if index in CODED else head.landing_page,
+            turned=index == CODED[0] and head.thin is not None,
+        )
         for index, (form, width) in enumerate(forms)
     )
 
@@ -361,7 +367,7 @@ class Row:
     def release(self) -> None:
         """Free landing pages all of whose tokens are coded."""
         for side, column in enumerate(LANDING):
-            self._drop(column, 0, self.sealed[side] // self.head.page)
+            self._drop(column, 0, self.sealed[side] // self.head.landing_page)
 
     def thin(self, channels: IntArray) -> int:
         """Choose the channels [G, m] that keys keep, and thin those the description says; returns the bytes written."""
@@ -382,7 +388,7 @@ class Row:
     def shrink(self, held: int) -> None:
         """Give up the slots from `held` on."""
         for column in LANDING:
-            self._drop(column, -(-held // self.head.page))
+            self._drop(column, -(-held // self.head.landing_page))
         self.held = held
 
     def compact(self, keep: IntArray, merges: Sequence[Merge] = ()) -> int:

@@ -89,7 +89,7 @@ class Kivi(Technique):
 
     def edits(self, spec: ModelSpec) -> Iterable[Edit]:
         """Formats, tail and residual of every KV head; pages of whole groups."""
-        page = math.lcm(self.group, 16)
+        whole = math.lcm(self.group, 16)
         for index, layer in enumerate(spec.layers):
             assert isinstance(layer.self_attn, AttentionSpec)
             for place, head in enumerate(layer.self_attn.cache.heads):
@@ -98,5 +98,6 @@ class Kivi(Technique):
                 yield Edit(at, "k_format", PageFormat(f"int{self.kbits or self.bits}", self.group, by_channel=True))
                 yield Edit(at, "v_format", PageFormat(f"int{self.vbits or self.bits}", self.group))
                 yield Edit(at, "residual", self.residual)
-                if head.page % page:
-                    yield Edit(at, "page", -(-head.page // page) * page)
+                page = -(-min(head.page, self.residual) // whole) * whole  # a small tail is not worth large pages
+                if page != head.page:
+                    yield Edit(at, "page", page)
