@@ -35,6 +35,7 @@ CASES = [
     (("pyramidkv:cap=24,window=8",), "float32", 1e-4),
     (("knorm:cap=20",), "bfloat16", 2e-3),
     (("tova:cap=24",), "float32", 1e-4),
+    (("h2o:cap=24",), "float32", 1e-4),
     (("snapkv:cap=40,window=8", "kivi:bits=4,group=16,residual=16"), "float32", 2e-2),
     (("think:ratio=0.4,obs=8,recent=8",), "float32", 1e-4),
     (("think:ratio=0.5,obs=8,recent=8",), "bfloat16", 2e-3),

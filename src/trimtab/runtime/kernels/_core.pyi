@@ -82,6 +82,36 @@ def attend_pages(
 ) -> None: ...
 def encode_grid(rows: np.ndarray, group: int, codes: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> None: ...
 
+#: Kind (see `cpp/native/pages.h`), tokens of a page, elements of a token, bits of a code, elements that share a scale.
+PageForm = tuple[int, int, int, int, int]
+
+def encode_pages(form: PageForm, table: np.ndarray, first: int, x: np.ndarray) -> bool: ...
+def decode_pages(form: PageForm, table: np.ndarray, first: int, count: int, out: np.ndarray) -> None: ...
+
+#: Of a KV head: keys and values as they land, sealed ones, sink and recent of a ring (recent 0: none).
+HeadForms = tuple[PageForm, PageForm, PageForm | None, PageForm | None, int, int]
+
+def attend_heads(
+    q: np.ndarray,
+    record: np.ndarray,
+    forms: HeadForms,
+    first: int,
+    last: int,
+    low: np.ndarray,
+    high: np.ndarray,
+    positions: np.ndarray | None,
+    window: int,
+    sink: int,
+    scale: float,
+    softcap: float,
+    phi: float | None,
+    out: np.ndarray,
+    weight: np.ndarray,
+    largest: np.ndarray,
+    turned: bool = False,
+) -> None: ...
+def move_pages(form: PageForm, source: np.ndarray, target: np.ndarray, slots: np.ndarray, first: int) -> None: ...
+
 #: Matrix, index of the values it writes, first column there, bias, factor, cap, tokens from which the flat and the decoding
 #: kernel multiply.
 Product = tuple[Tiles, int, int, np.ndarray | None, float, float, int, int]
@@ -131,6 +161,27 @@ class Program:
         group: int = 0,
         append: bool = True,
     ) -> None: ...
+    def attend_heads(
+        self,
+        name: str,
+        layer: int,
+        qkv: int,
+        out: int,
+        rope: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        window: int,
+        forms: list[HeadForms],
+        q_norm: Norm | None,
+        k_norm: Norm | None,
+        scale: float,
+        softcap: float,
+        unified: tuple[float, float, float] | None,
+        append: bool = True,
+    ) -> None: ...
+    def watch(self, count: int) -> None: ...
+    def queries(self, layer: int) -> np.ndarray: ...
     def split(self, keys: int) -> None: ...
     def run_on(
         self,

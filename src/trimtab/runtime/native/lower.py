@@ -140,8 +140,6 @@ def _missing_attention(node: AttentionSpec) -> str:
     for head in heads:
         if head.select is not None:
             return "A cache of which some pieces are read"
-        if head.policy is not None and head.policy.queries < 0:
-            return "A cache whose policy looks at every query"
     if node.head_dim % 16 or node.head_dim > 512 or any(head.v_head_dim != node.head_dim for head in heads):
         return f"A head of {node.head_dim} elements, not a multiple of 16 up to 512,"
     for norm in (node.q_norm, node.k_norm):

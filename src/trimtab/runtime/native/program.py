@@ -52,7 +52,9 @@ class NativeProgram:
         """An empty store that fits the model."""
         store = KVStore(self.spec)
         self._watched = max((store.watches(layer) for layer in range(len(self.spec.layers))), default=0)
-        self._core.watch(self._watched)
+        if any(store.watches(layer) < 0 for layer in range(len(self.spec.layers))):
+            self._watched = -1
+        self._core.watch(max(self._watched, 0))
         return store
 
     def keep_tokens(self, ids: IntArray, record: Recorder | None) -> IntArray:
@@ -66,6 +68,8 @@ class NativeProgram:
             CapacityError: the pages do not fit.
             SpecError: a key or value that the pages cannot hold.
         """
+        if self._watched < 0:  # every query of the pass
+            self._core.watch(int(np.diff(step.cu).max()))
         records = store.place(step)
         out = np.empty((len(logits_rows), self.spec.vocab_size), np.float32)
         past = step.positions[step.cu[:-1]]

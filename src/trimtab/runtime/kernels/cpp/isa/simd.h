@@ -81,7 +81,8 @@ inline void store_f(float* to, FV v) { memcpy(to, &v, sizeof v); }
 
 inline FV load_halves(const uint16_t* from) {
 #if defined(__AVX512F__)
-    return as<FV>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+    // GCC 12 warns about the operation without a mask.
+    return as<FV>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 #elif defined(__F16C__)
     return as<FV>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #else

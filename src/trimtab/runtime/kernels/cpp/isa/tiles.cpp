@@ -579,9 +579,12 @@ void attend(const Attend& a);  // attend.cpp
 void encode(Coding coding, const float* x, int64_t count, uint8_t* out);
 void rotate(float* x, const float* cos, const float* sin, int64_t half);
 void encode_grid(const float* x, int64_t count, int64_t group, uint8_t* codes, uint16_t* scale, uint16_t* minimum);
+bool encode_page(const PageForm& form, uint8_t* page, int64_t first, int64_t count, const float* x, int64_t stride);  // pages.cpp
+void decode_page(const PageForm& form, const uint8_t* page, int64_t first, int64_t count, float* out, int64_t stride);
+void attend_head(const AttendHead& a);  // attend_heads.cpp
 
 extern const TileKernels tile_table;
 const TileKernels tile_table = {dot_tile, norm, quantize, tabulate, decode_tile, activate, attend, encode, rotate,
-                                encode_grid, dot_each, dot_decoded};
+                                encode_grid, dot_each, dot_decoded, encode_page, decode_page, attend_head};
 
 }  // namespace trimtab::TRIMTAB_ISA

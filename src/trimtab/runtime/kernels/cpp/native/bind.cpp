@@ -9,6 +9,7 @@
 
 #include <chrono>
 
+#include "native/bind_pages.h"
 #include "native/pack.h"
 #include "native/program.h"
 #include "rows.h"
@@ -166,6 +167,12 @@ void encode_grid(Array<const float, 2> x, int64_t group, Array<uint8_t, 2> codes
                                    minimum.data() + i * groups);
 }
 
+void add_records(Step& step, const Array<const int64_t, 4>& records) {
+    if (records.shape(3) != record_fields || static_cast<int64_t>(records.shape(1)) != step.rows)
+        throw std::invalid_argument("Records are [layers, rows, KV heads, 16] of the rows of a pass.");
+    step.records = records.data(), step.record_heads = static_cast<int64_t>(records.shape(2));
+}
+
 Norm make_norm(Bound& b, bool layer, float eps, int64_t size, std::optional<Floats> weight, std::optional<Floats> bias) {
     Norm norm;
     norm.layer = layer, norm.eps = eps, norm.size = size;
@@ -176,6 +183,7 @@ Norm make_norm(Bound& b, bool layer, float eps, int64_t size, std::optional<Floa
 }  // namespace
 
 void bind_native(nb::module_& m) {
+    bind_pages(m);
     nb::class_<BoundTiles>(m, "Tiles")
         .def_prop_ro("tile_bytes", [](const BoundTiles& b) { return b.tiles.tile_bytes() * b.tiles.tiles(); });
     m.def("tiles", &make_tiles, nb::arg("coding"), nb::arg("scales"), nb::arg("bits"), nb::arg("rows"), nb::arg("cols"),
@@ -264,6 +272,39 @@ void bind_native(nb::module_& m) {
              nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("window"), nb::arg("coding"), nb::arg("q_norm").none(),
              nb::arg("k_norm").none(), nb::arg("scale"), nb::arg("softcap"), nb::arg("unified").none(),
              nb::arg("group") = 0, nb::arg("append") = true)
+        .def("attend_heads",
+             [](Bound& b, const std::string& name, int layer, int qkv, int out, int rope, int64_t heads, int64_t kv_heads,
+                int64_t head_dim, int64_t window, const std::vector<FormsTuple>& forms, const Norm* q_norm, const Norm* k_norm,
+                float scale, float softcap, std::optional<std::tuple<float, float, float>> unified, bool append) {
+                 Attention a;
+                 a.layer = layer, a.qkv = qkv, a.out = out, a.rope = rope, a.heads = heads, a.kv_heads = kv_heads;
+                 a.head_dim = head_dim, a.window = window, a.append = append;
+                 if (q_norm) a.has_q_norm = true, a.q_norm = *q_norm;
+                 if (k_norm) a.has_k_norm = true, a.k_norm = *k_norm;
+                 a.scale = scale, a.softcap = softcap;
+                 if (unified) a.unified = true, a.phi = std::get<0>(*unified), a.low = std::get<1>(*unified), a.high = std::get<2>(*unified);
+                 std::vector<HeadForms> made;
+                 for (const FormsTuple& each : forms) made.push_back(head_forms(each, head_dim));
+                 if (static_cast<int64_t>(made.size()) != kv_heads) throw std::invalid_argument("attend_heads: forms are wanted for every KV head.");
+                 b.program.attend_heads(name, a, std::move(made));
+             },
+             nb::arg("name"), nb::arg("layer"), nb::arg("qkv"), nb::arg("out"), nb::arg("rope"), nb::arg("heads"),
+             nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("window"), nb::arg("forms"), nb::arg("q_norm").none(),
+             nb::arg("k_norm").none(), nb::arg("scale"), nb::arg("softcap"), nb::arg("unified").none(), nb::arg("append") = true)
+        .def("watch", [](Bound& b, int64_t count) { b.program.watch(count); }, nb::arg("count"))
+        .def("queries",
+             [](const Bound& b, int layer) {
+                 const Program::Watched& seen = b.program.watched(layer);
+                 if (!seen.queries) throw std::out_of_range("The layer has no attention over pages.");
+                 const size_t count = static_cast<size_t>(b.program.watching()), heads = static_cast<size_t>(seen.heads);
+                 const size_t size = static_cast<size_t>(seen.head_dim), all = seen.queries->size();
+                 float* data = new float[all];
+                 std::memcpy(data, seen.queries->data(), all * sizeof(float));
+                 nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+                 const size_t rows = count ? all / (count * heads * size) : 0;
+                 return nb::ndarray<nb::numpy, float, nb::ndim<4>>(data, {rows, count, heads, size}, owner);
+             },
+             nb::arg("layer"))
         .def("split", [](Bound& b, int64_t keys) { b.program.split(keys); })
         .def("run_on",
              [](Bound& b, Array<const int64_t, 1> starts, Array<const int64_t, 1> past, Array<const int64_t, 3> cache, int source,
@@ -275,6 +316,33 @@ void bind_native(nb::module_& m) {
                  const auto start = std::chrono::steady_clock::now();
                  b.program.run_on(step, source, x.data(), out, y.data());
                  return seconds_since(start);
+             })
+        .def("run_on",
+             [](Bound& b, Array<const int64_t, 1> starts, Array<const int64_t, 1> past, Array<const int64_t, 4> records, int source,
+                Array<const float, 2> x, int out, Array<float, 2> y) {
+                 Step step;
+                 step.tokens = static_cast<int64_t>(x.shape(0)), step.rows = static_cast<int64_t>(past.shape(0));
+                 step.starts = starts.data(), step.past = past.data();
+                 add_records(step, records);
+                 nb::gil_scoped_release release;
+                 const auto start = std::chrono::steady_clock::now();
+                 b.program.run_on(step, source, x.data(), out, y.data());
+                 return seconds_since(start);
+             })
+        .def("run",
+             [](Bound& b, Array<const int64_t, 1> ids, Array<const int64_t, 1> starts, Array<const int64_t, 1> past,
+                Array<const int64_t, 1> reach, Array<const int64_t, 1> logits_rows, Array<const int64_t, 4> records, int values,
+                bool timed, Array<float, 2> out) {
+                 Step step;
+                 step.tokens = static_cast<int64_t>(ids.shape(0)), step.rows = static_cast<int64_t>(past.shape(0));
+                 step.logits = static_cast<int64_t>(logits_rows.shape(0));
+                 step.ids = ids.data(), step.starts = starts.data(), step.past = past.data(), step.logits_rows = logits_rows.data();
+                 add_records(step, records);
+                 float* to = out.data();
+                 const size_t bytes = out.nbytes();
+                 nb::gil_scoped_release release;
+                 b.program.run(step, reach.data(), timed);
+                 if (bytes) memcpy(to, b.program.values(values).data, bytes);
              })
         .def("run",
              [](Bound& b, Array<const int64_t, 1> ids, Array<const int64_t, 1> starts, Array<const int64_t, 1> past,

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <stdexcept>
 #include <string>
 
 namespace trimtab {
@@ -69,7 +70,7 @@ void Program::cut(const Step& step) {
                 pieces_.push_back({row, first, 1, 0, keys, -1});
                 continue;
             }
-            for (int64_t k = 0; k < keys; k += range) pieces_.push_back({row, first, 1, k, std::min(k + range, keys), slots_++});
+            for (int64_t k = 0; k < keys; k += range) pieces_.push_back({row, first, 1, k, std::min(k + range, keys), slots_++, k + range >= keys});
             continue;
         }
         // Longest first: what is left at the end is short.
@@ -132,6 +133,7 @@ Context Program::prepare(const Step& step) {
         own = std::max(own, kernel->own_bytes(step.tokens));
         kernel->weight_read = 0, kernel->kv_read = 0, kernel->kv_written = 0, kernel->flops = 0, kernel->seconds = 0;
         kernel->active_rows = -1, kernel->active_pairs = 0;
+        kernel->prepare(step, watch_);
     }
     char* scratch = scratch_arena_.grow(shared + own * threads_);
     float* partial = reinterpret_cast<float*>(partial_arena_.grow(4 * slots_ * heads_ * (head_dim_ + 2)));
@@ -176,6 +178,7 @@ void Program::run(const Step& step, const int64_t* reach, bool timed) {
             }
         },
         &job, between_steps);
+    if (context.lost) throw std::invalid_argument("A key or value is not finite, or beyond what an fp16 scale can express. Keep this cache in floats.");
 }
 
 }  // namespace trimtab

@@ -28,11 +28,24 @@ struct Step {
     // [layers, B, 3]: address of keys, of values, tokens a head has room for: [G, room, H] each. Integer pages have uint8
     // codes there, followed by fp16 scales and fp16 minima [G, room, ceil(H / group)] each.
     const int64_t* cache = nullptr;
+    // [layers, B, record_heads, record_fields]: where the keys and values of a KV head lie that `attend_heads` reads and writes.
+    //  0 k_pages, 1 v_pages, 2 k_sealed_pages, 3 v_sealed_pages: address of an array of page addresses by slot / page
+    //  4 readable: slots that hold a token at the end of the pass
+    //  5 k_sealed, 6 v_sealed: slots below are read from sealed pages
+    //  7 k_sealed_after, 8 v_sealed_after: up to here slots are coded into sealed pages when the layer has attended
+    //  9 channels: address of uint8 [width of sealed keys], the channels these keep, or 0
+    // 10 positions: address of int32 positions by slot, or 0 where slots tell them
+    // 11 chosen: address of int32 pieces that are read, ascending, or 0; 12 how many; 13 slots of one
+    // 14 write: slot of the first new token; 15 unused
+    const int64_t* records = nullptr;
+    int64_t record_heads = 0;
 };
+constexpr int64_t record_fields = 16;
 
 // A piece of attention work: queries of one row over keys of one KV head.
 struct Piece {
     int64_t row, first_token, tokens, first_key, last_key, slot;  // slot: place of its partial sums, -1 if it sees all keys
+    bool last_piece = true;                                       // no other piece has later keys for these queries
 };
 
 class Program;
@@ -48,6 +61,7 @@ struct Context {
     int64_t own_bytes;
     float* partial;           // partial sums of attention by slot and query head
     std::atomic<int64_t> next{0};  // job counter of the kernel that runs
+    std::atomic<bool> lost{false};  // a key or value could not be coded
 };
 
 struct Kernel {
@@ -58,6 +72,7 @@ struct Kernel {
     virtual ~Kernel() = default;
     virtual int64_t scratch_bytes(int64_t /*tokens*/) const { return 0; }  // of all workers together
     virtual int64_t own_bytes(int64_t tokens) const { return scratch_bytes(tokens < alone ? tokens : alone); }  // of each
+    virtual void prepare(const Step& /*step*/, int64_t /*watched*/) {}  // before a step
     virtual void run(Context& context, Worker& worker) = 0;
 };
 
@@ -101,6 +116,16 @@ struct Attention {
     float phi = 0, low = 0, high = 0;
 };
 
+// How a KV head lies in pages: new tokens in landing pages, those that have been sealed in others, if it has such.
+struct HeadForms {
+    PageForm k_landing, v_landing, k_sealed, v_sealed;
+    bool has_k_sealed = false, has_v_sealed = false;
+    int64_t sink = 0, recent = 0;  // of a ring: what is neither among the first `sink` nor the last `recent` positions is hidden; recent 0: none
+};
+
+// The keys and values that a record tells of.
+HeadView head_view(const int64_t* record, const HeadForms& forms);
+
 // y += down_t (act(gate x) * up x), for passes of up to max_tokens only over neurons with |act(gate x)| > threshold.
 struct GateFirstFFN {
     int source = 0, values = 0;
@@ -128,10 +153,15 @@ class Program {
     void gate_first(const std::string& name, GateFirstFFN ffn);
     void norm_add(const std::string& name, int source, const Norm& norm, int values);
     void attend(const std::string& name, const Attention& attention);
+    // As `attend`, over pages: `forms` is by KV head, and `coding` and `group` mean nothing.
+    void attend_heads(const std::string& name, const Attention& attention, std::vector<HeadForms> forms);
+    // Keeps the newest queries of every row and layer of `attend_heads` in each step.
+    void watch(int64_t count) { watch_ = count; }
     // Keys in one piece of attention work of a single token; 0: by the number of keys.
     void split(int64_t keys) { split_ = keys; }
 
-    // Runs one step; `reach` [B] is the length each row will have in the end, which chooses its rope.
+    // Runs one step; `reach` [B] is the length each row will have in the end, which chooses its rope. Throws std::invalid_argument
+    // where a key or value could not be coded; what pages of coded tokens hold is then unknown.
     void run(const Step& step, const int64_t* reach, bool timed);
     // Runs one step on given values [T, width] instead of what an embedding yields, and copies out others.
     void run_on(const Step& step, int source, const float* x, int out, float* y);
@@ -143,6 +173,14 @@ class Program {
     const Values& values(int index) const { return values_[static_cast<size_t>(index)]; }
     const Rope& rope(int index) const { return ropes_[static_cast<size_t>(index)]; }
     const std::vector<Piece>& pieces() const { return pieces_; }
+
+    // Queries of a layer in the last step, rotated: [B, count, N, H], zeros in front where a row had fewer new tokens.
+    struct Watched {
+        const std::vector<float>* queries = nullptr;
+        int64_t heads = 0, head_dim = 0;
+    };
+    const Watched& watched(int layer) const { return watched_.at(static_cast<size_t>(layer)); }
+    int64_t watching() const { return watch_; }
     const std::vector<std::unique_ptr<Kernel>>& kernels() const { return kernels_; }
     int64_t arena_bytes() const;
     int threads() const { return threads_; }
@@ -166,7 +204,8 @@ class Program {
     std::vector<Rope> ropes_;
     std::vector<std::unique_ptr<Kernel>> kernels_;
     Arena values_arena_, scratch_arena_, partial_arena_, rope_arena_;
-    int64_t split_ = 0;
+    int64_t split_ = 0, watch_ = 0;
+    std::vector<Watched> watched_;  // by layer
     int64_t heads_ = 0, per_kv_ = 0, head_dim_ = 0, slots_ = 0;  // largest over attention kernels
     std::vector<Piece> pieces_;
 };
