@@ -127,9 +127,7 @@ def test_a_budget_acts_once_when_the_prompt_ends_and_what_follows_is_kept() -> N
 @pytest.mark.parametrize("chunks", [[50], [20, 29, 1], [1] * 50])
 def test_tokens_wait_in_the_tail_until_the_prompt_has_ended_then_are_evicted_then_coded(chunks: list[int]) -> None:
     tail, keys, values = PageFormat("fp32"), PageFormat("int2", 8, by_channel=True), PageFormat("int4", 8)
-    spec = make_spec(
-        keep=Budget(37), policy=policy(EveryThird), tail=tail, residual=16, k_format=keys, v_format=values
-    )
+    spec = make_spec(keep=Budget(37), policy=policy(EveryThird), tail=tail, residual=16, k_format=keys, v_format=values)
     feed = Feed(spec)
     past = 0
     for index, count in enumerate(chunks):
@@ -238,7 +236,12 @@ def test_an_eviction_makes_the_heads_of_a_layer_differ_and_frees_their_pages() -
 
 
 def test_a_full_store_says_how_many_tokens_fit() -> None:
-    spec = make_spec(tail=PageFormat("fp32"), residual=16, k_format=PageFormat("int2", 8, by_channel=True), v_format=PageFormat("int2", 8))
+    spec = make_spec(
+        tail=PageFormat("fp32"),
+        residual=16,
+        k_format=PageFormat("int2", 8, by_channel=True),
+        v_format=PageFormat("int2", 8),
+    )
     room = sum(layer.cache.nbytes(1000, 1000).reserved for layer in spec.layers)
     store = KVStore(spec, capacity_bytes=room)
     with pytest.raises(CapacityError, match=r"(\d+) tokens of evicts still fit") as refused:

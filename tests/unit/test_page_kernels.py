@@ -163,7 +163,9 @@ def test_move_copies_what_is_stored(form: Form) -> None:
     x = _values(2, 3 * form.page, form.width)
     source, target = Paged(form, 2, 3), Paged(form, 2, 2, seed=5)
     assert source.write(0, x)
-    slots = np.sort(np.random.default_rng(2).permuted(np.tile(np.arange(3 * form.page), (2, 1)), axis=1)[:, : form.page])
+    slots = np.sort(
+        np.random.default_rng(2).permuted(np.tile(np.arange(3 * form.page), (2, 1)), axis=1)[:, : form.page]
+    )
     _core.move_pages(form.code, source.table, target.table, slots, 3)
     kept = np.take_along_axis(source.read(0, 3 * form.page), slots[:, :, None], axis=1)
     np.testing.assert_array_equal(target.read(3, form.page), kept)
@@ -183,7 +185,13 @@ def test_refusals() -> None:
         paged.write(60, _values(1, 8, 64))
     with pytest.raises(ValueError, match="no page for slot 128"):
         paged.read(128, 1)
-    for code in ((10, 64, 64, 0, 0), (F32, 0, 64, 0, 0), (GRID, 64, 64, 3, 64), (TILED_F16, 24, 64, 0, 0), (TILED_GRID, 48, 64, 2, 32)):
+    for code in (
+        (10, 64, 64, 0, 0),
+        (F32, 0, 64, 0, 0),
+        (GRID, 64, 64, 3, 64),
+        (TILED_F16, 24, 64, 0, 0),
+        (TILED_GRID, 48, 64, 2, 32),
+    ):
         with pytest.raises(ValueError, match="form|grid"):
             _core.decode_pages(code, paged.table, 0, 1, np.empty((1, 1, 64), np.float32))
 
@@ -212,6 +220,7 @@ class Head:
     ) -> None:
         rng = np.random.default_rng(seed)
         k_SH, v_SH = (rng.standard_normal((slots, size)).astype(np.float32) for _ in range(2))
+        self.kinds = (k, v, k_sealed, v_sealed)
         self.forms = (k.code, v.code, k_sealed and k_sealed.code, v_sealed and v_sealed.code, 0, 0)
         self.record = np.zeros(16, np.int64)
         self.record[4], self.record[5], self.record[6], self.record[14] = slots, *sealed, slots
@@ -228,7 +237,9 @@ class Head:
                 continue
             paged = Paged(form, 1, -(-slots // form.page) + 1, seed=field)
             start = first // form.step * form.step
-            part = _padded(form, x[None, start:last] if kept is None else np.ascontiguousarray(x[None, start:last, kept]))
+            part = _padded(
+                form, x[None, start:last] if kept is None else np.ascontiguousarray(x[None, start:last, kept])
+            )
             assert paged.write(start, part)
             found = paged.read(first, last - first)[0]
             into[first:last, slice(None) if kept is None else kept] = found
@@ -259,7 +270,11 @@ class Head:
         turned: bool = False,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         count = len(q_QH)
-        out, weight, largest = np.empty(q_QH.shape, np.float32), np.empty(count, np.float32), np.empty(count, np.float32)
+        out, weight, largest = (
+            np.empty(q_QH.shape, np.float32),
+            np.empty(count, np.float32),
+            np.empty(count, np.float32),
+        )
         slots = len(self.k_SH)
         _core.attend_heads(
             q_QH, self.record, self.forms, first, slots if last is None else last,
@@ -282,12 +297,19 @@ class Head:
         return p @ self.v_SH / total, (np.log(total) + top)[:, 0]
 
 
+def _rtol(*forms: Form | None) -> float:
+    """Floats are multiplied as floats; with AVX-512 codes of few bits take a query, or weights, in 16-bit integers."""
+    few = any(form is not None and form.kind in (GRID, TILED_GRID) and form.bits < 8 for form in forms)
+    return 3e-4 if few and _core.isa() == "avx512" else 1e-5
+
+
 def _queries(count: int, size: int = 64) -> np.ndarray:
     return np.random.default_rng(11).standard_normal((count, size)).astype(np.float32)
 
 
-def _check(head: Head, q_QH: np.ndarray, seen_QS: np.ndarray, rtol: float = 1e-5, **options: object) -> None:
+def _check(head: Head, q_QH: np.ndarray, seen_QS: np.ndarray, **options: object) -> None:
     """Both kernels, with a running maximum and with one maximum for all."""
+    rtol = _rtol(*head.kinds)
     math = {name: options[name] for name in ("scale", "softcap") if name in options}
     expected, total = head.expected(q_QH, seen_QS, **math)  # type: ignore[arg-type]
     bound = np.abs(expected).max() * rtol
@@ -314,10 +336,14 @@ def test_every_pair_of_forms(k: Form, v: Form) -> None:
     q, low, high = _queries(7), np.array([0, 3, 0, 70, 17, 0, 0]), np.array([150, 150, 149, 150, 80, 1, 129])
     slots = np.arange(150)
     seen = (slots >= low[:, None]) & (slots < high[:, None])
-    _check(head, q, seen, low=low, high=high, rtol=1e-5)
+    _check(head, q, seen, low=low, high=high)
 
 
-@pytest.mark.parametrize("landing", [Form(F32, 64), Form(BF16, 64, 16), Form(F16, 64, 32), Form(GRID, 64, 64, 8, 64), Form(BFP, 64, 7, 4, 32)], ids=str)
+@pytest.mark.parametrize(
+    "landing",
+    [Form(F32, 64), Form(BF16, 64, 16), Form(F16, 64, 32), Form(GRID, 64, 64, 8, 64), Form(BFP, 64, 7, 4, 32)],
+    ids=str,
+)
 @pytest.mark.parametrize("slots", [1, 5, 64, 150])
 @pytest.mark.parametrize("count", [1, 2, 3, 17, 50])
 def test_landing_pages_alone(landing: Form, slots: int, count: int) -> None:
@@ -368,12 +394,16 @@ def test_positions_and_ring() -> None:
 
 
 def test_ranges_join_to_the_whole() -> None:
-    head = Head(Form(F32, 64), Form(F32, 64), Form(TILED_GRID, 64, 64, 2, 32), Form(GRID, 64, 64, 2, 32), sealed=(96, 110))
+    head = Head(
+        Form(F32, 64), Form(F32, 64), Form(TILED_GRID, 64, 64, 2, 32), Form(GRID, 64, 64, 2, 32), sealed=(96, 110)
+    )
     q = _queries(3)
     whole, total, _ = head.attend(q, phi=0.0)
     parts = [head.attend(q, first=a, last=b, phi=0.0) for a, b in ((0, 7), (7, 40), (40, 96), (96, 96), (96, 150))]
-    np.testing.assert_allclose(sum(part[0] for part in parts), whole, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(sum(part[1] for part in parts), total, rtol=1e-5)
+    np.testing.assert_allclose(
+        sum(part[0] for part in parts), whole, rtol=0, atol=_rtol(*head.kinds) * np.abs(whole).max()
+    )
+    np.testing.assert_allclose(sum(part[1] for part in parts), total, rtol=_rtol(*head.kinds))
 
 
 def test_cap_and_scale() -> None:
@@ -385,7 +415,9 @@ def test_what_lies_behind_the_last_token_does_not_matter() -> None:
     """Pages hold anything there, NaN and infinity too."""
     for form in _ALL:
         tail = Form(F32, 64) if form.step > 1 else form
-        head = Head(tail, tail, form, form, slots=64 if form.step > 1 else 37, sealed=(64, 64) if form.step > 1 else (0, 0))
+        head = Head(
+            tail, tail, form, form, slots=64 if form.step > 1 else 37, sealed=(64, 64) if form.step > 1 else (0, 0)
+        )
         high = np.array([37, 20, 1])
         seen = np.arange(len(head.k_SH)) < high[:, None]
         _check(head, _queries(3), seen, high=high)
@@ -404,7 +436,9 @@ class Cache:
         self.records = np.zeros((1, rows, _G, 16), np.int64)
         for field, paged in enumerate(self.columns):
             if paged:
-                self.records[0, :, :, field] = paged.table.ctypes.data + np.arange(rows * _G).reshape(rows, _G) * paged.table[0].nbytes
+                self.records[0, :, :, field] = (
+                    paged.table.ctypes.data + np.arange(rows * _G).reshape(rows, _G) * paged.table[0].nbytes
+                )
 
     def codes(self, ring: tuple[int, int] = (0, 0)) -> list[tuple[object, ...]]:
         return [(*(form and form.code for form in self.forms), *ring)] * _G
@@ -426,7 +460,13 @@ class Runner:
     """A program that is one layer of attention: in are queries, keys and values side by side."""
 
     def __init__(
-        self, cache: Cache, threads: int = 1, window: int = 0, unified: tuple[float, float, float] | None = None, split: int = 0, ring: tuple[int, int] = (0, 0)
+        self,
+        cache: Cache,
+        threads: int = 1,
+        window: int = 0,
+        unified: tuple[float, float, float] | None = None,
+        split: int = 0,
+        ring: tuple[int, int] = (0, 0),
     ) -> None:
         self.cache, self.core = cache, _core.Program(threads)
         self.qkv, self.out = self.core.values((_N + 2 * _G) * _H, False), self.core.values(_N * _H, False)
@@ -463,9 +503,16 @@ _PLAIN: tuple[Form, Form, None, None] = (Form(F32, 64), Form(F32, 64), None, Non
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("window", [0, 40])
 @pytest.mark.parametrize("unified", [None, (0.0, -60.0, 60.0), (0.0, -1e-3, 1e-3)])
-@pytest.mark.parametrize("forms", [_PLAIN, (Form(BF16, 64, 16), Form(GRID, 64, 32, 8, 64), None, None), _KIVI], ids=lambda forms: "+".join(map(str, forms)))
+@pytest.mark.parametrize(
+    "forms",
+    [_PLAIN, (Form(BF16, 64, 16), Form(GRID, 64, 32, 8, 64), None, None), _KIVI],
+    ids=lambda forms: "+".join(map(str, forms)),
+)
 def test_program_appends_attends_and_seals(
-    forms: tuple[Form, Form, Form | None, Form | None], unified: tuple[float, float, float] | None, window: int, threads: int
+    forms: tuple[Form, Form, Form | None, Form | None],
+    unified: tuple[float, float, float] | None,
+    window: int,
+    threads: int,
 ) -> None:
     """Three rows that grow by prompts, chunks and single tokens; keys leave in groups of 32, values one by one."""
     cache = Cache(forms, 3, 256)
@@ -484,13 +531,18 @@ def test_program_appends_attends_and_seals(
         for row in range(3):
             k, v = cache.read(row, tuple(sealed[row]), held[row])
             newest = x[starts[row] : starts[row + 1]]
-            np.testing.assert_array_equal(k[:, past[row] :], _expected(forms[0], np.ascontiguousarray(newest[:, _N : _N + _G].swapaxes(0, 1))))
-            np.testing.assert_array_equal(v[:, past[row] :], _expected(forms[1], np.ascontiguousarray(newest[:, _N + _G :].swapaxes(0, 1))))
+            np.testing.assert_array_equal(
+                k[:, past[row] :], _expected(forms[0], np.ascontiguousarray(newest[:, _N : _N + _G].swapaxes(0, 1)))
+            )
+            np.testing.assert_array_equal(
+                v[:, past[row] :], _expected(forms[1], np.ascontiguousarray(newest[:, _N + _G :].swapaxes(0, 1)))
+            )
             for t in range(new[row]):
                 slots, now = np.arange(held[row]), past[row] + t
                 seen = (slots <= now) & ((slots > now - window) if window else True)
                 expected = _attention(newest[t, :_N], k, v, seen)
-                np.testing.assert_allclose(out[starts[row] + t], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+                bound = _rtol(*forms) * np.abs(expected).max()
+                np.testing.assert_allclose(out[starts[row] + t], expected, rtol=0, atol=bound)
             from_slot = max(0, past[row] + 1 - window) if window else 0
             read += _G * sum(_bytes(forms[i], forms[2 + i], from_slot, held[row], sealed[row, i]) for i in range(2))
             written += _G * sum(forms[i].named.nbytes(new[row], 64) for i in range(2))
@@ -499,10 +551,13 @@ def test_program_appends_attends_and_seals(
                 written += _G * sum(forms[2 + i].named.nbytes(after[row, i] - sealed[row, i], 64) for i in range(2))
                 for column, was, border in ((0, sealed[row, 0], after[row, 0]), (1, sealed[row, 1], after[row, 1])):
                     if was < border:
-                        landed, coded = cache.columns[column].read(was, border - was), cache.columns[2 + column].read(was, border - was)
+                        landed, coded = (
+                            cache.columns[column].read(was, border - was),
+                            cache.columns[2 + column].read(was, border - was),
+                        )
                         mine = slice(row * _G, (row + 1) * _G)
                         np.testing.assert_array_equal(coded[mine], _expected(forms[2 + column], landed[mine]))
-        (_, weights, kv_read, kv_written, flops, _), = runner.core.metered()
+        ((_, weights, kv_read, kv_written, flops, _),) = runner.core.metered()
         assert (weights, kv_read, kv_written) == (0, read, written)
         assert flops > 0
         past, sealed = held, after
@@ -514,8 +569,13 @@ def _bytes(landing: Form, coded: Form | None, first: int, last: int, sealed: int
     border = min(max(sealed, first), last)
     total = landing.named.nbytes(last - border, 64)
     if coded is not None and first < border:
-        total += coded.named.nbytes(border - first, 64) if coded.step == 1 else (
-            (border - first) * -(-64 * coded.bits // 8) + 4 * 64 * (-(-border // coded.group) - first // coded.group)
+        total += (
+            coded.named.nbytes(border - first, 64)
+            if coded.step == 1
+            else (
+                (border - first) * -(-64 * coded.bits // 8)
+                + 4 * 64 * (-(-border // coded.group) - first // coded.group)
+            )
         )
     return total
 
@@ -563,8 +623,9 @@ def test_program_reads_chosen_pieces_of_what_is_left() -> None:
     for g, slots, seen in ((0, 161, np.isin(np.arange(161) // 16, chosen)), (1, 90, np.ones(90, bool))):
         k, v = cache.read(0, tuple(records[g, 5:7]), slots)
         expected = _attention(x[0, :_N], k, v, seen)[3 * g : 3 * g + 3]
-        np.testing.assert_allclose(out[0, 3 * g : 3 * g + 3], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    (_, _, read, _, flops, _), = runner.core.metered()
+        bound = _rtol(*_KIVI) * np.abs(expected).max()
+        np.testing.assert_allclose(out[0, 3 * g : 3 * g + 3], expected, rtol=0, atol=bound)
+    ((_, _, read, _, flops, _),) = runner.core.metered()
     # Pieces 0, 2, 3 are sealed, 48 tokens in groups 0 and 1; piece 8 is the tail. A code of 2 bits, 2 groups of values.
     first = 48 * 16 + 2 * 4 * 64 + 48 * (16 + 8) + 2 * 16 * 256
     second = 64 * 16 + 2 * 4 * 64 + 64 * (16 + 8) + 2 * 26 * 256

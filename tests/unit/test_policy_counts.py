@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from trimtab.errors import UnsupportedModelError
 from trimtab.graph.attention import QUERY_TILE
 from trimtab.graph.build import build
 from trimtab.graph.count import count
@@ -18,9 +17,8 @@ from trimtab.graph.passes import passes
 from trimtab.model.attention import visible
 from trimtab.predict.predict import predict
 from trimtab.predict.price import price
-from trimtab.runtime.native import lowered_spec
 from trimtab.spec.cache import KEEP_ALL
-from trimtab.spec.configs import load_spec, spec_from_config
+from trimtab.spec.configs import spec_from_config
 from trimtab.spec.machine import load_machine, load_stack
 from trimtab.spec.model import ModelSpec
 from trimtab.spec.nodes import AttentionSpec, Prefill
@@ -242,11 +240,6 @@ def test_passes_know_the_prompt_and_memory_its_peak() -> None:
     assert predict(make_plan(tiny(), "a100", work, ["h2o:cap=128"], stack="datasheet")).observed == {
         f"layers.{layer}.self_attn.evict.moved": 2.0 * KV_HEADS for layer in range(LAYERS)
     }
-
-
-def test_the_native_program_refuses_sparse_prompts() -> None:
-    with pytest.raises(UnsupportedModelError, match="prompt"):
-        lowered_spec(compose(load_spec("smollm2-135m"), parse_all(["a-shape"])))
 
 
 def test_price_of_an_eviction_is_paid_once() -> None:

@@ -248,18 +248,16 @@ def keys_read(head: HeadSpec, mask: Mask, step: StepShape, how: How) -> tuple[In
     tiles = -(-s // QUERY_TILE)
     window, first, hiding = mask.window, 0, tiles
     if mask.prefill is not None:
-        whole = _whole_queries(mask.prefill, step)
-        window, hiding = mask.prefill.sink + mask.prefill.local, np.where(whole > 0, (s - whole) // QUERY_TILE, tiles)
-        # The hidden keys stand behind the first ones; tokens that share a scale are read together.
-        every = head.k_format.group if head.k_format.by_channel else 1
-        first = -(-mask.prefill.sink // every) * every
+        whole, first = (
+            _whole_queries(mask.prefill, step),
+            mask.prefill.sink,
+        )  # the hidden keys stand behind the first ones
+        window, hiding = first + mask.prefill.local, np.where(whole > 0, (s - whole) // QUERY_TILE, tiles)
         hidden = np.where(whole > 0, 0, np.maximum(c - (window - 1), 0))
-        end = np.maximum(mask.prefill.sink + hidden, first)
     else:
         hidden = c // mask.chunk * mask.chunk if mask.chunk else np.maximum(c - (window - 1), 0) if window else 0 * c
-        end = hidden
     keys = chosen - hidden
-    nbytes = nbytes - head.hidden_bytes(past, end, prompts) + head.hidden_bytes(past, 0 * c + first, prompts)
+    nbytes = nbytes - np.where(hidden > 0, head.hidden_bytes(past, hidden, prompts, first), 0)
     if how.llc_bytes is not None:
         again = tiles * c + QUERY_TILE * (tiles * (tiles - 1) // 2) + s
         again = again - _hidden_from_tiles(c, hiding, window, mask.chunk)

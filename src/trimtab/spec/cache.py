@@ -410,13 +410,18 @@ class HeadSpec(Node):
         some = self.select.read(in_view) * self.landing_bytes() + bounds
         return single * some + (1 - single) * whole
 
-    def hidden_bytes(self, past: Tokens, hidden: Tokens, prompt: Tokens = None) -> Any:
-        """Bytes of the oldest `hidden` tokens in view, which a window leaves out."""
-        k_sealed, v_sealed = self.sealed(past, prompt)
-        # A group of tokens that share a scale is read as long as one of them is in view.
-        every = self.k_format.group if self.k_format.by_channel else 1
-        k, v = _lesser(hidden, k_sealed), _lesser(hidden, v_sealed)
-        return self._held(hidden, k // every * every, v)
+    def hidden_bytes(self, past: Tokens, hidden: Tokens, prompt: Tokens = None, first: Tokens = 0) -> Any:
+        """Bytes of `hidden` tokens in view from slot `first` on, which a mask leaves out; scales are hidden by whole groups."""
+        (k_sealed, v_sealed), end = self.sealed(past, prompt), first + hidden
+        k_from, k_to = _lesser(first, k_sealed), _lesser(end, k_sealed)
+        v_coded = _lesser(end, v_sealed) - _lesser(first, v_sealed)
+        k_coded, (k, v) = k_to - k_from, self.landing
+        coded = self.k_format.nbytes(k_coded, self.k_width) + self.v_format.nbytes(v_coded, self.v_head_dim)
+        if self.k_format.by_channel:
+            group = self.k_format.group
+            scales = self.k_format.nbytes(group, self.k_width) - group * self.k_format.nbytes(1, self.k_width)
+            coded = coded + scales * (_positive(k_to // group + -k_from // group) - k_coded // group)
+        return coded + k.nbytes(hidden - k_coded, self.head_dim) + v.nbytes(hidden - v_coded, self.v_head_dim)
 
     def sealed_bytes(self, past: Tokens, new: Tokens, prompt: Tokens = None) -> Any:
         """Bytes written when tokens leave the tail after the pass that brings `new` ones."""

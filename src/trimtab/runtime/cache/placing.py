@@ -19,7 +19,19 @@ from trimtab.runtime.step import IntArray
 from trimtab.spec.cache import Ring
 
 #: Fields of a record: page tables stand in the first four.
-READABLE, K_BEFORE, V_BEFORE, K_AFTER, V_AFTER, CHANNELS, POSITIONS, WRITE = 4, 5, 6, 7, 8, 9, 10, 14
+READABLE, K_BEFORE, V_BEFORE, K_AFTER, V_AFTER, CHANNELS, POSITIONS, PIECES, PIECE, WRITE, BOUNDS = (
+    4,
+    5,
+    6,
+    7,
+    8,
+    9,
+    10,
+    12,
+    13,
+    14,
+    15,
+)
 
 
 def place(row: Row, count: int, records: IntArray) -> None:
@@ -49,6 +61,9 @@ def place(row: Row, count: int, records: IntArray) -> None:
         record[CHANNELS] = 0 if row.channels is None else row.channels[index].ctypes.data
         record[POSITIONS] = positions if row.positions is None else row.positions[index].ctypes.data
         record[WRITE] = slot
+        if row.bounds is not None and head.select is not None:
+            record[PIECES], record[PIECE] = head.select.tokens // head.select.piece, head.select.piece
+            record[BOUNDS] = row.bounds[index].ctypes.data
 
 
 def fold(row: Row, count: int) -> None:
@@ -126,13 +141,15 @@ def _waits(row: Row) -> bool:
 def _steady_passes(row: Row) -> int:
     """How many tokens can follow one by one before something else than counting has to be done."""
     head = row.head
-    if isinstance(head.keep, Ring) or row.shared or row.score is not None or row.bounds is not None:
+    if isinstance(head.keep, Ring) or row.shared or row.score is not None:
         return 0
     if head.policy is not None and not (head.waits and row.ended):
         return 0
     rooms = [_room(row, column, row.held) for column in LANDING]
     if row.positions is not None:
         rooms.append(row.positions.shape[1] - row.held)
+    if row.bounds is not None and head.select is not None:
+        rooms.append(row.bounds.shape[1] * head.select.piece - row.held)
     if head.seals and head.tail is not None and not _waits(row):
         rooms.append(head.residual - row.held % head.residual - 1)
         if row.held >= head.residual:

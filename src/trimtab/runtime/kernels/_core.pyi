@@ -179,6 +179,7 @@ class Program:
         softcap: float,
         unified: tuple[float, float, float] | None,
         append: bool = True,
+        prompt: tuple[int, int] = (0, 0),
     ) -> None: ...
     def watch(self, count: int) -> None: ...
     def queries(self, layer: int) -> np.ndarray: ...
@@ -200,10 +201,11 @@ class Program:
         past: np.ndarray,
         reach: np.ndarray,
         logits_rows: np.ndarray,
-        cache: np.ndarray,
+        records: np.ndarray,
         values: int,
         timed: bool,
         out: np.ndarray,
+        whole: np.ndarray | None = None,
     ) -> None: ...
     def metered(self) -> list[tuple[str, int, int, int, int, float]]: ...
     def observed(self) -> list[tuple[str, int, int]]: ...

@@ -135,11 +135,6 @@ def _missing_attention(node: AttentionSpec) -> str:
         return "Attention with ALiBi, sinks, gates, tied values, a norm of values or chunks"
     if node.key_order != "model":
         return "Attention over keys in another order of channels"
-    if node.prefill is not None:
-        return "Attention that hides keys from the queries of a prompt"
-    for head in heads:
-        if head.select is not None:
-            return "A cache of which some pieces are read"
     if node.head_dim % 16 or node.head_dim > 512 or any(head.v_head_dim != node.head_dim for head in heads):
         return f"A head of {node.head_dim} elements, not a multiple of 16 up to 512,"
     for norm in (node.q_norm, node.k_norm):
@@ -237,7 +232,7 @@ class _Builder:
             self.attend_name(at, attn), index, qkv, attended, self.rope(attn), attn.num_attention_heads,
             attn.num_key_value_heads, attn.head_dim, attn.window or 0, [head_forms(head) for head in attn.cache.heads],
             self.norm(f"{at}.q_norm", attn.q_norm), self.norm(f"{at}.k_norm", attn.k_norm), attn.scale, attn.softcap or 0.0,
-            unified_limits(attn), True,
+            unified_limits(attn), True, (0, 0) if attn.prefill is None else (attn.prefill.sink, attn.prefill.local),
         )  # fmt: skip
         self.back(f"{at}.o_proj", attn.o_proj, attended, h, side, f"{path}.attn_output_norm", layer.attn_output_norm)
         norm = self.norm(f"{path}.post_attention_layernorm", layer.post_attention_layernorm)

@@ -75,7 +75,9 @@ class NativeProgram:
         past = step.positions[step.cu[:-1]]
         timed = step.record is not None
         try:
-            self._core.run(tokens, step.cu, past, step.reaches, logits_rows, records, self._logits, timed, out)
+            self._core.run(
+                tokens, step.cu, past, step.reaches, logits_rows, records, self._logits, timed, out, self._whole(step)
+            )
         except MemoryError as error:
             raise CapacityError(f"{error} Prefill in smaller chunks.") from None
         except ValueError as error:  # a key or value that the pages cannot hold
@@ -86,6 +88,14 @@ class NativeProgram:
         if step.record is not None or not store.idle(step):
             self._tell(store, step)
         return out
+
+    def _whole(self, step: Step) -> IntArray | None:
+        """How many of the last new tokens of each row see what a pattern over the prompt would hide."""
+        patterns = {getattr(layer.self_attn, "prefill", None) for layer in self.spec.layers} - {None}
+        last = max((pattern.last for pattern in patterns), default=0)
+        if not last or step.ends is None:
+            return None
+        return np.minimum(np.diff(step.cu), last) * step.ends
 
     def _tell(self, store: KVStore, step: Step) -> None:
         """Let the policies of the cache act on what the pass has attended to."""

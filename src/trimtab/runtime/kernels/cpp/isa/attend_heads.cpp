@@ -1,5 +1,5 @@
 // Attention of a few queries over pages of keys and values, compiled once per instruction set.
-#include "isa/scores.h"
+#include "isa/codes.h"
 
 namespace trimtab::TRIMTAB_ISA {
 namespace {
@@ -8,27 +8,25 @@ namespace {
 template <PageKind KIND, int Q, int V, bool PAIRED>
 inline void weigh_columns(const float* weights, const uint8_t* v, int64_t row_bytes, int64_t head_dim, int64_t at, int count,
                           int64_t pace, Ahead& ahead, float* out) {
-    FV acc[Q][V];
-    for (int n = 0; n < Q; ++n)
-        for (int i = 0; i < V; ++i) acc[n][i] = load<FV>(out + n * head_dim + at + i * lanes);
+    FV acc[Q * V];
+    each<Q * V>([&](auto k) TRIMTAB_INLINE { acc[k] = load<FV>(out + k / V * head_dim + at + k % V * lanes); });
     for (int s = 0; s < count; ++s) {
         const uint8_t* row = v + s * row_bytes;
         if (at == 0 && s % 4 == 0) ahead.some(pace);
         FV weight[Q];
-        for (int n = 0; n < Q; ++n) {
+        each<Q>([&](auto n) TRIMTAB_INLINE {
             weight[n] = splat_f(weights[n * score_stride + s]);
             hold(weight[n]);
-        }
-        for (int i = 0; i < V; ++i) {
+        });
+        each<V>([&](auto i) TRIMTAB_INLINE {
             const FV value = load_row<KIND, PAIRED>(row, at + i * lanes);
-            for (int n = 0; n < Q; ++n) {
-                acc[n][i] = multiply_add(value, weight[n], acc[n][i]);
-                hold(acc[n][i]);
-            }
-        }
+            each<Q>([&](auto n) TRIMTAB_INLINE {
+                constexpr int k = decltype(n)::value * V + decltype(i)::value;
+                acc[k] = multiply_add(value, weight[n], acc[k]);
+            });
+        });
     }
-    for (int n = 0; n < Q; ++n)
-        for (int i = 0; i < V; ++i) store_f(out + n * head_dim + at + i * lanes, acc[n][i]);
+    each<Q * V>([&](auto k) TRIMTAB_INLINE { store_f(out + k / V * head_dim + at + k % V * lanes, acc[k]); });
 }
 
 template <PageKind KIND, int Q, bool PAIRED>
@@ -38,73 +36,6 @@ __attribute__((noinline)) void weigh_rows(const float* weights, const uint8_t* v
     for (; at + 4 * lanes <= head_dim; at += 4 * lanes)
         weigh_columns<KIND, Q, 4, PAIRED>(weights, v, row_bytes, head_dim, at, count, pace, ahead, out);
     for (; at < head_dim; at += lanes) weigh_columns<KIND, Q, 1, PAIRED>(weights, v, row_bytes, head_dim, at, count, pace, ahead, out);
-}
-
-// out [Q, H] += weights times values of a grid by rows: weights times scales, times the codes; the weighted minima are one number
-// for all elements of a group.
-template <int BITS, int Q, int V>
-inline void weigh_codes(const float (*scaled)[block], const float* base, const uint8_t* rows, int64_t row_bytes, int64_t head_dim, int count,
-                        int64_t pace, Ahead& ahead, float* out) {
-    FV acc[chains * Q * V];
-    each<chains * Q * V>([&](auto k) TRIMTAB_INLINE {
-        constexpr int i = decltype(k)::value, n = i % (Q * V) / V;
-        acc[i] = i < Q * V ? load<FV>(out + n * head_dim + i % V * lanes) + splat_f(base[n]) : FV{};
-    });
-    auto step = [&](int s, auto chain) TRIMTAB_INLINE {
-        FV weight[Q];
-        each<Q>([&](auto n) TRIMTAB_INLINE {
-            weight[n] = splat_f(scaled[n][s]);
-            hold(weight[n]);
-        });
-        each<V>([&](auto i) TRIMTAB_INLINE {
-            const FV code = row_codes<BITS>(rows + s * row_bytes + i * lanes * BITS / 8);
-            each<Q>([&](auto n) TRIMTAB_INLINE {
-                constexpr int k = (decltype(chain)::value % chains * Q + decltype(n)::value) * V + decltype(i)::value;
-                acc[k] = multiply_add(code, weight[n], acc[k]);
-            });
-        });
-    };
-    int s = 0;
-    for (; s + 4 <= count; s += 4) {
-        ahead.some(pace);
-        each<4>([&](auto i) TRIMTAB_INLINE { step(s + i, i); });
-    }
-    for (; s < count; ++s) step(s, std::integral_constant<int, 0>{});
-    each<Q * V>([&](auto k) TRIMTAB_INLINE {
-        constexpr int i = decltype(k)::value;
-        FV sum = acc[i];
-        if constexpr (chains == 2) sum += acc[Q * V + i];
-        store_f(out + i / V * head_dim + i % V * lanes, sum);
-    });
-}
-
-template <int BITS, int Q>
-__attribute__((noinline)) void weigh_coded_rows(const PageForm& form, const float* weights, const uint8_t* page, int64_t inside,
-                                                 int count, int64_t pace, Ahead& ahead, float* out) {
-    const uint16_t *scale = reinterpret_cast<const uint16_t*>(form.scales(page)) + inside, *minimum = scale + form.groups() * form.page;
-    const int64_t row_bytes = form.row_bytes();
-    alignas(64) float scaled[Q][block];
-    for (int64_t g = 0, first = 0; first < form.width; ++g, first += form.group) {
-        const int64_t end = first + form.group < form.width ? first + form.group : form.width;
-        FV base[Q] = {};
-        float bases[Q];
-        for (int s = 0; s < count; s += lanes) {
-            FV step, least;
-            load_steps(scale + g * form.page, minimum + g * form.page, s, count, step, least);
-            for (int n = 0; n < Q; ++n) {
-                const FV weight = first_of(weights + n * score_stride + s, count - s);
-                store_f(scaled[n] + s, weight * step);
-                base[n] = multiply_add(weight, least, base[n]);
-            }
-        }
-        for (int n = 0; n < Q; ++n) bases[n] = sum_of(base[n]);
-        const uint8_t* rows = page + inside * row_bytes;
-        int64_t at = first;
-        for (; at + 2 * lanes <= end; at += 2 * lanes)
-            weigh_codes<BITS, Q, 2>(scaled, bases, rows + at * BITS / 8, row_bytes, form.width, count, at ? 0 : pace, ahead, out + at);
-        for (; at < end; at += lanes)
-            weigh_codes<BITS, Q, 1>(scaled, bases, rows + at * BITS / 8, row_bytes, form.width, count, at ? 0 : pace, ahead, out + at);
-    }
 }
 
 // Whether the kernels above read codes themselves: `lanes` elements have one scale, or a tile has.
@@ -120,7 +51,7 @@ class Some {
     Some(const AttendHead& job, int first)
         : a(job), kv(job.kv), first_(first), head_dim(HEAD > 0 ? HEAD : job.head_dim),
           paired_out(HEAD > 0 && kv.v_landing->kind == PageKind::bf16 && kv.v_sealed == 0), out(job.out + first * head_dim) {
-        for (int n = 0; n < Q; ++n) q[n] = q_paired[n] = q_thin[n] = a.q[first + n], top[n] = splat_f(none), weight[n] = FV{};
+        for (int n = 0; n < Q; ++n) q[n] = q_paired[n] = q_thin[n] = a.q[first + n];
         for (int64_t i = 0; i < Q * head_dim; ++i) out[i] = 0;
         if constexpr (HEAD > 0)
             if (kv.k_landing->kind == PageKind::bf16 || (kv.k_sealed && kv.k_sealed_form->kind == PageKind::bf16))
@@ -136,22 +67,23 @@ class Some {
         int now = 0;
         for (bool more = walk.next(blocks[0]); more; now ^= 1) {
             const Block& b = blocks[now];
+            Block& next = blocks[now ^ 1];
+            more = walk.next(next);
+            if (!more && !kv.chosen && seen.most < a.beyond) Walk(kv, seen.most, a.beyond).next(next);
             Ahead values;
             for (int i = 0; i < b.parts; ++i) add(values, kv.v_form(b.part[i].slot), kv.v_page(b.part[i].slot), b.part[i]);
             for (int i = 0; i < b.parts; ++i) score(b.part[i], b.count, values);
             weights(b, seen);
-            more = walk.next(blocks[now ^ 1]);
             Ahead keys;
-            const Block& next = blocks[now ^ 1];
-            for (int i = 0; more && i < next.parts; ++i) add(keys, kv.k_form(next.part[i].slot), kv.k_page(next.part[i].slot), next.part[i]);
+            for (int i = 0; i < next.parts; ++i) add(keys, kv.k_form(next.part[i].slot), kv.k_page(next.part[i].slot), next.part[i]);
             for (int i = 0; i < b.parts; ++i) weigh(b.part[i], b.count, keys);
         }
         if constexpr (HEAD > 0)
             if (paired_out)
                 part_again(out, Q * HEAD);
         for (int n = 0; n < Q; ++n) {
-            a.largest[first_ + n] = UNIFIED ? largest(top[n]) : sums[n].largest_score;
-            a.weight[first_ + n] = UNIFIED ? sum_of(weight[n]) : sums[n].total;
+            a.largest[first_ + n] = largest(sums[n].top);
+            a.weight[first_ + n] = sum_of(sums[n].weight);
         }
     }
 
@@ -188,9 +120,10 @@ class Some {
             case PageKind::tiled_bf16: return score_tiles<PageKind::tiled_bf16, Q>(form, query, page, inside, count, by_tile, values, to);
             case PageKind::tiled_grid:
                 if (!reads_codes(form)) break;
-                if (form.bits == 2) return score_coded_tiles<2, Q>(form, query, page, inside, count, by_tile, values, to);
-                if (form.bits == 4) return score_coded_tiles<4, Q>(form, query, page, inside, count, by_tile, values, to);
-                return score_coded_tiles<8, Q>(form, query, page, inside, count, by_tile, values, to);
+                scale(form, query, page, inside, count);
+                if (form.bits == 2) return score_coded_tiles<2, Q>(form, scaled, page, inside, count, by_tile, values, to);
+                if (form.bits == 4) return score_coded_tiles<4, Q>(form, scaled, page, inside, count, by_tile, values, to);
+                return score_coded_tiles<8, Q>(form, scaled, page, inside, count, by_tile, values, to);
             case PageKind::grid:
                 if (!reads_codes(form)) break;
                 if (form.bits == 2) return score_coded_rows<2, Q>(form, query, page, inside, count, by_four, values, to);
@@ -203,6 +136,12 @@ class Some {
         for (int s = 0; s < count; ++s)
             for (int64_t c = form.width; c < full; ++c) decoded[s * full + c] = 0;
         score_rows<PageKind::f32, Q, 0>(query, reinterpret_cast<const uint8_t*>(decoded), 4 * full, full, count, by_four, values, to);
+    }
+
+    void scale(const PageForm& form, const float* const* query, const uint8_t* page, int64_t inside, int count) {
+        if (form.bits == 2) return scale_queries<2, Q>(form, query, page, inside, count, scaled);
+        if (form.bits == 4) return scale_queries<4, Q>(form, query, page, inside, count, scaled);
+        scale_queries<8, Q>(form, query, page, inside, count, scaled);
     }
 
     void weigh(const Part& part, int all, Ahead& keys) {
@@ -232,7 +171,7 @@ class Some {
         const bool plain = seen.plain(a, b);
         const float scale = plain ? a.scale : 1.0f;
         for (int n = 0; n < Q && !plain; ++n) hide(a, first_ + n, b, scores + n * score_stride);
-        if constexpr (UNIFIED) weigh_unified<Q>(scores, b.count, scale, a.phi, top, weight);
+        if constexpr (UNIFIED) weigh_unified<Q>(scores, b.count, scale, a.phi, sums);
         else weigh_online<Q>(scores, b.count, scale, sums, out, head_dim);
     }
 
@@ -243,8 +182,8 @@ class Some {
     const bool paired_out;
     float* out;
     const float *q[Q], *q_paired[Q], *q_thin[Q];
-    FV top[Q], weight[Q];
     Sums sums[Q];
+    Scaled<Q> scaled[score_stride / tile_tokens];
     alignas(64) float scores[Q * score_stride];
     alignas(64) float moved[HEAD > 0 ? Q * HEAD : 1];
     alignas(64) float thin[Q * max_head_dim];

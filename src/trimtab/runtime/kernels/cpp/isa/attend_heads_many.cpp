@@ -99,16 +99,8 @@ void score(const AttendHead& a, const Part& part, bool thin, Work& w) {
 template <int Q>
 void weigh(const AttendHead& a, int n, int count, float scale, Work& w) {
     float* scores = w.scores + n * score_stride;
-    if (!a.unified) return weigh_online<Q>(scores, count, scale, w.sums + n, a.out + n * a.head_dim, a.head_dim);
-    FV top[Q], weight[Q];
-    for (int i = 0; i < Q; ++i) top[i] = splat_f(none), weight[i] = FV{};
-    weigh_unified<Q>(scores, count, scale, a.phi, top, weight);
-    for (int i = 0; i < Q; ++i) {
-        Sums& sums = w.sums[n + i];
-        const float peak = largest(top[i]);
-        sums.largest_score = peak > sums.largest_score ? peak : sums.largest_score;
-        sums.total += sum_of(weight[i]);
-    }
+    if (a.unified) weigh_unified<Q>(scores, count, scale, a.phi, w.sums + n);
+    else weigh_online<Q>(scores, count, scale, w.sums + n, a.out + n * a.head_dim, a.head_dim);
 }
 
 }  // namespace
@@ -139,7 +131,7 @@ void attend_head_many(const AttendHead& a) {
             multiply_all(a.queries, size, w.scores + part.at, score_stride, values, size, part.count, true, a.out, size);
         }
     }
-    for (int n = 0; n < a.queries; ++n) a.largest[n] = w.sums[n].largest_score, a.weight[n] = w.sums[n].total;
+    for (int n = 0; n < a.queries; ++n) a.largest[n] = largest(w.sums[n].top), a.weight[n] = sum_of(w.sums[n].weight);
 }
 
 }  // namespace trimtab::TRIMTAB_ISA

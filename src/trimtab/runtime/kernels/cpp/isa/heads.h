@@ -2,6 +2,8 @@
 // a query sees, and weights out of scores.
 #pragma once
 #include <cmath>
+#include <type_traits>
+#include <utility>
 
 #include "isa/softmax.h"
 
@@ -111,52 +113,96 @@ inline void hide(const AttendHead& a, int n, const Block& b, float* row) {
     }
 }
 
-// What a query knows of the blocks before: the largest score, and the sum of the weights.
+// exp_of in fewer operations where there are such: 0 of minus infinity, NaN of what is too large.
+inline FV power_of_e(FV x) {
+#if defined(__AVX512F__)
+    const FV low = splat_f(-104.0f), magic = splat_f(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+    x = low > x ? low : x;
+    const FV n = fma_of(x, splat_f(1.44269504088896341f), magic) - magic;
+    const FV r = fma_of(n, splat_f(2.12194440e-4f), fma_of(n, splat_f(-0.693359375f), x));
+    FV p = fma_of(splat_f(1.9875691500e-4f), r, splat_f(1.3981999507e-3f));
+    p = fma_of(p, r, splat_f(8.3334519073e-3f));
+    p = fma_of(p, r, splat_f(4.1665795894e-2f));
+    p = fma_of(p, r, splat_f(1.6666665459e-1f));
+    p = fma_of(p, r, splat_f(5.0000001201e-1f));
+    p = fma_of(p, r * r, r + 1.0f);
+    return as<FV>(_mm512_maskz_scalef_ps(0xffff, as<__m512>(p), as<__m512>(n)));
+#else
+    return exp_of(x);
+#endif
+}
+
+// f(0), ..., f(N - 1), each with its number as a type: arrays with such indices lie in registers, which loops do not ensure.
+#define TRIMTAB_INLINE __attribute__((always_inline))
+template <class F, int... I>
+TRIMTAB_INLINE inline void each_of(F f, std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+TRIMTAB_INLINE inline void each(F f) {
+    each_of(f, std::make_integer_sequence<int, N>{});
+}
+
+// What a query knows of the blocks before: in every lane the largest score, and by lane the sum of the weights.
 struct Sums {
-    float largest_score = none, total = 0;
+    FV top = splat_f(none), weight = {};
 };
+
+inline bool any_above(FV a, FV b) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask(as<__m512>(a), as<__m512>(b), _CMP_GT_OQ) != 0;
+#else
+    return sum_of(a > b) != 0;
+#endif
+}
+
+// Makes `peak` the largest score of a query; `out` [H] is what earlier blocks summed up.
+inline void raise(Sums& sums, float peak, float* out, int64_t head_dim) {
+    if (sums.top[0] != none) {
+        const float by = std::exp(sums.top[0] - peak);
+        sums.weight *= by;
+        for (int64_t i = 0; i < head_dim; i += lanes) store_f(out + i, load<FV>(out + i) * by);
+    }
+    sums.top = splat_f(peak);
+}
 
 // Weights of `count` keys in place of the scores of Q queries; `out` [Q, H] is what earlier blocks summed up. Step by step for all
 // queries, so that they need not wait for each other.
 template <int Q>
 inline void weigh_online(float* scores, int count, float scale, Sums* sums, float* out, int64_t head_dim) {
-    FV here[Q], weight[Q];
-    float base[Q];
-    for (int n = 0; n < Q; ++n) here[n] = splat_f(none), weight[n] = FV{};
+    FV here[Q];
+    each<Q>([&](auto n) TRIMTAB_INLINE { here[n] = splat_f(none); });
     for (int j = 0; j < count; j += lanes)
-        for (int n = 0; n < Q; ++n) here[n] = max_of(load<FV>(scores + n * score_stride + j), here[n]);
-    for (int n = 0; n < Q; ++n) base[n] = largest(here[n]) * scale;
-    for (int n = 0; n < Q; ++n) {
-        Sums& sum = sums[n];
-        if (base[n] > sum.largest_score) {
-            if (sum.total > 0) {
-                const float by = std::exp(sum.largest_score - base[n]);
-                sum.total *= by;
-                for (int64_t i = 0; i < head_dim; i += lanes) store_f(out + n * head_dim + i, load<FV>(out + n * head_dim + i) * by);
-            }
-            sum.largest_score = base[n];
-        }
-        base[n] = sum.largest_score == none ? 0.0f : sum.largest_score;
-    }
+        each<Q>([&](auto n) TRIMTAB_INLINE { here[n] = max_of(load<FV>(scores + n * score_stride + j), here[n]); });
+    FV base[Q], weight[Q];
+    each<Q>([&](auto n) TRIMTAB_INLINE {
+        here[n] *= scale;
+        if (any_above(here[n], sums[n].top)) raise(sums[n], largest(here[n]), out + n * head_dim, head_dim);
+        base[n] = sums[n].top == none ? FV{} : sums[n].top;
+        weight[n] = sums[n].weight;
+    });
     for (int j = 0; j < count; j += lanes)
-        for (int n = 0; n < Q; ++n) {
-            const FV p = exp_of(load<FV>(scores + n * score_stride + j) * scale - base[n]);
+        each<Q>([&](auto n) TRIMTAB_INLINE {
+            const FV p = power_of_e(load<FV>(scores + n * score_stride + j) * scale - base[n]);
             weight[n] += p;
             store_f(scores + n * score_stride + j, p);
-        }
-    for (int n = 0; n < Q; ++n) sums[n].total += sum_of(weight[n]);
+        });
+    each<Q>([&](auto n) TRIMTAB_INLINE { sums[n].weight = weight[n]; });
 }
 
 // As weights_unified, of Q queries.
 template <int Q>
-inline void weigh_unified(float* scores, int count, float scale, float phi, FV* top, FV* weight) {
+inline void weigh_unified(float* scores, int count, float scale, float phi, Sums* sums) {
+    FV top[Q], weight[Q];
+    each<Q>([&](auto n) TRIMTAB_INLINE { top[n] = sums[n].top, weight[n] = sums[n].weight; });
     for (int j = 0; j < count; j += lanes)
-        for (int n = 0; n < Q; ++n) {
-            const FV x = load<FV>(scores + n * score_stride + j) * scale, p = exp_of(x - phi);
+        each<Q>([&](auto n) TRIMTAB_INLINE {
+            const FV x = load<FV>(scores + n * score_stride + j) * scale, p = power_of_e(x - phi);
             top[n] = max_of(x, top[n]);
             weight[n] += p;
             store_f(scores + n * score_stride + j, p);
-        }
+        });
+    each<Q>([&](auto n) TRIMTAB_INLINE { sums[n].top = top[n], sums[n].weight = weight[n]; });
 }
 
 // The lowest BITS bits of every lane as floats.

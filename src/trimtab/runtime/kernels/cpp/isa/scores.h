@@ -1,9 +1,6 @@
 // Raw scores of a few queries with keys of a page. Codes of few bits are multiplied as they are: a query is scaled before, and what
 // minima add is one number for all codes that share one.
 #pragma once
-#include <type_traits>
-#include <utility>
-
 #include "isa/heads.h"
 #include "isa/matrices.h"
 
@@ -13,10 +10,16 @@ namespace {
 // Asks for some memory in small steps, between other work: all at once would fill the queues of the processor.
 class Ahead {
   public:
-    // Elements of `count` tokens of a page; with the last of them, also the scales of the page.
+    // `count` tokens of a page: what they are scaled by first, since that is needed first.
     void add(const PageForm& form, const uint8_t* page, int64_t inside, int64_t count) {
-        const uint8_t* at = page + inside * form.row_bytes();
-        add(at, inside == 0 && count == form.page ? page + form.nbytes(count) : at + count * form.row_bytes());
+        const uint8_t *codes = page + inside * form.row_bytes(), *scales = form.scales(page);
+        if (form.kind == PageKind::tiled_grid) {
+            const int64_t first = inside / form.group, last = (inside + count - 1) / form.group + 1, apart = form.page / form.group;
+            for (int64_t part = 0; part < 2; ++part)
+                add(scales + 2 * form.width * (part * apart + first), scales + 2 * form.width * (part * apart + last));
+            return add(codes, codes + count * form.row_bytes());
+        }
+        add(codes, inside == 0 && count == form.page ? page + form.nbytes(count) : codes + count * form.row_bytes());
     }
     void add(const uint8_t* at, const uint8_t* end) {
         if (regions_ == most) return;
@@ -36,7 +39,7 @@ class Ahead {
     }
 
   private:
-    static constexpr int most = 16;
+    static constexpr int most = 24;
     struct Region {
         const uint8_t *at, *end;
     };
@@ -89,9 +92,32 @@ inline void hold([[maybe_unused]] FV& v) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// out[j] = the lanes of v[j] joined two by two, for j < 4.
+template <class Join>
+TRIMTAB_INLINE inline void store_folded(const FV* v, float* out, Join join) {
+    // Of both halves of 4 lanes: a0+a2, b0+b2, a1+a3, b1+b3; then all 4 vectors side by side, and 4 times 4 lanes joined.
+    const IV low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29}, high = low + 2;
+    const IV left = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29}, right = left + 2;
+    auto two = [&](FV a, FV b) { return join(FV(__builtin_shuffle(a, b, low)), FV(__builtin_shuffle(a, b, high))); };
+    const FV x = two(v[0], v[1]), y = two(v[2], v[3]), four = join(FV(__builtin_shuffle(x, y, left)), FV(__builtin_shuffle(x, y, right)));
+    typedef float Half __attribute__((vector_size(32)));
+    typedef float Quarter __attribute__((vector_size(16)));
+    Half halves[2];
+    memcpy(halves, &four, sizeof halves);
+    const Half half = join(halves[0], halves[1]);
+    Quarter quarters[2];
+    memcpy(quarters, &half, sizeof quarters);
+    const Quarter sums = join(quarters[0], quarters[1]);
+    memcpy(out, &sums, sizeof sums);
+}
+#endif
+
 // out[j] = sum of the lanes of v[j], for j < 4, added in the same order by every instruction set of 8 lanes.
 inline void store_sums(const FV* v, float* out) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+    store_folded(v, out, [](auto a, auto b) { return a + b; });
+#elif defined(__AVX2__)
     auto two = [](FV a, FV b) {  // of both halves: a0+a2, b0+b2, a1+a3, b1+b3
         const __m256 x = as<__m256>(a), y = as<__m256>(b);
         return as<__m256>(as<FV>(_mm256_unpacklo_ps(x, y)) + as<FV>(_mm256_unpackhi_ps(x, y)));
@@ -100,21 +126,6 @@ inline void store_sums(const FV* v, float* out) {
     const FV four = as<FV>(_mm256_shuffle_ps(x, y, 0x44)) + as<FV>(_mm256_shuffle_ps(x, y, 0xee));
     const __m256 both = as<__m256>(four);
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
-#elif defined(__AVX512F__)
-    // Of both halves of 4 lanes: a0+a2, b0+b2, a1+a3, b1+b3; then all 4 vectors side by side, and 4 times 4 lanes added.
-    const IV low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29}, high = low + 2;
-    const IV left = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29}, right = left + 2;
-    auto two = [&](FV a, FV b) { return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high); };
-    const FV x = two(v[0], v[1]), y = two(v[2], v[3]), four = __builtin_shuffle(x, y, left) + __builtin_shuffle(x, y, right);
-    typedef float Half __attribute__((vector_size(32)));
-    typedef float Quarter __attribute__((vector_size(16)));
-    Half halves[2];
-    memcpy(halves, &four, sizeof halves);
-    halves[0] += halves[1];
-    Quarter quarters[2];
-    memcpy(quarters, halves, sizeof quarters);
-    quarters[0] += quarters[1];
-    memcpy(out, quarters, sizeof quarters[0]);
 #else
     for (int j = 0; j < 4; ++j)
         out[j] = ((v[j][0] + v[j][2]) + (v[j][1] + v[j][3])) + ((v[j][4] + v[j][6]) + (v[j][5] + v[j][7]));
@@ -125,20 +136,21 @@ inline void store_sums(const FV* v, float* out) {
 // row(j, i): elements i .. i + lanes - 1 of key j.
 template <int Q, int KEYS, int HEAD, class Row>
 inline void products(const float* const* q, int64_t head_dim, Row row, float* scores) {
-    FV acc[Q][4] = {};
-    auto step = [&](int64_t i) {
+    FV acc[Q * KEYS];
+    each<Q * KEYS>([&](auto k) TRIMTAB_INLINE { acc[k] = FV{}; });
+    auto step = [&](int64_t i) TRIMTAB_INLINE {
         FV query[Q];
-        for (int n = 0; n < Q; ++n) {
+        each<Q>([&](auto n) TRIMTAB_INLINE {
             query[n] = load<FV>(q[n] + i);
             hold(query[n]);
-        }
-        for (int j = 0; j < KEYS; ++j) {
+        });
+        each<KEYS>([&](auto j) TRIMTAB_INLINE {
             const FV key = row(j, i);
-            for (int n = 0; n < Q; ++n) {
-                acc[n][j] = multiply_add(key, query[n], acc[n][j]);
-                hold(acc[n][j]);
-            }
-        }
+            each<Q>([&](auto n) TRIMTAB_INLINE {
+                constexpr int k = decltype(n)::value * KEYS + decltype(j)::value;
+                acc[k] = multiply_add(key, query[n], acc[k]);
+            });
+        });
     };
     if constexpr (HEAD > 0) {
 #pragma GCC unroll 16
@@ -146,10 +158,10 @@ inline void products(const float* const* q, int64_t head_dim, Row row, float* sc
     } else {
         for (int64_t i = 0; i < head_dim; i += lanes) step(i);
     }
-    for (int n = 0; n < Q; ++n) {
-        if constexpr (KEYS == 4) store_sums(acc[n], scores + n * score_stride);
-        else scores[n * score_stride] = sum_of(acc[n][0]);
-    }
+    each<Q>([&](auto n) TRIMTAB_INLINE {
+        if constexpr (KEYS == 4) store_sums(acc + 4 * n, scores + n * score_stride);
+        else scores[n * score_stride] = sum_of(acc[n]);
+    });
 }
 
 // Raw scores of Q queries with `count` keys in rows.
@@ -169,17 +181,6 @@ __attribute__((noinline)) void score_rows(const float* const* q, const uint8_t* 
         const uint8_t* row = k + s * row_bytes;
         products<Q, 1, HEAD>(q, head_dim, [&](int, int64_t i) { return load_row<KIND, paired<KIND, HEAD>>(row, i); }, scores + s);
     }
-}
-
-// f(0), ..., f(N - 1), each with its number as a type: arrays with such indices lie in registers, which loops do not ensure.
-#define TRIMTAB_INLINE __attribute__((always_inline))
-template <class F, int... I>
-TRIMTAB_INLINE inline void each_of(F f, std::integer_sequence<int, I...>) {
-    (f(std::integral_constant<int, I>{}), ...);
-}
-template <int N, class F>
-TRIMTAB_INLINE inline void each(F f) {
-    each_of(f, std::make_integer_sequence<int, N>{});
 }
 
 // Sums that are kept apart, so that an addition need not wait for the one before; as many as registers hold.
@@ -205,22 +206,18 @@ inline FV row_codes(const uint8_t* from) {
 #endif
 }
 
-// Scales and minima of tokens s .. s + lanes - 1 of a grid by rows; what stands behind token `count` may be anything, and is 0 here.
-inline void load_steps(const uint16_t* scale, const uint16_t* minimum, int s, int count, FV& step, FV& least) {
-    if (s + lanes <= count) {
-        step = load_halves(scale + s), least = load_halves(minimum + s);
-        return;
-    }
-    step = least = FV{};
-    for (int j = 0; s + j < count; ++j) step[j] = half(scale[s + j]), least[j] = half(minimum[s + j]);
-}
-
-// The first `count` of `lanes` floats, and 0.
+// The first `count` of `lanes` floats or halves, and 0: what stands behind may be anything.
 inline FV first_of(const float* from, int count) {
     if (count >= lanes) return load<FV>(from);
-    FV v = {};
-    for (int j = 0; j < count; ++j) v[j] = from[j];
-    return v;
+    alignas(64) float some[lanes] = {};
+    memcpy(some, from, static_cast<size_t>(count) * 4);
+    return load<FV>(some);
+}
+inline FV first_of(const uint16_t* from, int count) {
+    if (count >= lanes) return load_halves(from);
+    alignas(32) uint16_t some[lanes] = {};
+    memcpy(some, from, static_cast<size_t>(count) * 2);
+    return load_halves(some);
 }
 
 // Raw scores with keys of a grid by rows: products with codes, group after group, times scales.
@@ -252,8 +249,7 @@ __attribute__((noinline)) void score_coded_rows(const PageForm& form, const floa
             products<Q, 1, 0>(part, size, [&](int, int64_t i) { return row_codes<BITS>(row + i * BITS / 8); }, raw + s);
         }
         for (int t = 0; t < count; t += lanes) {
-            FV step, least;
-            load_steps(scale + g * form.page, minimum + g * form.page, t, count, step, least);
+            const FV step = first_of(scale + g * form.page + t, count - t), least = first_of(minimum + g * form.page + t, count - t);
             for (int n = 0; n < Q; ++n) {
                 const FV before = first ? load<FV>(scores + n * score_stride + t) : FV{};
                 store_f(scores + n * score_stride + t, multiply_add(load<FV>(raw + n * score_stride + t), step, multiply_add(least, splat_f(sum[n]), before)));
@@ -262,8 +258,9 @@ __attribute__((noinline)) void score_coded_rows(const PageForm& form, const floa
     }
 }
 
-// Scores of TILES * 16 tokens that share their scales, word after word: weights [Q, W] times codes, from `start` on.
-template <int BITS, int Q, int TILES>
+// Scores of TILES * 16 tokens that share their scales, word after word: weights [Q, W] times codes, from `start` on. REST: only of
+// channels behind the last whole word.
+template <int BITS, int Q, int TILES, bool REST = false>
 inline void score_codes(const PageForm& form, const uint8_t* tiles, const float (*q)[max_head_dim], const float* start, float* scores) {
     constexpr int parts = TILES * tile_tokens / lanes, apart = tile_tokens / lanes;  // registers of all tokens, of a tile
     const int64_t bytes = form.row_bytes(), tile_bytes = tile_tokens * bytes, words = bytes / 4;
@@ -292,7 +289,7 @@ inline void score_codes(const PageForm& form, const uint8_t* tiles, const float 
         });
     };
     constexpr int per_word = 32 / BITS;
-    for (int64_t w = 0; w < words; ++w) channels(UV{}, 4 * w, w * per_word, std::integral_constant<int, per_word>{}, std::true_type{});
+    for (int64_t w = REST ? words : 0; w < words; ++w) channels(UV{}, 4 * w, w * per_word, std::integral_constant<int, per_word>{}, std::true_type{});
     typedef uint8_t Narrow __attribute__((vector_size(lanes)));
     int64_t c = words * per_word;
     if (bytes % 4 >= 2) channels(HV{}, 4 * words, c, std::integral_constant<int, per_word / 2>{}, std::false_type{}), c += per_word / 2;
@@ -304,73 +301,50 @@ inline void score_codes(const PageForm& form, const uint8_t* tiles, const float 
     });
 }
 
-// Raw scores with keys of a tiled grid: a query times the scales of its channels, times the codes; the minima are one number for
-// all tokens of a group. Source: Liu et al., KIVI, arXiv 2402.02750.
-template <int BITS, int Q>
-__attribute__((noinline)) void score_coded_tiles(const PageForm& form, const float* const* q, const uint8_t* page, int64_t inside,
-                                                  int count, int64_t pace, Ahead& ahead, float* scores) {
-    const uint16_t *scale = reinterpret_cast<const uint16_t*>(form.scales(page)), *minimum = scale + form.page / form.group * form.width;
-    alignas(64) float scaled[Q][max_head_dim];
-    float start[Q] = {};
-    int64_t current = -1;
-    for (int t = 0, tiles; t < count; t += tiles * tile_tokens) {
-        const int64_t g = (inside + t) / form.group;
-        tiles = chains > 1 && t + tile_tokens < count && (inside + t + tile_tokens) / form.group == g ? 2 : 1;
-        ahead.some(tiles * pace);
-        if (g != current) {
-            current = g;
-            FV sum[Q] = {};
-            int64_t c = 0;
-            for (; c + lanes <= form.width; c += lanes) {
-                const FV s = load_halves(scale + g * form.width + c), m = load_halves(minimum + g * form.width + c);
-                for (int n = 0; n < Q; ++n) {
-                    const FV x = load<FV>(q[n] + c);
-                    store_f(scaled[n] + c, x * s);
-                    sum[n] = multiply_add(x, m, sum[n]);
-                }
-            }
-            for (int n = 0; n < Q; ++n) start[n] = sum_of(sum[n]);
-            for (; c < form.width; ++c)
-                for (int n = 0; n < Q; ++n) {
-                    scaled[n][c] = q[n][c] * half(scale[g * form.width + c]);
-                    start[n] += q[n][c] * half(minimum[g * form.width + c]);
-                }
-        }
-        const uint8_t* at = page + (inside + t) * form.row_bytes();
-        if (tiles == 2) score_codes<BITS, Q, 2>(form, at, scaled, start, scores + t);
-        else score_codes<BITS, Q, 1>(form, at, scaled, start, scores + t);
-    }
+// Scores of TILES * 16 tokens whose floats lie channel after channel, as those of thin keys do.
+template <PageKind KIND, int Q, int TILES>
+inline void score_channels(const PageForm& form, const uint8_t* tiles, const float* const* q, float* scores) {
+    constexpr int parts = TILES * tile_tokens / lanes, apart = tile_tokens / lanes;
+    constexpr int64_t item = KIND == PageKind::tiled_f32 ? 4 : 2;
+    const int64_t tile_bytes = tile_tokens * item * form.width;
+    FV acc[chains * Q * parts];
+    each<chains * Q * parts>([&](auto i) TRIMTAB_INLINE { acc[i] = FV{}; });
+    auto channel = [&](int64_t c, auto chain) TRIMTAB_INLINE {
+        FV key[parts];
+        each<parts>([&](auto p) TRIMTAB_INLINE {
+            const uint8_t* from = tiles + p / apart * tile_bytes + (c * tile_tokens + p % apart * lanes) * item;
+            if constexpr (KIND == PageKind::tiled_f32) key[p] = load<FV>(from);
+            else if constexpr (KIND == PageKind::tiled_f16) key[p] = load_halves(reinterpret_cast<const uint16_t*>(from));
+            else key[p] = load_bf16s(reinterpret_cast<const uint16_t*>(from));
+        });
+        each<Q>([&](auto n) TRIMTAB_INLINE {
+            FV query = splat_f(q[n][c]);
+            hold(query);
+            each<parts>([&](auto p) TRIMTAB_INLINE {
+                constexpr int k = (decltype(chain)::value * Q + decltype(n)::value) * parts + decltype(p)::value;
+                acc[k] = multiply_add(key[p], query, acc[k]);
+            });
+        });
+    };
+    int64_t c = 0;
+    for (; c + chains <= form.width; c += chains) each<chains>([&](auto i) TRIMTAB_INLINE { channel(c + i, i); });
+    for (; c < form.width; ++c) channel(c, std::integral_constant<int, 0>{});
+    each<Q * parts>([&](auto i) TRIMTAB_INLINE {
+        FV sum = acc[i];
+        if constexpr (chains == 2) sum += acc[Q * parts + i];
+        store_f(scores + i / parts * score_stride + i % parts * lanes, sum);
+    });
 }
 
-// Raw scores with floats that lie channel after channel, as those of thin keys do.
 template <PageKind KIND, int Q>
 __attribute__((noinline)) void score_tiles(const PageForm& form, const float* const* q, const uint8_t* page, int64_t inside, int count,
                                             int64_t pace, Ahead& ahead, float* scores) {
-    constexpr int halves = tile_tokens / lanes;
-    const int64_t item = form.item();
-    for (int t = 0; t < count; t += tile_tokens) {
-        ahead.some(pace);
-        const uint8_t* tile = page + (inside + t) * form.row_bytes();
-        FV acc[Q][halves][2] = {};
-        int64_t c = 0;
-        auto channel = [&](int64_t at, int parity) {
-            for (int h = 0; h < halves; ++h) {
-                const uint8_t* from = tile + (at * tile_tokens + h * lanes) * item;
-                FV key;
-                if constexpr (KIND == PageKind::tiled_f32) key = load<FV>(from);
-                else if constexpr (KIND == PageKind::tiled_f16) key = load_halves(reinterpret_cast<const uint16_t*>(from));
-                else key = load_bf16s(reinterpret_cast<const uint16_t*>(from));
-                prefetch(from + tile_tokens * form.row_bytes());
-                for (int n = 0; n < Q; ++n) {
-                    acc[n][h][parity] = multiply_add(key, splat_f(q[n][at]), acc[n][h][parity]);
-                    hold(acc[n][h][parity]);
-                }
-            }
-        };
-        for (; c + 2 <= form.width; c += 2) channel(c, 0), channel(c + 1, 1);
-        if (c < form.width) channel(c, 0);
-        for (int n = 0; n < Q; ++n)
-            for (int h = 0; h < halves; ++h) store_f(scores + t + n * score_stride + h * lanes, acc[n][h][0] + acc[n][h][1]);
+    for (int t = 0, tiles; t < count; t += tiles * tile_tokens) {
+        tiles = chains > 1 && t + tile_tokens < count ? 2 : 1;
+        ahead.some(tiles * pace);
+        const uint8_t* at = page + (inside + t) * form.row_bytes();
+        if (tiles == 2) score_channels<KIND, Q, 2>(form, at, q, scores + t);
+        else score_channels<KIND, Q, 1>(form, at, q, scores + t);
     }
 }
 

@@ -582,9 +582,12 @@ void encode_grid(const float* x, int64_t count, int64_t group, uint8_t* codes, u
 bool encode_page(const PageForm& form, uint8_t* page, int64_t first, int64_t count, const float* x, int64_t stride);  // pages.cpp
 void decode_page(const PageForm& form, const uint8_t* page, int64_t first, int64_t count, float* out, int64_t stride);
 void attend_head(const AttendHead& a);  // attend_heads.cpp
+void bound(const float* keys, int64_t count, int64_t width, uint16_t* bounds);  // pieces.cpp
+void promise(const float* negative, const float* positive, const uint16_t* bounds, int64_t pieces, int64_t width, float* out);
 
 extern const TileKernels tile_table;
 const TileKernels tile_table = {dot_tile, norm, quantize, tabulate, decode_tile, activate, attend, encode, rotate,
-                                encode_grid, dot_each, dot_decoded, encode_page, decode_page, attend_head};
+                                encode_grid, dot_each, dot_decoded, encode_page, decode_page, attend_head,
+                                bound, promise};
 
 }  // namespace trimtab::TRIMTAB_ISA

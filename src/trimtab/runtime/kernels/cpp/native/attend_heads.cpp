@@ -14,7 +14,7 @@ constexpr int turned_from = 6;  // queries from which turning keys round pays: a
 // Fields of a record, see Step::records.
 enum Field {
     k_pages, v_pages, k_sealed_pages, v_sealed_pages, readable, k_sealed, v_sealed, k_sealed_after, v_sealed_after, kept_channels,
-    slot_positions, chosen_pieces, chosen_count, chosen_tokens, first_written
+    slot_positions, chosen_pieces, chosen_count, chosen_tokens, first_written, key_bounds
 };
 
 template <class T>
@@ -25,6 +25,7 @@ struct AttendHeadsKernel : Kernel {
     std::vector<HeadForms> forms;  // by KV head
     int64_t watched = 0;
     std::vector<float> queries;    // [B, watched, N, H] of the last step
+    std::vector<std::vector<int32_t>> chosen;  // [B, KV heads] pieces that this step reads; none: all
 
     const int64_t* record(const Context& c, int64_t row, int64_t g) const {
         return c.step.records + ((a.layer * c.step.rows + row) * c.step.record_heads + g) * record_fields;
@@ -35,11 +36,13 @@ struct AttendHeadsKernel : Kernel {
     void prepare(const Step& step, int64_t watch) override {
         watched = watch;
         queries.assign(static_cast<size_t>(step.rows * watch * a.heads * a.head_dim), 0.0f);
+        chosen.resize(static_cast<size_t>(step.rows * a.kv_heads));
     }
 
     void run(Context& c, Worker& worker) override {
         place(c, worker);
         worker.wait();
+        if (choose(c, worker)) worker.wait();
         const auto& pieces = c.program.pieces();
         // Head after head: the keys of one piece follow those of the piece before, and are asked for with it.
         const int64_t count = static_cast<int64_t>(pieces.size()), jobs = count * a.kv_heads;
@@ -97,6 +100,68 @@ struct AttendHeadsKernel : Kernel {
         if (worker.id == 0) weight_read += (a.has_q_norm ? a.q_norm.nbytes() : 0) + (a.has_k_norm ? a.k_norm.nbytes() : 0);
     }
 
+    // Brings bounds of pieces up to date and chooses what single tokens read. False: no head reads pieces.
+    bool choose(Context& c, Worker& worker) {
+        bool any = false;
+        const int64_t stores = c.step.rows * a.kv_heads;
+        for (int64_t i = 0; i < stores; ++i) any = any || record(c, i / a.kv_heads, i % a.kv_heads)[key_bounds];
+        if (!any) return false;
+        for (int64_t i = worker.begin(stores); i < worker.end(stores); ++i)
+            if (record(c, i / a.kv_heads, i % a.kv_heads)[key_bounds]) choose(c, i / a.kv_heads, i % a.kv_heads);
+        return true;
+    }
+
+    // Source: Tang et al., Quest, arXiv 2406.10774, section 3; products are added up over the queries that share the head.
+    void choose(Context& c, int64_t row, int64_t g) {
+        const TileKernels& k = tile_kernels();
+        const int64_t* at = record(c, row, g);
+        const PageForm& form = forms[static_cast<size_t>(g)].k_landing;
+        const int64_t tokens = at[chosen_tokens], most = at[chosen_count], per = a.heads / a.kv_heads;
+        uint16_t* bounds = const_cast<uint16_t*>(array_at<uint16_t>(at[key_bounds]));
+        std::vector<float> keys(static_cast<size_t>(tokens * a.head_dim));
+        for (int64_t piece = at[first_written] / tokens; piece * tokens < at[readable]; ++piece) {
+            const int64_t first = piece * tokens, count = std::min(tokens, at[readable] - first);
+            for (int64_t done = 0; done < count;) {
+                const int64_t inside = (first + done) % form.page, some = std::min(form.page - inside, count - done);
+                k.decode_page(form, page_at(array_at<int64_t>(at[k_pages])[(first + done) / form.page]), inside, some, keys.data() + done * a.head_dim, a.head_dim);
+                done += some;
+            }
+            k.bound(keys.data(), count, a.head_dim, bounds + 2 * piece * a.head_dim);
+        }
+        std::vector<int32_t>& read = chosen[static_cast<size_t>(row * a.kv_heads + g)];
+        read.clear();
+        if (fresh(c, row) != 1) return;
+        const int64_t pieces = (at[readable] + tokens - 1) / tokens;
+        kv_read += pieces * 2 * a.head_dim * 2;
+        if (pieces <= most) return;
+        const Values& qkv = c.program.values(a.qkv);
+        float negative[max_head_dim] = {}, positive[max_head_dim] = {};
+        for (int64_t n = 0; n < per; ++n) {
+            const float* q = qkv.data + c.step.starts[row] * qkv.width + (g * per + n) * a.head_dim;
+            for (int64_t d = 0; d < a.head_dim; ++d) negative[d] += std::min(q[d], 0.0f), positive[d] += std::max(q[d], 0.0f);
+        }
+        std::vector<float> promised(static_cast<size_t>(pieces - 1));  // the newest piece is read in any case
+        k.promise(negative, positive, bounds, pieces - 1, a.head_dim, promised.data());
+        for (int32_t p = 0; p + 1 < pieces; ++p) read.push_back(p);
+        auto better = [&](int32_t x, int32_t y) {
+            const float one = promised[static_cast<size_t>(x)], other = promised[static_cast<size_t>(y)];
+            return one > other || (one == other && x < y);
+        };
+        std::nth_element(read.begin(), read.begin() + (most - 1), read.end(), better);
+        read.resize(static_cast<size_t>(most - 1));
+        std::sort(read.begin(), read.end());
+        read.push_back(static_cast<int32_t>(pieces - 1));
+    }
+
+    HeadView view(const Context& c, int64_t row, int64_t g) const {
+        const int64_t* at = record(c, row, g);
+        HeadView kv = head_view(at, forms[static_cast<size_t>(g)]);
+        if (!at[key_bounds]) return kv;
+        const std::vector<int32_t>& read = chosen[static_cast<size_t>(row * a.kv_heads + g)];
+        kv.chosen = read.empty() ? nullptr : read.data(), kv.chosen_count = static_cast<int64_t>(read.size());
+        return kv;
+    }
+
     // The queries of one piece that share KV head g.
     struct Queries {
         const float* q[max_queries];
@@ -126,8 +191,8 @@ struct AttendHeadsKernel : Kernel {
     void call(const Context& c, Queries& set, int64_t row, int64_t g, int64_t first, int64_t last, bool unified, float* out) {
         const HeadForms& form = forms[static_cast<size_t>(g)];
         AttendHead job;
-        job.kv = head_view(record(c, row, g), form);
-        job.head_dim = a.head_dim, job.first = first, job.last = last, job.queries = set.count;
+        job.kv = view(c, row, g);
+        job.head_dim = a.head_dim, job.first = first, job.last = last, job.beyond = set.high[set.count - 1], job.queries = set.count;
         job.q = set.q, job.low = set.low, job.high = set.high, job.positions = set.positions;
         job.window = a.window, job.recent = form.recent, job.sink = form.sink;
         job.turned = set.count >= turned_from && set.token[0] != set.token[set.count - 1];
@@ -175,6 +240,36 @@ struct AttendHeadsKernel : Kernel {
         return bytes;
     }
 
+    // Whether a token of a pass sees only the first and the last keys.
+    bool patterned(const Context& c, int64_t row, int64_t token) const {
+        const int64_t whole = c.step.whole ? c.step.whole[row] : 0;
+        return a.prompt_local > 0 && fresh(c, row) > 1 && token < c.step.starts[row + 1] - whole;
+    }
+
+    // As `call`, for queries that see only the first and the last keys: two parts, joined.
+    void call_patterned(const Context& c, Queries& set, int64_t row, int64_t g, int64_t last, float* out) {
+        Queries early = set;
+        int64_t first = last;
+        for (int n = 0; n < set.count; ++n) {
+            set.low[n] = std::max(a.prompt_sink, set.high[n] - a.prompt_local);
+            early.high[n] = std::min(set.high[n], a.prompt_sink);
+            first = std::min(first, set.low[n]);
+        }
+        call(c, set, row, g, std::min(first, last), last, a.unified, out);
+        if (a.prompt_sink == 0) return;
+        alignas(64) float sums[max_queries * max_head_dim];
+        call(c, early, row, g, 0, std::min(last, a.prompt_sink), a.unified, sums);
+        for (int n = 0; n < set.count; ++n) {
+            const float top = std::max(set.largest[n], early.largest[n]);
+            const float by = a.unified ? 1.0f : std::exp(set.largest[n] - top), with = a.unified ? 1.0f : std::exp(early.largest[n] - top);
+            for (int64_t d = 0; d < a.head_dim; ++d) {
+                float& x = out[n * a.head_dim + d];
+                x = by * x + with * sums[n * a.head_dim + d];
+            }
+            set.weight[n] = by * set.weight[n] + with * early.weight[n], set.largest[n] = top;
+        }
+    }
+
     bool safe(float largest) const { return largest - a.phi <= a.high && largest - a.phi >= a.low; }
 
     // One query again, over all its keys, with the running maximum.
@@ -198,7 +293,8 @@ struct AttendHeadsKernel : Kernel {
         const int64_t first = std::min(piece.first_key, end), last = piece.last_piece ? end : std::min(piece.last_key, end);
         Queries set;
         auto flush = [&] {
-            call(c, set, piece.row, g, first, last, a.unified, sums);
+            if (patterned(c, piece.row, set.token[0])) call_patterned(c, set, piece.row, g, last, sums);
+            else call(c, set, piece.row, g, first, last, a.unified, sums);
             for (int n = 0; n < set.count; ++n) {
                 const float* from = sums + n * a.head_dim;
                 if (piece.slot >= 0) {
@@ -219,13 +315,37 @@ struct AttendHeadsKernel : Kernel {
         };
         for (int64_t t = piece.first_token; t < piece.first_token + piece.tokens; ++t)
             for (int64_t i = 0; i < per; ++i) {
-                if (set.count == most) flush();
+                const bool other = set.count && patterned(c, piece.row, t) != patterned(c, piece.row, set.token[0]);
+                if (set.count == most || other) flush();
                 add_query(c, set, piece.row, t, g * per + i);
             }
         flush();
         // Every key once for all queries that share it: the last piece of a row counts for all of them.
-        if (piece.last_piece && piece.first_token + piece.tokens == row_end)
-            kv_read += bytes_in(head_view(at, forms[static_cast<size_t>(g)]), low(c, at, piece.row, c.step.starts[piece.row]), at[readable]);
+        if (piece.last_piece && piece.first_token + piece.tokens == row_end) kv_read += bytes_read(c, piece.row, g);
+    }
+
+    // Bytes of the keys and values that some query of a row sees.
+    int64_t bytes_read(const Context& c, int64_t row, int64_t g) const {
+        const int64_t* at = record(c, row, g);
+        const HeadView kv = view(c, row, g);
+        const HeadForms& form = forms[static_cast<size_t>(g)];
+        const int64_t start = c.step.starts[row], first = low(c, at, row, start);
+        if (patterned(c, row, start) && (!c.step.whole || c.step.whole[row] == 0)) {
+            const int64_t early = std::min(a.prompt_sink, at[readable]);
+            const int64_t near = std::min(std::max(a.prompt_sink, high(c, at, row, start) - a.prompt_local), at[readable]);
+            int64_t bytes = bytes_in(kv, 0, early) + bytes_in(kv, near, at[readable]);
+            if (kv.k_sealed > near && kv.k_sealed_form->kind == PageKind::tiled_grid) {  // a group that both are part of counts once
+                const int64_t group = kv.k_sealed_form->group;
+                if (near / group < (early + group - 1) / group) bytes -= 4 * kv.k_sealed_form->width;
+            }
+            return bytes;
+        }
+        int64_t bytes = bytes_in(kv, first, at[readable]);
+        if (kv.positions && form.recent > 0 && fresh(c, row) > 1)  // of a full ring the oldest token is out of sight already
+            for (int64_t slot = 0; slot < at[first_written]; ++slot)
+                if (kv.positions[slot] >= form.sink && kv.positions[slot] <= position(c, row, start) - form.recent)
+                    bytes -= form.k_landing.read_bytes(0, 1) + form.v_landing.read_bytes(0, 1);
+        return bytes;
     }
 
     // Brings keys and values of KV head g of a row from landing pages into those they are kept in.

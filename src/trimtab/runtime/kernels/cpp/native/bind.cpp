@@ -275,10 +275,12 @@ void bind_native(nb::module_& m) {
         .def("attend_heads",
              [](Bound& b, const std::string& name, int layer, int qkv, int out, int rope, int64_t heads, int64_t kv_heads,
                 int64_t head_dim, int64_t window, const std::vector<FormsTuple>& forms, const Norm* q_norm, const Norm* k_norm,
-                float scale, float softcap, std::optional<std::tuple<float, float, float>> unified, bool append) {
+                float scale, float softcap, std::optional<std::tuple<float, float, float>> unified, bool append,
+                std::tuple<int64_t, int64_t> prompt) {
                  Attention a;
                  a.layer = layer, a.qkv = qkv, a.out = out, a.rope = rope, a.heads = heads, a.kv_heads = kv_heads;
                  a.head_dim = head_dim, a.window = window, a.append = append;
+                 a.prompt_sink = std::get<0>(prompt), a.prompt_local = std::get<1>(prompt);
                  if (q_norm) a.has_q_norm = true, a.q_norm = *q_norm;
                  if (k_norm) a.has_k_norm = true, a.k_norm = *k_norm;
                  a.scale = scale, a.softcap = softcap;
@@ -290,7 +292,8 @@ void bind_native(nb::module_& m) {
              },
              nb::arg("name"), nb::arg("layer"), nb::arg("qkv"), nb::arg("out"), nb::arg("rope"), nb::arg("heads"),
              nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("window"), nb::arg("forms"), nb::arg("q_norm").none(),
-             nb::arg("k_norm").none(), nb::arg("scale"), nb::arg("softcap"), nb::arg("unified").none(), nb::arg("append") = true)
+             nb::arg("k_norm").none(), nb::arg("scale"), nb::arg("softcap"), nb::arg("unified").none(), nb::arg("append") = true,
+             nb::arg("prompt") = std::make_tuple(int64_t{0}, int64_t{0}))
         .def("watch", [](Bound& b, int64_t count) { b.program.watch(count); }, nb::arg("count"))
         .def("queries",
              [](const Bound& b, int layer) {
@@ -332,18 +335,21 @@ void bind_native(nb::module_& m) {
         .def("run",
              [](Bound& b, Array<const int64_t, 1> ids, Array<const int64_t, 1> starts, Array<const int64_t, 1> past,
                 Array<const int64_t, 1> reach, Array<const int64_t, 1> logits_rows, Array<const int64_t, 4> records, int values,
-                bool timed, Array<float, 2> out) {
+                bool timed, Array<float, 2> out, std::optional<Array<const int64_t, 1>> whole) {
                  Step step;
                  step.tokens = static_cast<int64_t>(ids.shape(0)), step.rows = static_cast<int64_t>(past.shape(0));
                  step.logits = static_cast<int64_t>(logits_rows.shape(0));
                  step.ids = ids.data(), step.starts = starts.data(), step.past = past.data(), step.logits_rows = logits_rows.data();
+                 step.whole = whole ? whole->data() : nullptr;
                  add_records(step, records);
                  float* to = out.data();
                  const size_t bytes = out.nbytes();
                  nb::gil_scoped_release release;
                  b.program.run(step, reach.data(), timed);
                  if (bytes) memcpy(to, b.program.values(values).data, bytes);
-             })
+             },
+             nb::arg("ids"), nb::arg("starts"), nb::arg("past"), nb::arg("reach"), nb::arg("logits_rows"), nb::arg("records"), nb::arg("values"),
+             nb::arg("timed"), nb::arg("out"), nb::arg("whole").none() = nb::none())
         .def("run",
              [](Bound& b, Array<const int64_t, 1> ids, Array<const int64_t, 1> starts, Array<const int64_t, 1> past,
                 Array<const int64_t, 1> reach, Array<const int64_t, 1> logits_rows, Array<const int64_t, 3> cache, int values,

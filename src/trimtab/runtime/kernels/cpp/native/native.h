@@ -80,6 +80,7 @@ struct AttendHead {
     HeadView kv;
     int64_t head_dim = 0;
     int64_t first = 0, last = 0;
+    int64_t beyond = 0;                  // up to this slot the keys behind `last` are read by the next call; 0: they are not
     int queries = 0;                     // at most max_queries
     const float* const* q = nullptr;     // [queries] -> [H]
     const int64_t* low = nullptr;        // [queries] a query sees slots [low, high)
@@ -124,6 +125,10 @@ struct TileKernels {
     bool (*encode_page)(const PageForm& form, uint8_t* page, int64_t first, int64_t count, const float* x, int64_t stride);
     void (*decode_page)(const PageForm& form, const uint8_t* page, int64_t first, int64_t count, float* out, int64_t stride);
     void (*attend_head)(const AttendHead& a);
+    // Bounds of `count` keys [count, H]: bf16 [2, H], the least and the largest of each channel, rounded outwards.
+    void (*bound)(const float* keys, int64_t count, int64_t width, uint16_t* bounds);
+    // The largest products that bounds [pieces, 2, H] allow, of queries whose negative and positive parts are added up.
+    void (*promise)(const float* negative, const float* positive, const uint16_t* bounds, int64_t pieces, int64_t width, float* out);
 };
 
 const TileKernels& tile_kernels();  // of the instruction set in use

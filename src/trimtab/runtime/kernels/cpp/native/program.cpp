@@ -15,6 +15,8 @@ namespace {
 
 constexpr int64_t huge_page = int64_t{2} << 20;
 
+constexpr int64_t shortest_range = 64, most_ranges = 8;  // keys of a piece of attention of one token, and pieces of a KV head
+
 // How long the other workers look out for the next step: longer than a caller takes from one to the next (sampling, text), since
 // waking up costs a tenth of a millisecond, and short enough that an idle program costs nothing.
 constexpr Workers::Patience between_steps{2000};
@@ -65,7 +67,9 @@ void Program::cut(const Step& step) {
     for (int64_t row = 0; row < step.rows; ++row) {
         const int64_t first = step.starts[row], fresh = step.starts[row + 1] - first, past = step.past[row];
         if (fresh == 1) {
-            const int64_t keys = past + 1, range = split_ > 0 ? split_ : keys <= 512 ? 64 : keys <= 2048 ? 128 : 256;
+            const int64_t keys = past + 1;
+            int64_t range = split_ > 0 ? split_ : shortest_range;
+            while (split_ <= 0 && range * most_ranges < keys) range *= 2;  // each of them starts with a wait for memory
             if (keys <= range) {
                 pieces_.push_back({row, first, 1, 0, keys, -1});
                 continue;

@@ -36,9 +36,11 @@ struct Step {
     //  9 channels: address of uint8 [width of sealed keys], the channels these keep, or 0
     // 10 positions: address of int32 positions by slot, or 0 where slots tell them
     // 11 chosen: address of int32 pieces that are read, ascending, or 0; 12 how many; 13 slots of one
-    // 14 write: slot of the first new token; 15 unused
+    // 14 write: slot of the first new token
+    // 15 bounds: address of bf16 [pieces, 2, H] by which a pass of one token chooses what it reads, 12 pieces of 13 slots; or 0
     const int64_t* records = nullptr;
     int64_t record_heads = 0;
+    const int64_t* whole = nullptr;  // [B] how many of the last new tokens see everything a pattern would hide; null: none
 };
 constexpr int64_t record_fields = 16;
 
@@ -106,6 +108,7 @@ struct Rope {
 struct Attention {
     int layer = 0, qkv = 0, out = 0, rope = -1;  // qkv: queries, keys, values of a token side by side; rope -1: none
     int64_t heads = 0, kv_heads = 0, head_dim = 0, window = 0;             // window 0: none
+    int64_t prompt_sink = 0, prompt_local = 0;  // what tokens of a longer pass see: the first and the last keys; local 0: all
     Coding coding = Coding::f32;
     int64_t group = 0;     // ints: elements along H that share a scale
     bool append = true;    // false: the cache holds the keys and values of the new tokens already
