@@ -1,6 +1,6 @@
 """Decoding behind a long prompt with the cache in several formats, against llama.cpp: same model, prompt and threads.
 
-Usage: python benchmarks/kv_decode.py [--threads 1|2] [--rounds 7] [--prompt-tokens 7900] [--gen 33] [--json FILE], once
+Usage: python benchmarks/kv_decode.py [--threads 1|2] [--rounds 7] [--prompt-tokens 7900] [--gen 29] [--arms 'ours*'] [--json FILE], once
 benchmarks/peers/setup.sh has been run. Writes benchmarks/results/kv_decode.json.
 
 SmolLM2-135M in Q4_1. Every arm is a process of its own that reads the prompt once; then rounds of `gen` - 1 greedy steps are timed in
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompt-tokens", type=int, default=7900)
     parser.add_argument("--gen", type=int, default=29)
+    parser.add_argument("--arms", default="*", help="only arms whose label matches this pattern")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "kv_decode.json")
     options = parser.parse_args()
     if not PEER_PYTHON.exists():
@@ -60,7 +62,7 @@ def compare(path: str, threads: int, options: Any) -> list[dict[str, Any]]:
     workers: dict[str, Worker] = {}
     found: dict[str, dict[str, Any]] = {}
     try:
-        for label, who, kv, techniques in ARMS:
+        for label, who, kv, techniques in (arm for arm in ARMS if fnmatch(arm[0], options.arms)):
             try:
                 workers[label] = Worker(Arm(who, "Q4_1", techniques), path, threads, kv=kv, context=CONTEXT)
             except WorkerError as error:

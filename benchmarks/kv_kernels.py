@@ -158,7 +158,9 @@ def measure(names: list[str], tokens: int, rounds: int) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> None:
-    print(f"{'pages':<22}{'ms':>8}{'p10':>8}{'p90':>8}{'thread':>8}{'MB':>8}{'GB/s':>7}{'fp32/':>8}{'bytes':>7}{'bf16/':>8}{'bytes':>7}")
+    print(
+        f"{'pages':<22}{'ms':>8}{'p10':>8}{'p90':>8}{'thread':>8}{'MB':>8}{'GB/s':>7}{'fp32/':>8}{'bytes':>7}{'bf16/':>8}{'bytes':>7}"
+    )
     for name, row in found.items():
         wall = row["wall_s"]
         line = f"{name:<22}{wall['median'] * 1e3:8.2f}{wall['p10'] * 1e3:8.2f}{wall['p90'] * 1e3:8.2f}"
