@@ -1,9 +1,9 @@
-"""Decode attention over pages of the cache: every form of page the kernels read, one thread, one token of SmolLM2-135M's 90 KV heads.
+"""Decode attention over pages of the cache: the forms of page the kernels read, one thread, SmolLM2-135M's 90 KV heads.
 
-Usage: python benchmarks/kv_kernels.py [--tokens 8192] [--rounds 9] [--only NAME,NAME] [--json FILE]. The arms take turns; seconds,
-bytes of pages read (as the kernels meter them) and ratios to fp32 and bf16 of the same round go to
-benchmarks/results/kv_kernels.json. At 8192 tokens fp32 pages are 377 MB and those of 2 bits 35 MB: none of them stays in a cache of
-32 MB from one round to the next.
+Usage: python benchmarks/kv_kernels.py [--tokens 8192] [--rounds 9] [--only NAME,NAME] [--isa NAME] [--json FILE]. The arms
+take turns; seconds of the thread (other jobs of the machine do not count) and on the wall, bytes of pages read (as the
+kernels meter them) and ratios to fp32 and bf16 of the same round go to benchmarks/results/kv_kernels.json. At 8192 tokens
+fp32 pages are 377 MB and those of 2 bits 35 MB: none of them stays in a cache of 32 MB from one round to the next.
 """
 
 from __future__ import annotations
@@ -105,15 +105,14 @@ class Cache:
                 pieces = np.sort(rng.permutation(count)[: round(arm.chosen * count)]).astype(np.int32)
                 record[11:14] = pieces.ctypes.data, len(pieces), arm.piece
                 self.kept.append(pieces)
-        landing = (form(F32), form(F32)) if coded else (arm.k, arm.v)
-        sealed = (arm.k, arm.v) if coded else (None, None)
+        forms = (form(F32), form(F32), arm.k, arm.v, 0, 0) if coded else (arm.k, arm.v, None, None, 0, 0)
         self.program = _core.Program(1)
         self.source = self.program.values((HEADS + 2 * KV_HEADS) * SIZE, False)
         self.out = self.program.values(HEADS * SIZE, False)
         for layer in range(LAYERS):
             self.program.attend_heads(
                 "attend", layer, self.source, self.out, -1, HEADS, KV_HEADS, SIZE, 0,
-                [(*landing, *sealed, 0, 0)] * KV_HEADS, None, None, SIZE**-0.5, 0.0, None, False,
+                [forms] * KV_HEADS, None, None, SIZE**-0.5, 0.0, None, False,
             )  # fmt: skip
         self.x = rng.standard_normal((1, (HEADS + 2 * KV_HEADS) * SIZE), dtype=np.float32)
         self.y = np.empty((1, HEADS * SIZE), np.float32)
@@ -143,32 +142,31 @@ def measure(names: list[str], tokens: int, rounds: int) -> dict[str, Any]:
         for name, cache in caches.items():
             seconds, busy = cache.run()
             if turn:
-                wall[name].append(seconds), thread[name].append(busy)
+                wall[name].append(seconds)
+                thread[name].append(busy)
     found: dict[str, Any] = {}
     for name, cache in caches.items():
-        taken = np.array(wall[name])
-        row = {"wall_s": spread(taken), "thread_s": spread(np.array(thread[name])), "kv_read": cache.bytes_read}
+        taken = np.array(thread[name])
+        row = {"wall_s": spread(np.array(wall[name])), "thread_s": spread(taken), "kv_read": cache.bytes_read}
         row["bytes_per_s"] = spread(cache.bytes_read / taken)
         for base in ("fp32", "bf16"):
-            if base in wall:
-                row[f"{base}_over_this"] = spread(np.array(wall[base]) / taken)
+            if base in thread:
+                row[f"{base}_over_this"] = spread(np.array(thread[base]) / taken)
                 row[f"{base}_bytes_over_these"] = caches[base].bytes_read / cache.bytes_read
         found[name] = row
     return found
 
 
 def show(found: dict[str, Any]) -> None:
-    print(
-        f"{'pages':<22}{'ms':>8}{'p10':>8}{'p90':>8}{'thread':>8}{'MB':>8}{'GB/s':>7}{'fp32/':>8}{'bytes':>7}{'bf16/':>8}{'bytes':>7}"
-    )
+    names = ("ms", "p10", "p90", "wall", "MB", "GB/s", "fp32/", "bytes", "bf16/", "bytes")
+    print(f"{'pages':<22}" + "".join(f"{name:>8}" for name in names))
     for name, row in found.items():
-        wall = row["wall_s"]
-        line = f"{name:<22}{wall['median'] * 1e3:8.2f}{wall['p10'] * 1e3:8.2f}{wall['p90'] * 1e3:8.2f}"
-        line += f"{row['thread_s']['median'] * 1e3:8.2f}{row['kv_read'] / 1e6:8.1f}{row['bytes_per_s']['median'] / 1e9:7.1f}"
+        ms = [1e3 * row["thread_s"][key] for key in ("median", "p10", "p90")]
+        numbers = [*ms, 1e3 * row["wall_s"]["median"], row["kv_read"] / 1e6, row["bytes_per_s"]["median"] / 1e9]
         for base in ("fp32", "bf16"):
             if f"{base}_over_this" in row:
-                line += f"{row[f'{base}_over_this']['median']:8.2f}{row[f'{base}_bytes_over_these']:7.2f}"
-        print(line)
+                numbers += [row[f"{base}_over_this"]["median"], row[f"{base}_bytes_over_these"]]
+        print(f"{name:<22}" + "".join(f"{number:8.2f}" for number in numbers))
 
 
 def main() -> None:

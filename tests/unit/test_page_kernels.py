@@ -1,11 +1,12 @@
-"""Pages of the cache in C++: the codec of every form against the one on arrays, attention over every pair of forms against float64.
+"""Pages of the cache in C++: the codec of every form against the one on arrays, attention over them against float64.
 
-Legend: G KV heads, N query heads, T tokens, S slots, H head size, W elements of a token that are stored, M pages, Q queries.
+Legend: G KV heads, N query heads, T tokens, S slots, H head size, W elements of a token that are stored, Q queries.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ class Form:
         return self.group if self.kind == TILED_GRID else 1
 
     def __str__(self) -> str:
-        kinds = "f32 f16 bf16 f8 grid bfp tiled_f32 tiled_f16 tiled_bf16 tiled_grid".split()
+        kinds = ["f32", "f16", "bf16", "f8", "grid", "bfp", "tiled_f32", "tiled_f16", "tiled_bf16", "tiled_grid"]
         return f"{kinds[self.kind]}-{self.bits}-g{self.group}-w{self.width}-p{self.page}"
 
 
@@ -323,8 +324,9 @@ def _check(head: Head, q_QH: np.ndarray, seen_QS: np.ndarray, **options: object)
 
 _ALL = (
     Form(F32, 64), Form(F16, 64), Form(BF16, 64), Form(F8, 64), Form(GRID, 64, 64, 8, 64), Form(GRID, 64, 64, 4, 32),
-    Form(GRID, 64, 64, 2, 16), Form(GRID, 64, 64, 2, 24), Form(BFP, 64, 64, 4, 32), Form(TILED_F32, 64), Form(TILED_F16, 64), Form(TILED_BF16, 64),
-    Form(TILED_GRID, 64, 64, 2, 32), Form(TILED_GRID, 64, 64, 4, 16), Form(TILED_GRID, 64, 64, 8, 64), Form(TILED_GRID, 64, 64, 4, 8),
+    Form(GRID, 64, 64, 2, 16), Form(GRID, 64, 64, 2, 24), Form(BFP, 64, 64, 4, 32), Form(TILED_F32, 64), Form(TILED_F16, 64),
+    Form(TILED_BF16, 64), Form(TILED_GRID, 64, 64, 2, 32), Form(TILED_GRID, 64, 64, 4, 16), Form(TILED_GRID, 64, 64, 8, 64),
+    Form(TILED_GRID, 64, 64, 4, 8),
 )  # fmt: skip
 
 
@@ -359,8 +361,14 @@ def test_head_sizes(size: int) -> None:
         _check(head, _queries(4, size), np.ones((4, 150), bool))
 
 
-@pytest.mark.parametrize("sealed", [Form(TILED_BF16, 39), Form(TILED_F32, 39), Form(TILED_F16, 64), Form(F32, 39), Form(BF16, 40, 16), Form(TILED_GRID, 39, 64, 2, 32),
-                                    Form(TILED_GRID, 45, 64, 4, 32), Form(TILED_GRID, 43, 32, 8, 16), Form(GRID, 48, 64, 4, 32), Form(GRID, 39, 64, 8, 39)], ids=str)  # fmt: skip
+_THIN = (
+    Form(TILED_BF16, 39), Form(TILED_F32, 39), Form(TILED_F16, 64), Form(F32, 39), Form(BF16, 40, 16),
+    Form(TILED_GRID, 39, 64, 2, 32), Form(TILED_GRID, 45, 64, 4, 32), Form(TILED_GRID, 39, 64, 4, 32),
+    Form(TILED_GRID, 43, 32, 8, 16), Form(GRID, 48, 64, 4, 32), Form(GRID, 39, 64, 8, 39),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("sealed", _THIN, ids=str)
 def test_thin_keys(sealed: Form) -> None:
     head = Head(Form(BF16, 64), Form(BF16, 64), sealed, Form(F32, 64), sealed=(96, 0), thin=sealed.width)
     _check(head, _queries(7), np.ones((7, 150), bool))
@@ -427,20 +435,25 @@ def test_what_lies_behind_the_last_token_does_not_matter() -> None:
 _N, _G, _H = 6, 2, 64
 
 
+Forms = tuple[Form, Form, Form | None, Form | None]
+
+
 class Cache:
-    """Pages of B rows of _G KV heads, and the record of each; room for `slots` tokens."""
+    """Pages of B rows of _G KV heads, and the record of each; room for `slots` tokens. Columns are keys, values, sealed ones."""
 
-    def __init__(self, forms: tuple[Form, Form, Form | None, Form | None], rows: int, slots: int) -> None:
+    def __init__(self, forms: Forms, rows: int, slots: int) -> None:
         self.forms = forms
-        self.columns = [form and Paged(form, rows * _G, -(-slots // form.page), seed=i) for i, form in enumerate(forms)]
+        self.columns = {
+            field: Paged(form, rows * _G, -(-slots // form.page), seed=field)
+            for field, form in enumerate(forms)
+            if form
+        }
         self.records = np.zeros((1, rows, _G, 16), np.int64)
-        for field, paged in enumerate(self.columns):
-            if paged:
-                self.records[0, :, :, field] = (
-                    paged.table.ctypes.data + np.arange(rows * _G).reshape(rows, _G) * paged.table[0].nbytes
-                )
+        for field, paged in self.columns.items():
+            starts = np.arange(rows * _G).reshape(rows, _G) * paged.table[0].nbytes
+            self.records[0, :, :, field] = paged.table.ctypes.data + starts
 
-    def codes(self, ring: tuple[int, int] = (0, 0)) -> list[tuple[object, ...]]:
+    def codes(self, ring: tuple[int, int] = (0, 0)) -> list[Any]:
         return [(*(form and form.code for form in self.forms), *ring)] * _G
 
     def read(self, row: int, sealed: tuple[int, int], slots: int) -> tuple[np.ndarray, np.ndarray]:
@@ -449,9 +462,8 @@ class Cache:
         for landing, coded, border in ((0, 2, sealed[0]), (1, 3, sealed[1])):
             parts = []
             for column, first, last in ((coded, 0, border), (landing, border, slots)):
-                paged = self.columns[column]
-                if paged and first < last:
-                    parts.append(paged.read(first, last - first)[row * _G : (row + 1) * _G])
+                if first < last:
+                    parts.append(self.columns[column].read(first, last - first)[row * _G : (row + 1) * _G])
             found.append(np.concatenate(parts, axis=1))
         return found[0], found[1]
 
@@ -496,8 +508,8 @@ def _attention(q_NH: np.ndarray, k_GSH: np.ndarray, v_GSH: np.ndarray, seen_S: n
     return (np.einsum("gps,gsh->gph", p, v_GSH.astype(np.float64)) / p.sum(axis=-1, keepdims=True)).reshape(_N, _H)
 
 
-_KIVI = (Form(F32, 64), Form(F32, 64), Form(TILED_GRID, 64, 64, 2, 32), Form(GRID, 64, 64, 2, 32))
-_PLAIN: tuple[Form, Form, None, None] = (Form(F32, 64), Form(F32, 64), None, None)
+_KIVI: Forms = (Form(F32, 64), Form(F32, 64), Form(TILED_GRID, 64, 64, 2, 32), Form(GRID, 64, 64, 2, 32))
+_PLAIN: Forms = (Form(F32, 64), Form(F32, 64), None, None)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -509,7 +521,7 @@ _PLAIN: tuple[Form, Form, None, None] = (Form(F32, 64), Form(F32, 64), None, Non
     ids=lambda forms: "+".join(map(str, forms)),
 )
 def test_program_appends_attends_and_seals(
-    forms: tuple[Form, Form, Form | None, Form | None],
+    forms: Forms,
     unified: tuple[float, float, float] | None,
     window: int,
     threads: int,
@@ -544,19 +556,17 @@ def test_program_appends_attends_and_seals(
                 bound = _rtol(*forms) * np.abs(expected).max()
                 np.testing.assert_allclose(out[starts[row] + t], expected, rtol=0, atol=bound)
             from_slot = max(0, past[row] + 1 - window) if window else 0
-            read += _G * sum(_bytes(forms[i], forms[2 + i], from_slot, held[row], sealed[row, i]) for i in range(2))
-            written += _G * sum(forms[i].named.nbytes(new[row], 64) for i in range(2))
-            if seals:
+            for field, was, now in ((0, sealed[row, 0], after[row, 0]), (1, sealed[row, 1], after[row, 1])):
+                coded = forms[2 + field]
+                read += _G * _bytes(cache.columns[field].form, coded, from_slot, held[row], was)
+                written += _G * cache.columns[field].form.named.nbytes(new[row], 64)
+                if coded is None or was == now:
+                    continue
                 # What has been sealed is what the landing pages held.
-                written += _G * sum(forms[2 + i].named.nbytes(after[row, i] - sealed[row, i], 64) for i in range(2))
-                for column, was, border in ((0, sealed[row, 0], after[row, 0]), (1, sealed[row, 1], after[row, 1])):
-                    if was < border:
-                        landed, coded = (
-                            cache.columns[column].read(was, border - was),
-                            cache.columns[2 + column].read(was, border - was),
-                        )
-                        mine = slice(row * _G, (row + 1) * _G)
-                        np.testing.assert_array_equal(coded[mine], _expected(forms[2 + column], landed[mine]))
+                written += _G * coded.named.nbytes(now - was, 64)
+                mine = slice(row * _G, (row + 1) * _G)
+                landed, kept = (cache.columns[at].read(was, now - was)[mine] for at in (field, 2 + field))
+                np.testing.assert_array_equal(kept, _expected(coded, landed))
         ((_, weights, kv_read, kv_written, flops, _),) = runner.core.metered()
         assert (weights, kv_read, kv_written) == (0, read, written)
         assert flops > 0
@@ -568,16 +578,12 @@ def _bytes(landing: Form, coded: Form | None, first: int, last: int, sealed: int
     """Bytes of slots [first, last): every token once, groups of tokens whole."""
     border = min(max(sealed, first), last)
     total = landing.named.nbytes(last - border, 64)
-    if coded is not None and first < border:
-        total += (
-            coded.named.nbytes(border - first, 64)
-            if coded.step == 1
-            else (
-                (border - first) * -(-64 * coded.bits // 8)
-                + 4 * 64 * (-(-border // coded.group) - first // coded.group)
-            )
-        )
-    return total
+    if coded is None or first == border:
+        return total
+    if coded.step == 1:
+        return total + coded.named.nbytes(border - first, 64)
+    groups = -(-border // coded.group) - first // coded.group
+    return total + (border - first) * -(-64 * coded.bits // 8) + 4 * 64 * groups
 
 
 @pytest.mark.parametrize("new", [1, 5, 40])

@@ -1,5 +1,7 @@
 """The compiled module; see `cpp/bindings.cpp`. Arguments are checked by the functions of the package."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 class Rows: ...
@@ -172,7 +174,7 @@ class Program:
         kv_heads: int,
         head_dim: int,
         window: int,
-        forms: list[HeadForms],
+        forms: Sequence[HeadForms],
         q_norm: Norm | None,
         k_norm: Norm | None,
         scale: float,

@@ -1,7 +1,7 @@
-// Raw scores with keys of codes that lie channel after channel, and sums of values of codes. Where an instruction set multiplies pairs of
-// 16-bit integers, codes of 2 and 4 bits are such integers: half the products that floats take. What they
-// are multiplied with, a scaled query or scaled weights, is then rounded to 2^-16 of its largest element, which moves a result by far
-// less than the codes' own steps do.
+// Raw scores with keys of codes that lie channel after channel, and sums of values of codes. Where an instruction set multiplies
+// pairs of 16-bit integers, codes of 2 and 4 bits are such integers: half the products that floats take. What they are multiplied
+// with, a scaled query or scaled weights, is then rounded to 2^-16 of its largest element, which moves a result by far less than
+// the codes' own steps do.
 #pragma once
 #include "isa/scores.h"
 
@@ -16,6 +16,17 @@ struct Scaled {
 #if defined(__AVX512VNNI__)
     alignas(64) int32_t pairs[Q][max_head_dim / 2];  // times the scales in 16-bit integers, two channels each
     alignas(16) float step[4];                       // what a unit of `pairs` stands for
+#endif
+};
+
+// Weights as they are multiplied with the codes of one group of elements.
+template <int Q>
+struct Weights {
+    alignas(64) float by[Q][block];  // times the scales of their tokens
+    alignas(16) float base[4];       // times the minima, added up
+#if defined(__AVX512VNNI__)
+    alignas(64) int32_t pairs[Q][block / 2];  // times the scales in 16-bit integers, two tokens each
+    alignas(16) float step[4];                // what a unit of `pairs` stands for
 #endif
 };
 
@@ -133,8 +144,6 @@ inline void weigh_pairs(const int32_t (*weights)[block / 2], const float* step, 
 
 #endif
 
-// Raw scores with keys of a tiled grid: a query times the scales of its channels, times the codes; the minima are one number for
-// all tokens of a group. Source: Liu et al., KIVI, arXiv 2402.02750.
 // Q <= 3 queries times the scales of their channels, and times the minima, added up.
 template <int BITS, int Q>
 TRIMTAB_INLINE inline void scale_query(const float* const* q, const uint16_t* scale, const uint16_t* minimum, int64_t width, Scaled<Q>& out) {
@@ -164,15 +173,76 @@ TRIMTAB_INLINE inline void scale_query(const float* const* q, const uint16_t* sc
 #endif
 }
 
+#if defined(__AVX512VNNI__)
+// The same of the usual width, for pairs alone: what they are made of stays in registers.
+constexpr int usual = 64;
+template <int BITS, int Q>
+TRIMTAB_INLINE inline void pair_query(const float* const* q, const uint16_t* scale, const uint16_t* minimum, Scaled<Q>& out) {
+    constexpr int parts = usual / lanes;
+    FV by[Q * parts], sum[4], most[4];
+    each<4>([&](auto n) TRIMTAB_INLINE { sum[n] = most[n] = FV{}; });
+    each<parts>([&](auto c) TRIMTAB_INLINE {
+        const FV s = load_halves(scale + c * lanes), m = load_halves(minimum + c * lanes);
+        each<Q>([&](auto n) TRIMTAB_INLINE {
+            constexpr int k = decltype(n)::value * parts + decltype(c)::value;
+            const FV x = load<FV>(q[n] + c * lanes);
+            by[k] = x * s;
+            most[n] = max_of(as<FV>(as<UV>(by[k]) & 0x7fffffffu), most[n]);
+            sum[n] = fma_of(x, m, sum[n]);
+        });
+    });
+    alignas(16) float factor[4];
+    units_of(most, factor, out.step);
+    store_sums(sum, out.start);
+    const __m256i place = channel_pairs<BITS>();
+    each<Q * parts>([&](auto k) TRIMTAB_INLINE {
+        const __m256i pairs = _mm256_maskz_permutexvar_epi16(0xffff, place, narrow(by[k], splat_f(factor[k / parts])));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(out.pairs[k / parts] + k % parts * lanes / 2), pairs);
+    });
+}
+
+// Weights of as many tokens, alike.
+template <int Q>
+TRIMTAB_INLINE inline void pair_weights(const float* weights, const uint16_t* scale, const uint16_t* minimum, Weights<Q>& out) {
+    constexpr int parts = usual / lanes;
+    FV by[Q * parts], base[4], most[4];
+    each<4>([&](auto n) TRIMTAB_INLINE { base[n] = most[n] = FV{}; });
+    each<parts>([&](auto s) TRIMTAB_INLINE {
+        const FV step = load_halves(scale + s * lanes), least = load_halves(minimum + s * lanes);
+        each<Q>([&](auto n) TRIMTAB_INLINE {
+            constexpr int k = decltype(n)::value * parts + decltype(s)::value;
+            const FV weight = load<FV>(weights + n * score_stride + s * lanes);
+            by[k] = weight * step;
+            most[n] = max_of(by[k], most[n]);
+            base[n] = fma_of(weight, least, base[n]);
+        });
+    });
+    alignas(16) float factor[4];
+    units_of(most, factor, out.step);
+    store_sums(base, out.base);
+    each<Q * parts>([&](auto k) TRIMTAB_INLINE {
+        _mm256_store_si256(reinterpret_cast<__m256i*>(out.pairs[k / parts] + k % parts * lanes / 2), narrow(by[k], splat_f(factor[k / parts])));
+    });
+}
+#endif
+
 template <int BITS, int Q>
 __attribute__((noinline)) void scale_queries(const PageForm& form, const float* const* q, const uint8_t* page, int64_t inside, int count,
                                               Scaled<Q>* scaled) {
     const uint16_t *scale = reinterpret_cast<const uint16_t*>(form.scales(page)), *minimum = scale + form.page / form.group * form.width;
     const int64_t first = inside / form.group, last = (inside + count - 1) / form.group;
+#if defined(__AVX512VNNI__)
+    if (BITS < 8 && form.width == usual) {
+        for (int64_t g = first; g <= last; ++g) pair_query<BITS, Q>(q, scale + g * usual, minimum + g * usual, scaled[g - first]);
+        return;
+    }
+#endif
     for (int64_t g = first; g <= last; ++g)
         scale_query<BITS, Q>(q, scale + g * form.width, minimum + g * form.width, form.width, scaled[g - first]);
 }
 
+// Raw scores with keys of a tiled grid: a query times the scales of its channels, times the codes; the minima are one number for
+// all tokens of a group. Source: Liu et al., KIVI, arXiv 2402.02750.
 template <int BITS, int Q>
 __attribute__((noinline)) void score_coded_tiles(const PageForm& form, const Scaled<Q>* scaled, const uint8_t* page, int64_t inside,
                                                   int count, int64_t pace, Ahead& ahead, float* scores) {
@@ -235,17 +305,6 @@ inline void weigh_codes(const float (*scaled)[block], const float* base, const u
     });
 }
 
-// Weights as they are multiplied with the codes of one group of elements.
-template <int Q>
-struct Weights {
-    alignas(64) float by[Q][block];  // times the scales of their tokens
-    alignas(16) float base[4];       // times the minima, added up
-#if defined(__AVX512VNNI__)
-    alignas(64) int32_t pairs[Q][block / 2];  // times the scales in 16-bit integers, two tokens each
-    alignas(16) float step[4];                // what a unit of `pairs` stands for
-#endif
-};
-
 template <int BITS, int Q>
 TRIMTAB_INLINE inline void scale_weights(const float* weights, const uint16_t* scale, const uint16_t* minimum, int count, Weights<Q>& out) {
     FV base[4], most[4];
@@ -277,7 +336,10 @@ template <int BITS, int Q, int V>
 TRIMTAB_INLINE inline void weigh_group(const Weights<Q>& weights, const uint8_t* rows, int64_t row_bytes, int64_t head_dim, int count,
                                        int64_t pace, Ahead& ahead, float* out) {
 #if defined(__AVX512VNNI__)
-    if constexpr (BITS < 8) return weigh_pairs<BITS, Q, V>(weights.pairs, weights.step, weights.base, rows, row_bytes, head_dim, count, pace, ahead, out);
+    if constexpr (BITS < 8) {
+        weigh_pairs<BITS, Q, V>(weights.pairs, weights.step, weights.base, rows, row_bytes, head_dim, count, pace, ahead, out);
+        return;
+    }
 #endif
     weigh_codes<BITS, Q, V>(weights.by, weights.base, rows, row_bytes, head_dim, count, pace, ahead, out);
 }
@@ -291,16 +353,29 @@ __attribute__((noinline)) void weigh_coded_rows(const PageForm& form, const floa
     Weights<Q> scaled[together];
     for (int64_t some = 0; some < groups; some += together) {
         const int64_t last = some + together < groups ? some + together : groups;
-        for (int64_t g = some; g < last; ++g)
+        for (int64_t g = some; g < last; ++g) {
+#if defined(__AVX512VNNI__)
+            if (BITS < 8 && count == usual) {
+                pair_weights<Q>(weights, scale + g * form.page, minimum + g * form.page, scaled[g - some]);
+                continue;
+            }
+#endif
             scale_weights<BITS, Q>(weights, scale + g * form.page, minimum + g * form.page, count, scaled[g - some]);
+        }
         for (int64_t g = some; g < last; ++g) {
             int64_t at = g * form.group;
             const int64_t end = at + form.group < form.width ? at + form.group : form.width;
-            for (; at < end;) {
+            while (at < end) {
                 const uint8_t* rows = page + inside * row_bytes + at * BITS / 8;
                 const int64_t lines = at ? 0 : pace;
-                if (at + 2 * lanes <= end) weigh_group<BITS, Q, 2>(scaled[g - some], rows, row_bytes, form.width, count, lines, ahead, out + at), at += 2 * lanes;
-                else weigh_group<BITS, Q, 1>(scaled[g - some], rows, row_bytes, form.width, count, lines, ahead, out + at), at += lanes;
+                const Weights<Q>& by = scaled[g - some];
+                if (at + 2 * lanes <= end) {
+                    weigh_group<BITS, Q, 2>(by, rows, row_bytes, form.width, count, lines, ahead, out + at);
+                    at += 2 * lanes;
+                } else {
+                    weigh_group<BITS, Q, 1>(by, rows, row_bytes, form.width, count, lines, ahead, out + at);
+                    at += lanes;
+                }
             }
         }
     }

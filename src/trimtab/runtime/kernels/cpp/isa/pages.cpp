@@ -14,7 +14,8 @@ struct EightBits {
     EightBits() {
         for (int bits = 0; bits < 256; ++bits) {
             const int exponent = bits >> 3 & 15, mantissa = bits & 7;
-            const float magnitude = exponent ? std::ldexp(static_cast<float>(8 + mantissa), exponent - 10) : std::ldexp(static_cast<float>(mantissa), -9);
+            const float normal = std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+            const float magnitude = exponent ? normal : std::ldexp(static_cast<float>(mantissa), -9);
             value[bits] = (bits & 0x7f) == 0x7f ? std::nanf("") : bits & 0x80 ? -magnitude : magnitude;
         }
     }

@@ -209,12 +209,21 @@ inline FV row_codes(const uint8_t* from) {
 // The first `count` of `lanes` floats or halves, and 0: what stands behind may be anything.
 inline FV first_of(const float* from, int count) {
     if (count >= lanes) return load<FV>(from);
+#if defined(__AVX512F__)
+    if (count > 0) return as<FV>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from));
+    return FV{};
+#endif
     alignas(64) float some[lanes] = {};
     memcpy(some, from, static_cast<size_t>(count) * 4);
     return load<FV>(some);
 }
 inline FV first_of(const uint16_t* from, int count) {
     if (count >= lanes) return load_halves(from);
+#if defined(__AVX512F__)
+    if (count <= 0) return FV{};
+    const __m256i halves = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), from);
+    return as<FV>(_mm512_maskz_cvtph_ps(0xffff, halves));
+#endif
     alignas(32) uint16_t some[lanes] = {};
     memcpy(some, from, static_cast<size_t>(count) * 2);
     return load_halves(some);
@@ -252,7 +261,8 @@ __attribute__((noinline)) void score_coded_rows(const PageForm& form, const floa
             const FV step = first_of(scale + g * form.page + t, count - t), least = first_of(minimum + g * form.page + t, count - t);
             for (int n = 0; n < Q; ++n) {
                 const FV before = first ? load<FV>(scores + n * score_stride + t) : FV{};
-                store_f(scores + n * score_stride + t, multiply_add(load<FV>(raw + n * score_stride + t), step, multiply_add(least, splat_f(sum[n]), before)));
+                const FV minima = multiply_add(least, splat_f(sum[n]), before), codes = load<FV>(raw + n * score_stride + t);
+                store_f(scores + n * score_stride + t, multiply_add(codes, step, minima));
             }
         }
     }
@@ -289,7 +299,8 @@ inline void score_codes(const PageForm& form, const uint8_t* tiles, const float 
         });
     };
     constexpr int per_word = 32 / BITS;
-    for (int64_t w = REST ? words : 0; w < words; ++w) channels(UV{}, 4 * w, w * per_word, std::integral_constant<int, per_word>{}, std::true_type{});
+    for (int64_t w = REST ? words : 0; w < words; ++w)
+        channels(UV{}, 4 * w, w * per_word, std::integral_constant<int, per_word>{}, std::true_type{});
     typedef uint8_t Narrow __attribute__((vector_size(lanes)));
     int64_t c = words * per_word;
     if (bytes % 4 >= 2) channels(HV{}, 4 * words, c, std::integral_constant<int, per_word / 2>{}, std::false_type{}), c += per_word / 2;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
+#include <utility>
 
 #include "native/program.h"
 
@@ -220,23 +222,22 @@ struct AttendHeadsKernel : Kernel {
         }
     }
 
-    // Bytes of pages read for slots [first, last) of keys and values, every token once.
-    static int64_t bytes_in(const HeadView& kv, int64_t first, int64_t last) {
-        int64_t bytes = 0;
-        int64_t group_end = 0;  // of the last group of keys that was counted: a group counts once
-        each_run(kv, first, last, [&](int64_t from, int64_t to) {
-            const int64_t k = std::clamp(kv.k_sealed, from, to), v = std::clamp(kv.v_sealed, from, to);
-            if (from < k) {
-                bytes += kv.k_sealed_form->read_bytes(from, k);
-                if (kv.k_sealed_form->kind == PageKind::tiled_grid) {
-                    const int64_t group = kv.k_sealed_form->group;
-                    if (from < group_end) bytes -= 4 * kv.k_sealed_form->width;
-                    group_end = (k + group - 1) / group * group;
-                }
-            }
-            bytes += kv.k_landing->read_bytes(k, to) + kv.v_landing->read_bytes(v, to);
-            if (from < v) bytes += kv.v_sealed_form->read_bytes(from, v);
-        });
+    // Bytes of pages read for ascending ranges of slots [first, last) of keys and values, every token and every group once.
+    static int64_t bytes_in(const HeadView& kv, std::initializer_list<std::pair<int64_t, int64_t>> ranges) {
+        int64_t bytes = 0, k_end = 0, v_end = 0;  // ends of the last groups that were counted
+        auto add = [&](const PageForm& form, int64_t from, int64_t end, int64_t& counted) {
+            bytes += form.read_bytes(from, end);
+            if (form.kind != PageKind::tiled_grid) return;
+            if (from < counted) bytes -= 4 * form.width;
+            counted = (end + form.group - 1) / form.group * form.group;
+        };
+        for (const auto& [first, last] : ranges)
+            each_run(kv, first, last, [&](int64_t from, int64_t to) {
+                const int64_t k = std::clamp(kv.k_sealed, from, to), v = std::clamp(kv.v_sealed, from, to);
+                if (from < k) add(*kv.k_sealed_form, from, k, k_end);
+                if (from < v) add(*kv.v_sealed_form, from, v, v_end);
+                bytes += kv.k_landing->read_bytes(k, to) + kv.v_landing->read_bytes(v, to);
+            });
         return bytes;
     }
 
@@ -247,7 +248,7 @@ struct AttendHeadsKernel : Kernel {
     }
 
     // As `call`, for queries that see only the first and the last keys: two parts, joined.
-    void call_patterned(const Context& c, Queries& set, int64_t row, int64_t g, int64_t last, float* out) {
+    void call_patterned(const Context& c, Queries& set, int64_t row, int64_t g, int64_t last, bool unified, float* out) {
         Queries early = set;
         int64_t first = last;
         for (int n = 0; n < set.count; ++n) {
@@ -255,13 +256,13 @@ struct AttendHeadsKernel : Kernel {
             early.high[n] = std::min(set.high[n], a.prompt_sink);
             first = std::min(first, set.low[n]);
         }
-        call(c, set, row, g, std::min(first, last), last, a.unified, out);
+        call(c, set, row, g, std::min(first, last), last, unified, out);
         if (a.prompt_sink == 0) return;
         alignas(64) float sums[max_queries * max_head_dim];
-        call(c, early, row, g, 0, std::min(last, a.prompt_sink), a.unified, sums);
+        call(c, early, row, g, 0, std::min(last, a.prompt_sink), unified, sums);
         for (int n = 0; n < set.count; ++n) {
             const float top = std::max(set.largest[n], early.largest[n]);
-            const float by = a.unified ? 1.0f : std::exp(set.largest[n] - top), with = a.unified ? 1.0f : std::exp(early.largest[n] - top);
+            const float by = unified ? 1.0f : std::exp(set.largest[n] - top), with = unified ? 1.0f : std::exp(early.largest[n] - top);
             for (int64_t d = 0; d < a.head_dim; ++d) {
                 float& x = out[n * a.head_dim + d];
                 x = by * x + with * sums[n * a.head_dim + d];
@@ -272,11 +273,13 @@ struct AttendHeadsKernel : Kernel {
 
     bool safe(float largest) const { return largest - a.phi <= a.high && largest - a.phi >= a.low; }
 
-    // One query again, over all its keys, with the running maximum.
+    // One query again, over all the keys it sees, with the running maximum.
     void again(Context& c, int64_t row, int64_t token, int64_t head, float* out) {
         Queries set;
         add_query(c, set, row, token, head);
-        call(c, set, row, head / (a.heads / a.kv_heads), 0, set.high[0], false, out);
+        const int64_t g = head / (a.heads / a.kv_heads);
+        if (patterned(c, row, token)) call_patterned(c, set, row, g, set.high[0], false, out);
+        else call(c, set, row, g, 0, set.high[0], false, out);
         const float by = 1.0f / set.weight[0];
         for (int64_t i = 0; i < a.head_dim; ++i) out[i] *= by;
         const_cast<Program&>(c.program).recomputed += 1;
@@ -293,7 +296,7 @@ struct AttendHeadsKernel : Kernel {
         const int64_t first = std::min(piece.first_key, end), last = piece.last_piece ? end : std::min(piece.last_key, end);
         Queries set;
         auto flush = [&] {
-            if (patterned(c, piece.row, set.token[0])) call_patterned(c, set, piece.row, g, last, sums);
+            if (patterned(c, piece.row, set.token[0])) call_patterned(c, set, piece.row, g, last, a.unified, sums);
             else call(c, set, piece.row, g, first, last, a.unified, sums);
             for (int n = 0; n < set.count; ++n) {
                 const float* from = sums + n * a.head_dim;
@@ -333,14 +336,9 @@ struct AttendHeadsKernel : Kernel {
         if (patterned(c, row, start) && (!c.step.whole || c.step.whole[row] == 0)) {
             const int64_t early = std::min(a.prompt_sink, at[readable]);
             const int64_t near = std::min(std::max(a.prompt_sink, high(c, at, row, start) - a.prompt_local), at[readable]);
-            int64_t bytes = bytes_in(kv, 0, early) + bytes_in(kv, near, at[readable]);
-            if (kv.k_sealed > near && kv.k_sealed_form->kind == PageKind::tiled_grid) {  // a group that both are part of counts once
-                const int64_t group = kv.k_sealed_form->group;
-                if (near / group < (early + group - 1) / group) bytes -= 4 * kv.k_sealed_form->width;
-            }
-            return bytes;
+            return bytes_in(kv, {{0, early}, {near, at[readable]}});
         }
-        int64_t bytes = bytes_in(kv, first, at[readable]);
+        int64_t bytes = bytes_in(kv, {{first, at[readable]}});
         if (kv.positions && form.recent > 0 && fresh(c, row) > 1)  // of a full ring the oldest token is out of sight already
             for (int64_t slot = 0; slot < at[first_written]; ++slot)
                 if (kv.positions[slot] >= form.sink && kv.positions[slot] <= position(c, row, start) - form.recent)

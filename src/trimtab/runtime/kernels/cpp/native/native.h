@@ -71,8 +71,14 @@ struct HeadView {
     }
     const PageForm& k_form(int64_t slot) const { return slot < k_sealed ? *k_sealed_form : *k_landing; }
     const PageForm& v_form(int64_t slot) const { return slot < v_sealed ? *v_sealed_form : *v_landing; }
-    const uint8_t* k_page(int64_t slot) const { return page_at((slot < k_sealed ? k_sealed_pages : k_pages)[slot / k_form(slot).page]); }
-    const uint8_t* v_page(int64_t slot) const { return page_at((slot < v_sealed ? v_sealed_pages : v_pages)[slot / v_form(slot).page]); }
+    const uint8_t* k_page(int64_t slot) const {
+        const int64_t page = slot / k_form(slot).page;  // not inside [] below: GCC 12 then loses it where divisions are checked
+        return page_at((slot < k_sealed ? k_sealed_pages : k_pages)[page]);
+    }
+    const uint8_t* v_page(int64_t slot) const {
+        const int64_t page = slot / v_form(slot).page;
+        return page_at((slot < v_sealed ? v_sealed_pages : v_pages)[page]);
+    }
 };
 
 // Queries over slots [first, last) of pages: partial sums, largest score and sum of weights of each, to be merged or divided.
