@@ -22,6 +22,7 @@ import numpy as np
 
 from trimtab.runtime import kernels
 from trimtab.runtime.kernels import _core
+from trimtab.runtime.memory import mapped
 
 HERE = Path(__file__).resolve().parent
 LAYERS, HEADS, KV_HEADS, SIZE, PAGE = 30, 9, 3, 64, 64
@@ -82,7 +83,7 @@ class Cache:
         self.kept: list[np.ndarray] = []
         coded = arm.k[0] == TILED_GRID or arm.k[2] < SIZE
         for field, kind in enumerate((arm.k, arm.v)):
-            room = np.zeros(heads * pages * bytes_of(kind) + 64, np.uint8)
+            room = mapped(heads * pages * bytes_of(kind) + 64)  # huge pages, as the store takes them
             start = room.ctypes.data + -room.ctypes.data % 64
             table = (start + np.arange(heads * pages) * bytes_of(kind)).reshape(heads, pages)
             for first in range(0, heads, 9):
