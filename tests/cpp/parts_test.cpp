@@ -153,6 +153,12 @@ TEST(activate_is_the_definition) {
 
 float between(double low, double high) { return static_cast<float>((low + high) / 2); }
 
+// A page of one element a token.
+void write_page(const Isa& isa, PageKind kind, const std::vector<float>& x, uint16_t* page) {
+    const PageForm form = {kind, static_cast<int64_t>(x.size()), 1, 0, 0};
+    isa.table->encode_page(form, reinterpret_cast<uint8_t*>(page), 0, form.page, x.data(), 1);
+}
+
 // Every half comes back; a value between two goes to the nearer, the middle to the even one.
 TEST(rounding_to_halves_is_exact) {
     for (const Isa& isa : isas()) {
@@ -174,8 +180,7 @@ TEST(rounding_to_halves_is_exact) {
         for (float far : {1e30f, -1e30f, 65520.0f, 1e-30f, -1e-30f})
             x.push_back(far), expected.push_back(nearest_half(far));
         std::vector<uint16_t> made(x.size()), word(x.size());
-        isa.table->encode(Coding::f16, x.data(), static_cast<int64_t>(x.size()),
-                          reinterpret_cast<uint8_t*>(made.data()));
+        write_page(isa, PageKind::f16, x, made.data());
         isa.words->half_bits(x.data(), static_cast<int64_t>(x.size()), word.data());
         for (size_t i = 0; i < x.size(); ++i)
             CHECK(made[i] == expected[i] && word[i] == expected[i], "%s: %.9g gives %04x, not %04x", isa.name, x[i],
@@ -200,8 +205,7 @@ TEST(rounding_to_bf16_is_exact) {
             }
         }
         std::vector<uint16_t> made(x.size());
-        isa.table->encode(Coding::bf16, x.data(), static_cast<int64_t>(x.size()),
-                          reinterpret_cast<uint8_t*>(made.data()));
+        write_page(isa, PageKind::bf16, x, made.data());
         for (size_t i = 0; i < x.size(); ++i)
             CHECK(made[i] == expected[i], "%s: %.9g gives %04x, not %04x", isa.name, x[i], made[i], expected[i]);
     }
@@ -213,8 +217,7 @@ TEST(not_a_number_stays_one) {
             float x;
             std::memcpy(&x, &word, 4);
             uint16_t half, bf16;
-            isa.table->encode(Coding::f16, &x, 1, reinterpret_cast<uint8_t*>(&half));
-            isa.table->encode(Coding::bf16, &x, 1, reinterpret_cast<uint8_t*>(&bf16));
+            write_page(isa, PageKind::f16, {x}, &half), write_page(isa, PageKind::bf16, {x}, &bf16);
             CHECK((half & 0x7fff) > 0x7c00 && (bf16 & 0x7fff) > 0x7f80, "%s: %08x gives %04x and %04x", isa.name, word,
                   half, bf16);
         }

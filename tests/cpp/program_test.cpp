@@ -7,8 +7,7 @@
 #include <cstring>
 
 #include "check.h"
-#include "isas.h"
-#include "matrices.h"
+#include "paged.h"
 
 namespace trimtab {
 namespace {
@@ -72,7 +71,8 @@ struct Model {
     float phi = 0;
     Act act;
     Coding cache;
-    std::vector<float> inverse;  // empty: no rope
+    std::vector<HeadForms> forms;  // of each KV head; sealed pages hold what landing pages do
+    std::vector<float> inverse;    // empty: no rope
     Plain embed, positions, head;
     PlainNorm last;
     std::vector<Layer> layers;
@@ -87,6 +87,17 @@ struct Model {
         twice_from = random.of({-1.0f, 0.0f, 0.0f});
         act = random.of({Act::silu, Act::gelu_tanh, Act::gelu, Act::relu});
         cache = random.of({Coding::f32, Coding::f16, Coding::bf16});
+        for (int64_t g = 0; g < kv_heads; ++g) {
+            HeadForms made;
+            for (PageForm* form : {&made.k_landing, &made.v_landing, &made.k_sealed, &made.v_sealed}) {
+                // Kinds of rows of floats and of tiles of them stand in the same order.
+                const int tiled = random.coin() ? static_cast<int>(PageKind::tiled_f32) : 0;
+                form->kind = static_cast<PageKind>(tiled + (cache == Coding::f32 ? 0 : cache == Coding::f16 ? 1 : 2));
+                form->page = random.of<int64_t>({16, 16, 32, 64}), form->width = head_dim;
+            }
+            made.has_k_sealed = random.coin(), made.has_v_sealed = random.coin();
+            forms.push_back(made);
+        }
         if (random.coin()) softcap = 20, head_softcap = 5;
         if (random.coin()) embed_scale = 1.5f;
         if (random.coin()) unified = true, phi = 0.5f;
@@ -223,10 +234,10 @@ int lower(const Model& m, Program& program) {
         Attention a;
         a.layer = static_cast<int>(i), a.qkv = qkv, a.out = mixed, a.rope = rope, a.heads = m.heads,
         a.kv_heads = m.kv_heads;
-        a.head_dim = m.head_dim, a.window = l.window, a.coding = m.cache, a.scale = m.scale(), a.softcap = m.softcap;
+        a.head_dim = m.head_dim, a.window = l.window, a.scale = m.scale(), a.softcap = m.softcap;
         a.has_q_norm = a.has_k_norm = m.has_head_norms, a.q_norm = l.q_norm.norm, a.k_norm = l.k_norm.norm;
         a.unified = m.unified, a.phi = m.phi, a.low = -0.25f, a.high = 0.5f;  // narrow: some rows are computed again
-        program.attend("attend", a);
+        program.attend_heads("attend", a, m.forms);
         program.linear("o", mixed, nullptr, {product(l.o, h)}, Store::add, Act::none, m.twice_from);
         if (m.gated)
             program.linear("up", h, &l.between.norm, {product(l.gate, inner), product(l.up, inner)}, Store::gated,
@@ -252,35 +263,70 @@ struct Made {
     int64_t recomputed = 0;
 };
 
-// Two rows through steps of the given numbers of tokens; the cache holds exactly what all steps write.
+// Pages of one KV head of one row in one layer, with room for exactly what all steps write.
+struct HeadPages {
+    Paged k_landing, v_landing, k_sealed, v_sealed;
+    int64_t k_border = 0, v_border = 0;
+
+    HeadPages(const HeadForms& forms, int64_t room)
+        : k_landing(forms.k_landing, room), v_landing(forms.v_landing, room) {
+        if (forms.has_k_sealed) k_sealed = Paged(forms.k_sealed, room);
+        if (forms.has_v_sealed) v_sealed = Paged(forms.v_sealed, room);
+    }
+    // Adds the record of a step, after which all but the newest `open` of `held` slots are sealed.
+    void tell(int64_t past, int64_t held, int64_t open, std::vector<int64_t>& records) {
+        const int64_t after = std::max<int64_t>(0, held - open);
+        const int64_t k_after = k_sealed.pages.empty() ? 0 : std::max(k_border, after);
+        const int64_t v_after = v_sealed.pages.empty() ? 0 : std::max(v_border, after);
+        const int64_t record[record_fields] = {k_landing.address(),
+                                               v_landing.address(),
+                                               k_sealed.address(),
+                                               v_sealed.address(),
+                                               held,
+                                               k_border,
+                                               v_border,
+                                               k_after,
+                                               v_after,
+                                               0,
+                                               0,
+                                               0,
+                                               0,
+                                               0,
+                                               past,
+                                               0};
+        records.insert(records.end(), record, record + record_fields);
+        k_landing.drop(k_border), v_landing.drop(v_border);
+        k_border = k_after, v_border = v_after;
+    }
+};
+
+// Two rows through steps of the given numbers of tokens.
 Made run(const Model& m, const std::vector<int64_t> (&ids)[2], const std::vector<std::vector<int64_t>>& steps,
          int threads) {
     Program program(threads);
     const int logits = lower(m, program);
-    const int64_t item = m.cache == Coding::f32 ? 4 : 2;
-    std::vector<std::vector<uint8_t>> memory;
-    std::vector<int64_t> cache;
+    std::vector<HeadPages> pages;
     for (size_t layer = 0; layer < m.layers.size(); ++layer)
-        for (const auto& row : ids) {
-            const int64_t room = static_cast<int64_t>(row.size());
-            for (int side = 0; side < 2; ++side) {
-                memory.emplace_back(static_cast<size_t>(m.kv_heads * room * m.head_dim * item), 0xff);  // not numbers
-                cache.push_back(static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory.back().data())));
-            }
-            cache.push_back(room);
-        }
+        for (const auto& row : ids)
+            for (const HeadForms& forms : m.forms) pages.emplace_back(forms, static_cast<int64_t>(row.size()));
     Made made;
     int64_t past[2] = {0, 0};
     for (const auto& fresh : steps) {
-        std::vector<int64_t> tokens, starts = {0}, wanted;
+        std::vector<int64_t> tokens, starts = {0}, wanted, records;
         for (size_t row = 0; row < 2; ++row) {
             tokens.insert(tokens.end(), ids[row].begin() + past[row], ids[row].begin() + past[row] + fresh[row]);
             starts.push_back(static_cast<int64_t>(tokens.size())), wanted.push_back(starts.back() - 1);
         }
+        const size_t each = m.forms.size();
+        for (size_t i = 0; i < pages.size(); ++i) {
+            const size_t row = i / each % 2;
+            pages[i].tell(past[row], past[row] + fresh[row], 7 * static_cast<int64_t>(i % each), records);
+        }
         Step step;
         step.tokens = starts.back(), step.rows = 2, step.logits = 2, step.ids = tokens.data(),
         step.starts = starts.data();
-        step.past = past, step.logits_rows = wanted.data(), step.cache = cache.data();
+        step.past = past, step.logits_rows = wanted.data();
+        step.records = records.data(), step.record_heads = m.kv_heads;
         const int64_t reach[2] = {static_cast<int64_t>(ids[0].size()), static_cast<int64_t>(ids[1].size())};
         program.run(step, reach, false);
         const float* from = program.values(logits).data;

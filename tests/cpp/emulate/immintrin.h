@@ -27,21 +27,48 @@
 #undef _mm512_madd_epi16
 #define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
 
-// SIMDe 0.7 lacks this one.
-#ifndef _mm512_cvtph_ps
-static inline simde__m512 trimtab_mm512_cvtph_ps(simde__m256i halves) {
-    simde__m128i part[2];
-    simde__m256 wide[2];
+// SIMDe 0.7 lacks these. Elements whose bit of a mask is 0 are 0, and are not loaded.
+#ifndef __mmask16
+#define __mmask16 simde__mmask16
+#endif
+static inline simde__m512 trimtab_mm512_maskz_loadu_ps(uint32_t mask, const float* from) {
+    float x[16] = {};
+    for (int i = 0; i < 16; ++i)
+        if (mask >> i & 1) x[i] = from[i];
     simde__m512 all;
-    __builtin_memcpy(part, &halves, sizeof part);
-    wide[0] = simde_mm256_cvtph_ps(part[0]), wide[1] = simde_mm256_cvtph_ps(part[1]);
-    __builtin_memcpy(&all, wide, sizeof all);
+    __builtin_memcpy(&all, x, sizeof all);
     return all;
 }
-#define _mm512_cvtph_ps(halves) trimtab_mm512_cvtph_ps(halves)
-#endif
-
-// Nor these.
+static inline simde__m256i trimtab_mm256_maskz_loadu_epi16(uint32_t mask, const uint16_t* from) {
+    uint16_t x[16] = {};
+    for (int i = 0; i < 16; ++i)
+        if (mask >> i & 1) x[i] = from[i];
+    simde__m256i all;
+    __builtin_memcpy(&all, x, sizeof all);
+    return all;
+}
+static inline simde__m512 trimtab_mm512_maskz_cvtph_ps(uint32_t mask, simde__m256i halves) {
+    simde__m128i part[2];
+    __builtin_memcpy(part, &halves, sizeof part);
+    const simde__m256 wide[2] = {simde_mm256_cvtph_ps(part[0]), simde_mm256_cvtph_ps(part[1])};
+    float x[16];
+    __builtin_memcpy(x, wide, sizeof x);
+    return trimtab_mm512_maskz_loadu_ps(mask, x);
+}
+static inline simde__m256i trimtab_mm512_maskz_cvtepi32_epi16(uint32_t mask, simde__m512i v) {
+    uint32_t from[16];
+    uint16_t to[16];
+    __builtin_memcpy(from, &v, sizeof from);
+    for (int i = 0; i < 16; ++i) to[i] = static_cast<uint16_t>(from[i]);
+    return trimtab_mm256_maskz_loadu_epi16(mask, to);
+}
+static inline simde__m512 trimtab_mm512_maskz_permutevar_ps(uint32_t mask, simde__m512 v, simde__m512i places) {
+    float from[16], to[16];
+    int32_t place[16];
+    __builtin_memcpy(from, &v, sizeof from), __builtin_memcpy(place, &places, sizeof place);
+    for (int i = 0; i < 16; ++i) to[i] = from[(i & ~3) | (place[i] & 3)];
+    return trimtab_mm512_maskz_loadu_ps(mask, to);
+}
 template <class Byte>
 static inline simde__m512i trimtab_widen(simde__m128i bytes) {
     Byte from[16];
@@ -52,6 +79,21 @@ static inline simde__m512i trimtab_widen(simde__m128i bytes) {
     __builtin_memcpy(&all, to, sizeof all);
     return all;
 }
+#ifndef _mm512_maskz_cvtph_ps
+#define _mm512_maskz_cvtph_ps(mask, halves) trimtab_mm512_maskz_cvtph_ps(mask, halves)
+#endif
+#ifndef _mm512_maskz_cvtepi32_epi16
+#define _mm512_maskz_cvtepi32_epi16(mask, v) trimtab_mm512_maskz_cvtepi32_epi16(mask, v)
+#endif
+#ifndef _mm512_maskz_permutevar_ps
+#define _mm512_maskz_permutevar_ps(mask, v, places) trimtab_mm512_maskz_permutevar_ps(mask, v, places)
+#endif
+#ifndef _mm512_maskz_loadu_ps
+#define _mm512_maskz_loadu_ps(mask, from) trimtab_mm512_maskz_loadu_ps(mask, from)
+#endif
+#ifndef _mm256_maskz_loadu_epi16
+#define _mm256_maskz_loadu_epi16(mask, from) trimtab_mm256_maskz_loadu_epi16(mask, from)
+#endif
 #ifndef _mm512_cvtepu8_epi32
 #define _mm512_cvtepu8_epi32(bytes) trimtab_widen<uint8_t>(bytes)
 #endif

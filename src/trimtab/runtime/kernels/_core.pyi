@@ -63,26 +63,6 @@ def multiply(
 def time_products(
     w: list[Tiles], x: np.ndarray, threads: int, flows: list[tuple[int, int]], repeats: int
 ) -> list[list[float]]: ...
-def attend_pages(
-    coding: int,
-    q: np.ndarray,
-    k: list[np.ndarray],
-    v: list[np.ndarray],
-    grids: list[tuple[np.ndarray, ...]],
-    page: int,
-    group: int,
-    first: int,
-    last: int,
-    low: np.ndarray,
-    high: np.ndarray,
-    scale: float,
-    softcap: float,
-    phi: float | None,
-    out: np.ndarray,
-    weight: np.ndarray,
-    largest: np.ndarray,
-) -> None: ...
-def encode_grid(rows: np.ndarray, group: int, codes: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> None: ...
 
 #: Kind (see `cpp/native/pages.h`), tokens of a page, elements of a token, bits of a code, elements that share a scale.
 PageForm = tuple[int, int, int, int, int]
@@ -143,26 +123,6 @@ class Program:
         prefill: bool,
     ) -> None: ...
     def norm_add(self, name: str, source: int, norm: Norm, values: int) -> None: ...
-    def attend(
-        self,
-        name: str,
-        layer: int,
-        qkv: int,
-        out: int,
-        rope: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        window: int,
-        coding: int,
-        q_norm: Norm | None,
-        k_norm: Norm | None,
-        scale: float,
-        softcap: float,
-        unified: tuple[float, float, float] | None,
-        group: int = 0,
-        append: bool = True,
-    ) -> None: ...
     def attend_heads(
         self,
         name: str,
@@ -190,7 +150,7 @@ class Program:
         self,
         starts: np.ndarray,
         past: np.ndarray,
-        cache: np.ndarray,
+        records: np.ndarray,
         source: int,
         x: np.ndarray,
         out: int,

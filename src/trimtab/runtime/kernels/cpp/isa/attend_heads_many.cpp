@@ -1,5 +1,6 @@
-// Attention of many queries over pages, as a prompt has them: see attend_many.cpp. What lies channel after channel is turned round
-// already.
+// Attention of many queries over pages, as a prompt has them: two products of small matrices for every block of keys. The keys of a
+// block are turned round once for all queries, so that no score takes a sum across a register; what lies channel after channel is
+// turned round already.
 #include "isa/heads.h"
 #include "isa/matrices.h"
 

@@ -2,10 +2,12 @@
 // a query sees, and weights out of scores.
 #pragma once
 #include <cmath>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
-#include "isa/softmax.h"
+#include "isa/simd.h"
+#include "native/native.h"
 
 namespace trimtab::TRIMTAB_ISA {
 
@@ -13,6 +15,9 @@ void decode_page(const PageForm& form, const uint8_t* page, int64_t first, int64
 
 namespace {
 
+constexpr int block = 64;  // keys scored before their values are read
+constexpr float none = -std::numeric_limits<float>::infinity();
+constexpr int64_t many_head_dim = 128;  // up to here a block of keys turned round stays in the caches of a core
 constexpr int score_stride = block + tile_tokens;  // of a row of scores: a tile may reach beyond the last key of a block
 
 // Neighbouring slots of one page of keys and one of values; their scores stand from `at` on.
@@ -85,6 +90,11 @@ struct Seen {
         return a.softcap == 0 && !a.kv.positions && b.first() >= inner && b.end() <= outer && b.count % lanes == 0;
     }
 };
+
+inline FV capped(FV x, float softcap) {
+    const FV e = exp_of(x * (2.0f / softcap));
+    return (1.0f - 2.0f / (e + 1.0f)) * softcap;
+}
 
 // Scores of a block, scaled and capped; keys that query n does not see, and lanes without a key, are hidden.
 inline void hide(const AttendHead& a, int n, const Block& b, float* row) {
@@ -190,7 +200,7 @@ inline void weigh_online(float* scores, int count, float scale, Sums* sums, floa
     each<Q>([&](auto n) TRIMTAB_INLINE { sums[n].weight = weight[n]; });
 }
 
-// As weights_unified, of Q queries.
+// As weigh_online, with phi in place of the largest score, which nothing then waits for.
 template <int Q>
 inline void weigh_unified(float* scores, int count, float scale, float phi, Sums* sums) {
     FV top[Q], weight[Q];

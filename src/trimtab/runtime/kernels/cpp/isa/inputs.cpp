@@ -1,4 +1,4 @@
-// What stands before a product, norm and int8 codes, and behind it, activations; compiled once per instruction set.
+// What stands before a product, norm and int8 codes, and behind it, activations and rotations; compiled once per instruction set.
 #include <cmath>
 
 #include "isa/simd.h"
@@ -112,6 +112,14 @@ void activate(Act act, float* gate, const float* up, int64_t count) {
     for (int64_t i = 0; i < count; i += lanes) {
         const FV g = act_of(act, load<FV>(gate + i));
         store_f(gate + i, up ? g * load<FV>(up + i) : g);
+    }
+}
+
+void rotate(float* x, const float* cos, const float* sin, int64_t half) {
+    for (int64_t i = 0; i < half; ++i) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a * cos[i] - b * sin[i];
+        x[i + half] = b * cos[i] + a * sin[i];
     }
 }
 

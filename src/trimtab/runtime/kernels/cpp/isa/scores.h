@@ -85,7 +85,7 @@ inline void part_again(float* row, int64_t count) {
 
 // Keeps a value in its register, to be used several times: GCC would read it from memory each time.
 inline void hold([[maybe_unused]] FV& v) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX2__)  // where AVX-512 is emulated, no register is as long
     asm("" : "+v"(v));
 #elif defined(__AVX2__)
     asm("" : "+x"(v));

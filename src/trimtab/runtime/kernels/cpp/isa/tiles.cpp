@@ -575,10 +575,7 @@ void dot_decoded(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int6
 void norm(const Norm& n, const float* x, float* y);  // inputs.cpp
 void quantize(const Input& in, int64_t t, const float* x, int64_t cols);
 void activate(Act act, float* gate, const float* up, int64_t count);
-void attend(const Attend& a);  // attend.cpp
-void encode(Coding coding, const float* x, int64_t count, uint8_t* out);
 void rotate(float* x, const float* cos, const float* sin, int64_t half);
-void encode_grid(const float* x, int64_t count, int64_t group, uint8_t* codes, uint16_t* scale, uint16_t* minimum);
 bool encode_page(const PageForm& form, uint8_t* page, int64_t first, int64_t count, const float* x, int64_t stride);  // pages.cpp
 void decode_page(const PageForm& form, const uint8_t* page, int64_t first, int64_t count, float* out, int64_t stride);
 void attend_head(const AttendHead& a);  // attend_heads.cpp
@@ -586,8 +583,7 @@ void bound(const float* keys, int64_t count, int64_t width, uint16_t* bounds);  
 void promise(const float* negative, const float* positive, const uint16_t* bounds, int64_t pieces, int64_t width, float* out);
 
 extern const TileKernels tile_table;
-const TileKernels tile_table = {dot_tile, norm, quantize, tabulate, decode_tile, activate, attend, encode, rotate,
-                                encode_grid, dot_each, dot_decoded, encode_page, decode_page, attend_head,
-                                bound, promise};
+const TileKernels tile_table = {dot_tile, norm, quantize, tabulate, decode_tile, activate, rotate, dot_each, dot_decoded,
+                                encode_page, decode_page, attend_head, bound, promise};
 
 }  // namespace trimtab::TRIMTAB_ISA

@@ -22,7 +22,6 @@ namespace {
 template <class T, int N>
 using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 using Bytes = Array<const uint8_t, 1>;
-using Halves = Array<const uint16_t, 1>;
 using Floats = Array<const float, 1>;
 
 // A program, and the arrays its kernels point into.
@@ -127,46 +126,6 @@ std::vector<std::vector<double>> time_products(const std::vector<const BoundTile
     return found;
 }
 
-// Partial sums of queries [Q, H] over keys [first, last) of pages [page, H]: out [Q, H], weight and largest [Q]. A query n
-// sees keys [low[n], high[n]).
-void attend_pages(int coding, Array<const float, 2> q, const std::vector<Bytes>& k, const std::vector<Bytes>& v,
-                  const std::vector<std::tuple<Halves, Halves, Halves, Halves>>& grids, int64_t page, int64_t group,
-                  int64_t first, int64_t last, Array<const int64_t, 1> low, Array<const int64_t, 1> high, float scale,
-                  float softcap, std::optional<float> phi, Array<float, 2> out, Array<float, 1> weight,
-                  Array<float, 1> largest) {
-    std::vector<const uint8_t*> keys, values;
-    std::vector<Grid> k_grid, v_grid;
-    for (const Bytes& array : k) keys.push_back(array.data());
-    for (const Bytes& array : v) values.push_back(array.data());
-    for (const auto& [k_scale, k_minimum, v_scale, v_minimum] : grids) {
-        k_grid.push_back({k_scale.data(), k_minimum.data()});
-        v_grid.push_back({v_scale.data(), v_minimum.data()});
-    }
-    const int64_t queries = static_cast<int64_t>(q.shape(0)), head_dim = static_cast<int64_t>(q.shape(1));
-    nb::gil_scoped_release release;
-    for (int64_t n = 0; n < queries; n += max_queries) {
-        const float* rows[max_queries];
-        Attend job;
-        job.queries = static_cast<int>(std::min<int64_t>(max_queries, queries - n));
-        for (int i = 0; i < job.queries; ++i) rows[i] = q.data() + (n + i) * head_dim;
-        job.pages = {static_cast<Coding>(coding), keys.data(), values.data(), page, head_dim, k_grid.data(), v_grid.data(), group};
-        job.first = first, job.last = last, job.q = rows, job.low = low.data() + n, job.high = high.data() + n;
-        job.scale = scale, job.softcap = softcap, job.unified = phi.has_value(), job.phi = phi.value_or(0.0f);
-        job.largest = largest.data() + n, job.weight = weight.data() + n, job.out = out.data() + n * head_dim;
-        tile_kernels().attend(job);
-    }
-}
-
-// Rows [S, H] into integer pages: codes [S, H], scale and minimum [S, ceil(H / group)] as bits of halves.
-void encode_grid(Array<const float, 2> x, int64_t group, Array<uint8_t, 2> codes, Array<uint16_t, 2> scale,
-                 Array<uint16_t, 2> minimum) {
-    const int64_t rows = static_cast<int64_t>(x.shape(0)), size = static_cast<int64_t>(x.shape(1));
-    const int64_t groups = (size + group - 1) / group;
-    for (int64_t i = 0; i < rows; ++i)
-        tile_kernels().encode_grid(x.data() + i * size, size, group, codes.data() + i * size, scale.data() + i * groups,
-                                   minimum.data() + i * groups);
-}
-
 void add_records(Step& step, const Array<const int64_t, 4>& records) {
     if (records.shape(3) != record_fields || static_cast<int64_t>(records.shape(1)) != step.rows)
         throw std::invalid_argument("Records are [layers, rows, KV heads, 16] of the rows of a pass.");
@@ -198,10 +157,6 @@ void bind_native(nb::module_& m) {
     m.def("multiply", &multiply, nb::arg("w"), nb::arg("x"), nb::arg("threads"), nb::arg("y"),
           nb::arg("twice_from") = -1.0f, nb::arg("flat") = 1, nb::arg("decoded") = int64_t{1} << 40);
     m.def("time_products", &time_products);
-    m.def("attend_pages", &attend_pages, nb::arg("coding"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("grids"),
-          nb::arg("page"), nb::arg("group"), nb::arg("first"), nb::arg("last"), nb::arg("low"), nb::arg("high"),
-          nb::arg("scale"), nb::arg("softcap"), nb::arg("phi").none(), nb::arg("out"), nb::arg("weight"), nb::arg("largest"));
-    m.def("encode_grid", &encode_grid);
     nb::class_<Norm>(m, "Norm");
     nb::class_<Bound>(m, "Program")
         .def(nb::init<int>(), nb::arg("threads"))
@@ -255,23 +210,6 @@ void bind_native(nb::module_& m) {
              })
         .def("norm_add", [](Bound& b, const std::string& name, int source, const Norm& norm,
                             int values) { b.program.norm_add(name, source, norm, values); })
-        .def("attend",
-             [](Bound& b, const std::string& name, int layer, int qkv, int out, int rope, int64_t heads, int64_t kv_heads,
-                int64_t head_dim, int64_t window, int coding, const Norm* q_norm, const Norm* k_norm, float scale, float softcap,
-                std::optional<std::tuple<float, float, float>> unified, int64_t group, bool append) {
-                 Attention a;
-                 a.layer = layer, a.qkv = qkv, a.out = out, a.rope = rope, a.heads = heads, a.kv_heads = kv_heads;
-                 a.head_dim = head_dim, a.window = window, a.coding = static_cast<Coding>(coding);
-                 if (q_norm) a.has_q_norm = true, a.q_norm = *q_norm;
-                 if (k_norm) a.has_k_norm = true, a.k_norm = *k_norm;
-                 a.scale = scale, a.softcap = softcap, a.group = group, a.append = append;
-                 if (unified) a.unified = true, a.phi = std::get<0>(*unified), a.low = std::get<1>(*unified), a.high = std::get<2>(*unified);
-                 b.program.attend(name, a);
-             },
-             nb::arg("name"), nb::arg("layer"), nb::arg("qkv"), nb::arg("out"), nb::arg("rope"), nb::arg("heads"),
-             nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("window"), nb::arg("coding"), nb::arg("q_norm").none(),
-             nb::arg("k_norm").none(), nb::arg("scale"), nb::arg("softcap"), nb::arg("unified").none(),
-             nb::arg("group") = 0, nb::arg("append") = true)
         .def("attend_heads",
              [](Bound& b, const std::string& name, int layer, int qkv, int out, int rope, int64_t heads, int64_t kv_heads,
                 int64_t head_dim, int64_t window, const std::vector<FormsTuple>& forms, const Norm* q_norm, const Norm* k_norm,
@@ -310,17 +248,6 @@ void bind_native(nb::module_& m) {
              nb::arg("layer"))
         .def("split", [](Bound& b, int64_t keys) { b.program.split(keys); })
         .def("run_on",
-             [](Bound& b, Array<const int64_t, 1> starts, Array<const int64_t, 1> past, Array<const int64_t, 3> cache, int source,
-                Array<const float, 2> x, int out, Array<float, 2> y) {
-                 Step step;
-                 step.tokens = static_cast<int64_t>(x.shape(0)), step.rows = static_cast<int64_t>(past.shape(0));
-                 step.starts = starts.data(), step.past = past.data(), step.cache = cache.data();
-                 nb::gil_scoped_release release;
-                 const auto start = std::chrono::steady_clock::now();
-                 b.program.run_on(step, source, x.data(), out, y.data());
-                 return seconds_since(start);
-             })
-        .def("run_on",
              [](Bound& b, Array<const int64_t, 1> starts, Array<const int64_t, 1> past, Array<const int64_t, 4> records, int source,
                 Array<const float, 2> x, int out, Array<float, 2> y) {
                  Step step;
@@ -350,21 +277,6 @@ void bind_native(nb::module_& m) {
              },
              nb::arg("ids"), nb::arg("starts"), nb::arg("past"), nb::arg("reach"), nb::arg("logits_rows"), nb::arg("records"), nb::arg("values"),
              nb::arg("timed"), nb::arg("out"), nb::arg("whole").none() = nb::none())
-        .def("run",
-             [](Bound& b, Array<const int64_t, 1> ids, Array<const int64_t, 1> starts, Array<const int64_t, 1> past,
-                Array<const int64_t, 1> reach, Array<const int64_t, 1> logits_rows, Array<const int64_t, 3> cache, int values,
-                bool timed, Array<float, 2> out) {
-                 Step step;
-                 step.tokens = static_cast<int64_t>(ids.shape(0)), step.rows = static_cast<int64_t>(past.shape(0));
-                 step.logits = static_cast<int64_t>(logits_rows.shape(0));
-                 step.ids = ids.data(), step.starts = starts.data(), step.past = past.data();
-                 step.logits_rows = logits_rows.data(), step.cache = cache.data();
-                 float* to = out.data();
-                 const size_t bytes = out.nbytes();
-                 nb::gil_scoped_release release;
-                 b.program.run(step, reach.data(), timed);
-                 if (bytes) memcpy(to, b.program.values(values).data, bytes);
-             })
         .def("metered",
              [](const Bound& b) {
                  std::vector<std::tuple<std::string, int64_t, int64_t, int64_t, int64_t, double>> found;

@@ -25,9 +25,6 @@ struct Step {
     const int64_t* starts = nullptr;       // [B + 1] offsets of each row's tokens
     const int64_t* past = nullptr;         // [B] tokens each row has in the cache
     const int64_t* logits_rows = nullptr;  // [R] tokens whose logits are wanted
-    // [layers, B, 3]: address of keys, of values, tokens a head has room for: [G, room, H] each. Integer pages have uint8
-    // codes there, followed by fp16 scales and fp16 minima [G, room, ceil(H / group)] each.
-    const int64_t* cache = nullptr;
     // [layers, B, record_heads, record_fields]: where the keys and values of a KV head lie that `attend_heads` reads and writes.
     //  0 k_pages, 1 v_pages, 2 k_sealed_pages, 3 v_sealed_pages: address of an array of page addresses by slot / page
     //  4 readable: slots that hold a token at the end of the pass
@@ -109,8 +106,6 @@ struct Attention {
     int layer = 0, qkv = 0, out = 0, rope = -1;  // qkv: queries, keys, values of a token side by side; rope -1: none
     int64_t heads = 0, kv_heads = 0, head_dim = 0, window = 0;             // window 0: none
     int64_t prompt_sink = 0, prompt_local = 0;  // what tokens of a longer pass see: the first and the last keys; local 0: all
-    Coding coding = Coding::f32;
-    int64_t group = 0;     // ints: elements along H that share a scale
     bool append = true;    // false: the cache holds the keys and values of the new tokens already
     bool has_q_norm = false, has_k_norm = false;
     Norm q_norm, k_norm;
@@ -155,8 +150,7 @@ class Program {
                 float twice_from = -1);
     void gate_first(const std::string& name, GateFirstFFN ffn);
     void norm_add(const std::string& name, int source, const Norm& norm, int values);
-    void attend(const std::string& name, const Attention& attention);
-    // As `attend`, over pages: `forms` is by KV head, and `coding` and `group` mean nothing.
+    // `forms` is by KV head.
     void attend_heads(const std::string& name, const Attention& attention, std::vector<HeadForms> forms);
     // Keeps the newest queries of every row and layer of `attend_heads` in each step.
     void watch(int64_t count) { watch_ = count; }
