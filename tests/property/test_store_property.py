@@ -178,14 +178,21 @@ class World:
         merges = []
         if len(keep) and len(gone) and amount % 2:
             merges = [
-                Merge(int(self.rng.choice(gone)), int(self.rng.choice(keep)), float(self.rng.random()), float(self.rng.random()))
+                Merge(
+                    int(self.rng.choice(gone)),
+                    int(self.rng.choice(keep)),
+                    float(self.rng.random()),
+                    float(self.rng.random()),
+                )
                 for _ in range(amount % 4)
             ]
         if self.kind == "bf16":  # what is merged is rounded to a page's floats: compared on floats alone
             merges = []
         before = self.store.pages_bytes
         self.store.evict(seq, layer, head, keep, merges)
-        assert self.store.pages_bytes <= before + 2 * 64 * SIZE * 4 * -(-held // 64)  # shared pages may have to be copied
+        assert self.store.pages_bytes <= before + 2 * 64 * SIZE * 4 * -(
+            -held // 64
+        )  # shared pages may have to be copied
         naive.evict(layer, head, keep, merges)
         chosen.add((layer, head))
 

@@ -150,7 +150,7 @@ def test_a_budget_for_every_pass_moves_what_it_scored() -> None:
     spec = make_spec(keep=Budget(8, "pass"), policy=policy(Counts, queries=-1, score=True))
     feed = Feed(spec)
     for count in (5, 9, 1, 1, 30):
-        (_, _, at, read), _ = feed.push(count, ends=count == 9)
+        (_, _, _, read), _ = feed.push(count, ends=count == 9)
         assert feed.row.held == min(feed.row.seen, 8)
         assert read == sum(head.read_bytes(feed.row.seen - count, count) for head in spec.layers[0].cache.heads)
         assert feed.store.nbytes(feed.seq).held == spec.kv_nbytes(feed.row.seen)

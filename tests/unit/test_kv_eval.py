@@ -15,21 +15,28 @@ import numpy as np
 import pytest
 import torch
 
-from trimtab.errors import CalibrationError, SpecError
+from trimtab.errors import CalibrationError, SpecError, UnsupportedModelError
 from trimtab.measure.kv import through_cache
 from trimtab.measure.kv.code import functions
 from trimtab.measure.kv.data import read_dialogues
 from trimtab.measure.kv.dialogue import Dialogue, Turn
+from trimtab.measure.kv.engines import engine_of
 from trimtab.measure.kv.harness import evaluate, open_methods, summarise, through_text
+from trimtab.measure.kv.kernels import DecodeAttention, median_seconds
 from trimtab.measure.kv.modes import Answer, Run, Track, run
+from trimtab.measure.kv.oracle import attention_to_context, overlap
 from trimtab.measure.kv.prompts import ChatFormat
 from trimtab.measure.kv.request import TIERS, Request, check, parse_methods
 from trimtab.measure.kv.scorers import bleu, rouge_l, score
 from trimtab.measure.kv.stats import bootstrap, paired
 from trimtab.measure.kv.tasks import TASKS, dialogues, find_task
 from trimtab.measure.kv.taxonomy import PAPER, life_cycle, table
+from trimtab.model.variant import Model, Variant
+from trimtab.runtime.native import NativeModel
 from trimtab.runtime.step import Step
-from trimtab.techniques.registry import technique_names
+from trimtab.spec.tree import Edit
+from trimtab.techniques.base import compose
+from trimtab.techniques.registry import parse_all, technique_names
 
 BUILT = [name for name, task in TASKS.items() if task.build]
 
@@ -364,9 +371,20 @@ def test_turns_prefill_the_first_question_with_the_context(tiny_model: Any) -> N
     assert found.recompute_tokens == 2 * (len(prompt.context) + first) + 3 + second
 
 
-@pytest.mark.parametrize("method", ["full", "streaming-llm:sink=2,recent=20", "kivi:bits=2,group=16,residual=16"])
-def test_a_question_asked_again_gets_bit_equal_logits(tiny_model: Any, tiny_materials: Any, method: str) -> None:
-    runners, _ = open_methods(tiny_model, [method], tiny_materials)
+@pytest.mark.parametrize("engine", ["torch", "native"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "full", "streaming-llm:sink=2,recent=20", "kivi:bits=2,group=16,residual=16", "snapkv:cap=30,window=8,kernel=3",
+        "snapkv:cap=40,window=8,kernel=3+kivi:bits=4,group=16,residual=16", "h2o:cap=30", "think:ratio=0.5,recent=8",
+        "quest:budget=32,page=16,skip=0",
+    ],
+)  # fmt: skip
+def test_a_question_asked_again_gets_bit_equal_logits(
+    tiny_model: Any, tiny_materials: Any, method: str, engine: Any
+) -> None:
+    model = Model(tiny_model.variant, lambda: Letters())  # type: ignore[arg-type]
+    runners, _ = open_methods(model, [method], tiny_materials, engine)
     track = Track(runners[method], 300)
     track.prefill(range(3, 90))
     start, seen = track.mark(), []
@@ -431,6 +449,10 @@ def test_perplexity_through_the_full_cache_is_that_without_one(tiny_model: Any) 
     for chunk in (1, 16, 64):
         assert through_cache.nll_through_cache(tiny_model.runner(), ids, chunk=chunk) == pytest.approx(wanted, abs=1e-4)
     assert through_cache.perplexity([math.log(2), math.log(8)]) == pytest.approx(4)
+    wanted = [-float(logs[at - 1, ids[at]]) for at in range(70, 90)]
+    assert through_cache.nll_through_cache(tiny_model.runner(), ids, prompt=70) == pytest.approx(wanted, abs=1e-4)
+    with pytest.raises(SpecError, match="prompt=90 of 90 tokens"):
+        through_cache.nll_through_cache(tiny_model.runner(), ids, prompt=90)
 
 
 def test_decoding_is_compared_token_by_token(tiny_model: Any, tiny_materials: Any) -> None:
@@ -594,6 +616,90 @@ def test_text_is_scored_for_every_method(tiny_model: Any, tiny_materials: Any) -
     assert row.tokens == 3 * 20 and row.steps == 3 * 8 and row.top1_agreement.mean == 1
 
 
+# --------------------------------------------------------------------------------------------- engines, kernels, oracle
+
+
+def test_engines_answer_alike_and_say_why_not(tiny_model: Any) -> None:
+    prompt = prompt_of(Letters(), ask("first", "abc"), ask("second", "de"), context="c" * 90)
+    native, why = engine_of(Model(tiny_model.variant, lambda: Letters()), "native", threads=1)  # type: ignore[arg-type]
+    assert not why and isinstance(native, NativeModel)
+    ours, theirs = (run(each.runner(), prompt, Letters()) for each in (native, tiny_model))  # type: ignore[arg-type]
+    for one, other in zip(ours.answers, theirs.answers, strict=True):
+        assert one.nll_nats == pytest.approx(other.nll_nats, abs=1e-3)  # float32 sums in another order
+    model = Model(tiny_model.variant, lambda: Letters())  # type: ignore[arg-type]
+    assert engine_of(model, "torch") == (model, "")
+    alibi = tiny_model.spec.edit([Edit("layers.*.self_attn", "alibi", True)], by="test")
+    other = Model(Variant(alibi, tiny_model.weights), lambda: Letters())  # type: ignore[arg-type]
+    found, why = engine_of(other)
+    assert found is other and "ALiBi" in why
+    with pytest.raises(UnsupportedModelError, match="ALiBi"):
+        engine_of(other, "native")
+    with pytest.raises(SpecError, match="Did you mean 'native'"):
+        engine_of(other, "nativ")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "method", ["", "kivi:bits=4,group=16,residual=32", "think:ratio=0.5,recent=8", "streaming-llm:sink=4,recent=60"]
+)
+def test_decode_attention_alone_is_its_reference(tiny_model: Any, method: str) -> None:
+    spec = compose(tiny_model.spec, parse_all([method] if method else []))
+    arm = DecodeAttention(spec, 200)
+    wanted = arm.reference()
+    for _ in range(2):  # a run leaves the cache as it found it
+        found, seconds = arm.run()
+        assert seconds >= 0
+        # the kernel of few-bit keys rounds queries and weights
+        apart = 1e-3 if "kivi" in method else 2e-5
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=apart * float(np.abs(wanted).max()))
+    if method:
+        plain = DecodeAttention(tiny_model.spec, 200)
+        assert np.abs(plain.run()[0] - wanted).max() > 1e-3 * float(np.abs(wanted).max())
+        assert set(median_seconds({"ours": arm, "plain": plain}, rounds=1, warm=0)) == {"ours", "plain"}
+        plain.close()
+    arm.close()
+    assert arm.store.pages_bytes == 0
+
+
+def test_attention_to_a_context_is_that_of_the_model(tiny_model: Any) -> None:
+    context, question = list(range(3, 40)), [50, 51, 52]
+    found = attention_to_context(tiny_model, context, question)
+    layers, attn = tiny_model.spec.num_hidden_layers, tiny_model.spec.layers[0].self_attn
+    assert found.shape == (layers, attn.num_key_value_heads, len(context))
+    seen: dict[str, Any] = {}
+    step = Step.of([40], [0])
+    step.taps = {"self_attn.qk": lambda path, value: seen.__setitem__(path, value)}
+    tiny_model.decoder(torch.tensor([*context, *question]), step, None, np.zeros(0, np.int64))
+    for layer, (q, k) in enumerate(seen.values()):
+        for head in range(attn.num_key_value_heads):
+            wanted = np.zeros(40)
+            for query in range(attn.num_attention_heads // attn.num_key_value_heads):
+                at = head * (attn.num_attention_heads // attn.num_key_value_heads) + query
+                for place in (37, 38, 39):
+                    scores = (k[: place + 1, head].double() @ q[place, at].double() * attn.scale).numpy()
+                    weights = np.exp(scores - scores.max())
+                    wanted[: place + 1] += weights / weights.sum()
+            np.testing.assert_allclose(found[layer, head], wanted[:37], atol=1e-5)
+    # the last token alone, and with the one before it
+    whole = attention_to_context(tiny_model, [*context, 50, 51], [52])
+    np.testing.assert_allclose(attention_to_context(tiny_model, context, question, last=1), whole[..., :37], atol=1e-5)
+    np.testing.assert_array_equal(attention_to_context(tiny_model, context, question, last=3), found)
+
+
+def test_the_same_question_wants_the_same_tokens(tiny_model: Any) -> None:
+    same = [prompt_of(Letters(), ask("first", "a"), ask("first", "a"), context="the context " * 8)] * 2
+    assert overlap(tiny_model, same[:1], 10, last=1).share == 1
+    found = overlap(tiny_model, same, 10)
+    assert (found.share, found.pairs, found.kept) == (1, 2, 10) and found.chance == pytest.approx(10 / 96)
+    other = [prompt_of(Letters(), ask("first", "a"), ask("zzzzzzzz", "b"), context="the context " * 8)]
+    different = overlap(tiny_model, other, 10)
+    assert found.chance < different.share < 1 and 0 < different.mass < 1
+    assert len(different.by_layer) == tiny_model.spec.num_hidden_layers
+    with pytest.raises(SpecError, match="two turns or more"):
+        overlap(tiny_model, [prompt_of(Letters(), ask("first", "a"))], 2)
+    with pytest.raises(SpecError, match="kept=500 of a context of 9"):
+        overlap(tiny_model, other, 500)
+
+
 # --------------------------------------------------------------------------------------------------------- files
 
 
@@ -673,6 +779,7 @@ def test_the_life_cycle_follows_what_is_held_and_read() -> None:
         (("--methods", "gemfilter", "--mode", "multi-request"), "Try --mode multi-turn"),
         (("--tasks", "kv,needls"), "Did you mean 'needles'"),
         (("--tier", "smok"), "Did you mean 'smoke'"),
+        (("--engine", "nativ"), "Did you mean 'native'"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(options: tuple[str, ...], message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -36,6 +36,10 @@ def register(group: typer.Typer) -> None:
         ] = "smoke",
         seed: Annotated[int, typer.Option(help="Of dialogues and intervals.")] = 0,
         dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+        engine: Annotated[
+            str,
+            typer.Option(help="torch, native, or auto: native for the methods it can run; compare times within one."),
+        ] = "torch",
         calibration: Annotated[Path | None, typer.Option(help="Text methods calibrate on; default: built-in.")] = None,
         json: Json = False,
     ) -> None:
@@ -43,6 +47,7 @@ def register(group: typer.Typer) -> None:
         import dataclasses
 
         from trimtab.errors import unknown
+        from trimtab.measure.kv.engines import ENGINES, Engine
         from trimtab.measure.kv.harness import evaluate, open_methods
         from trimtab.measure.kv.request import TIERS, check, parse_methods
         from trimtab.measure.kv.tasks import TASKS
@@ -55,6 +60,8 @@ def register(group: typer.Typer) -> None:
 
         if tier not in TIERS:
             raise unknown("tier", tier, TIERS)
+        if engine not in ENGINES:
+            raise unknown("engine", engine, ENGINES)
         asked: dict[str, object] = {
             "methods": parse_methods(methods),
             "seed": seed,
@@ -77,7 +84,7 @@ def register(group: typer.Typer) -> None:
             materials = (text_materials(calibration) if calibration else default_materials(base)).for_model(
                 base, progress
             )
-            runners, stages = open_methods(base, request.methods, materials)
+            runners, stages = open_methods(base, request.methods, materials, cast(Engine, engine))
             found = evaluate(runners, base.tokenizer, request, text=held_out, stages=stages, progress=progress)
         if json:
             return print_json({"schema": 1, "model": model, "tier": tier, "seed": seed, **found.to_dict()})

@@ -20,6 +20,8 @@ CHECKS = {
     49: "trimtab.papers.kivi",
     52: "trimtab.papers.gemfilter",
     60: "trimtab.papers.cats",
+    61: "trimtab.papers.scbench",
+    66: "trimtab.papers.think",
     83: "trimtab.papers.bfp_ksort",
 }
 

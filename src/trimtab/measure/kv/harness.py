@@ -17,6 +17,7 @@ from trimtab.errors import SpecError
 from trimtab.measure.kv import through_cache
 from trimtab.measure.kv.data import read_dialogues
 from trimtab.measure.kv.dialogue import Dialogue
+from trimtab.measure.kv.engines import Engine, engine_of
 from trimtab.measure.kv.modes import Run, run
 from trimtab.measure.kv.prompts import ChatFormat, Prompt
 from trimtab.measure.kv.request import FULL, Request, check, techniques_of
@@ -133,20 +134,29 @@ class Evaluation:
 
 
 def open_methods(
-    model: Model, methods: Sequence[str], materials: Materials
+    model: Model, methods: Sequence[str], materials: Materials, engine: Engine = "torch"
 ) -> tuple[dict[str, Runner], dict[str, str]]:
-    """Return (the model under each method, the life-cycle stage of each); every weight a method does not replace is shared.
+    """Return (the model under each method, the life-cycle stage of each).
+
+    Args:
+        model: as loaded.
+        methods: spec strings, ``full`` for none.
+        materials: what methods calibrate on.
+        engine: see `engine_of`. The torch decoders of several methods share every weight a method does not replace; times of
+            methods are comparable within one engine alone.
 
     Raises:
         SpecError, Conflict: a method does not fit the model.
+        UnsupportedModelError: native was asked for and a method has no native kernels.
     """
-    from trimtab.model.variant import Bound
+    from trimtab.model.variant import Model as Stack
 
     runners: dict[str, Runner] = {}
     stages: dict[str, str] = {}
     for method in methods:
         techniques = resolve_all(model, techniques_of(method), materials)
-        runners[method] = Bound(derive(model.variant, techniques, materials))
+        derived = Stack(derive(model.variant, techniques, materials), lambda: model.tokenizer)
+        runners[method] = engine_of(derived, engine)[0].runner()
         stages[method] = life_cycle(techniques, model.variant.spec).stage
     return runners, stages
 

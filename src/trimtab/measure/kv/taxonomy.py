@@ -14,7 +14,7 @@ import numpy as np
 
 from trimtab.errors import SpecError
 from trimtab.graph.count import count as cost
-from trimtab.graph.ops import Graph, StepShape
+from trimtab.graph.ops import Graph, Op, StepShape
 from trimtab.graph.passes import Graphs, prompt_held
 from trimtab.spec.configs import load_spec
 from trimtab.spec.model import ModelSpec
@@ -84,7 +84,7 @@ def life_cycle(method: str | Sequence[Technique], probe: str | ModelSpec = PROBE
     spec = compose(base, techniques)
     name = " + ".join(str(technique) for technique in techniques) or "full"
     ours, full = _Growth(spec), _Growth(base)
-    kv, prefill, read = ours.kv_bytes, ours.prefill_pairs, ours.decode_read
+    kv, prefill, read = ours.kv_bytes, ours.prefill_pairs, ours.decode_pairs
     stage, kind = _stage(ours, full)
     return LifeCycle(
         spec=name,
@@ -135,19 +135,24 @@ class _Growth:
             work += self._attention(self._graphs.filter, StepShape.of([prompt], [0]), "flops")
         return work
 
-    def decode_read(self, prompt: int) -> int:
-        """Bytes of the cache one step reads after a prompt."""
+    def decode_pairs(self, prompt: int) -> int:
+        """FLOPs of attention of one step after a prompt, in the layer that stands in the middle by them: a few layers that are
+        left whole do not count, nor what choosing what to read takes.
+        """
         step = StepShape.of([1], [prompt_held(self.spec, prompt)], logits=1)
-        return self._attention(self._graphs.decode, step, "kv_read")
+        layers: dict[str, int] = {}
+        for op in _attention_ops(self._graphs.decode):
+            layer = op.name.partition(".self_attn.")[0]
+            layers[layer] = layers.get(layer, 0) + int(np.sum(cost(op, step, "tiled").flops))
+        return int(np.median(list(layers.values()))) if layers else 0
 
     @staticmethod
     def _attention(graph: Graph, step: StepShape, count: str) -> int:
-        found = [
-            getattr(cost(op, step, "tiled"), count)
-            for op in graph.ops
-            if ".self_attn." in op.name and not op.name.endswith("_proj")
-        ]
-        return sum(int(np.sum(value)) for value in found)
+        return sum(int(np.sum(getattr(cost(op, step, "tiled"), count))) for op in _attention_ops(graph))
+
+
+def _attention_ops(graph: Graph) -> list[Op]:
+    return [op for op in graph.ops if ".self_attn." in op.name and not op.name.endswith("_proj")]
 
 
 def _order(growth: Callable[[int], int]) -> int:
@@ -166,7 +171,7 @@ def _stage(ours: _Growth, full: _Growth) -> tuple[str, str]:
         return "generation", "sparse attention"
     if _order(ours.kv_bytes) < _order(full.kv_bytes):
         return "compression", "dropping"
-    if _order(ours.decode_read) < _order(full.decode_read):
+    if _order(ours.decode_pairs) < _order(full.decode_pairs):
         return "loading", "selective read"
     if kv < kv_full:
         return "compression", "fewer bytes a token or head"

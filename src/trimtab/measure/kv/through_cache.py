@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trimtab.errors import CalibrationError
+from trimtab.errors import CalibrationError, SpecError
 from trimtab.runtime.engine.generate import Session, check_context
 
 if TYPE_CHECKING:
@@ -37,28 +37,34 @@ class Compared:
     agree: tuple[tuple[float, ...], ...]
 
 
-def nll_through_cache(runner: Runner, ids: Sequence[int], *, chunk: int = CHUNK) -> list[float]:
-    """Negative log-likelihood in nats of each token of the second half of a window.
+def nll_through_cache(
+    runner: Runner, ids: Sequence[int], *, prompt: int | None = None, chunk: int = CHUNK
+) -> list[float]:
+    """Negative log-likelihood in nats of each token of a window that follows its prompt.
 
-    The first half is the prompt; then chunks are appended, each reading what the cache has kept of everything before.
+    After the prompt chunks are appended, each reading what the cache has kept of everything before.
 
     Args:
         runner: the model under a method.
         ids: one window of text.
+        prompt: tokens of it that are the prompt; None = half of them.
         chunk: tokens appended at a time.
 
     Raises:
-        SpecError: the window exceeds the context.
+        SpecError: the window exceeds the context, or nothing precedes or follows the prompt.
         CalibrationError: it is shorter than 4 tokens.
     """
     tokens = np.asarray(ids, np.int64)
     if len(tokens) < 4:
         raise CalibrationError(f"A window of {len(tokens)} tokens cannot be scored. Give at least 4.")
     check_context(runner.spec, len(tokens), 0)
-    half, session, found = len(tokens) // 2, Session(runner), []
+    start = len(tokens) // 2 if prompt is None else prompt
+    if not 0 < start < len(tokens):
+        raise SpecError(f"prompt={start} of {len(tokens)} tokens: not possible. Allowed: 1..{len(tokens) - 1}.")
+    session, found = Session(runner), []
     try:
-        rows_TV = session.prefill([tokens[:half]], reserve=len(tokens) - half)
-        for first in range(half, len(tokens), chunk):
+        rows_TV = session.prefill([tokens[:start]], reserve=len(tokens) - start)
+        for first in range(start, len(tokens), chunk):
             piece = tokens[first : first + chunk]
             found.append(_nll(rows_TV[-1:], piece[:1]))
             rows_TV = session.extend([piece])

@@ -91,8 +91,8 @@ class NativeProgram:
 
     def _whole(self, step: Step) -> IntArray | None:
         """How many of the last new tokens of each row see what a pattern over the prompt would hide."""
-        patterns = {getattr(layer.self_attn, "prefill", None) for layer in self.spec.layers} - {None}
-        last = max((pattern.last for pattern in patterns), default=0)
+        blocks = (layer.self_attn for layer in self.spec.layers)
+        last = max((b.prefill.last for b in blocks if isinstance(b, AttentionSpec) and b.prefill), default=0)
         if not last or step.ends is None:
             return None
         return np.minimum(np.diff(step.cu), last) * step.ends
