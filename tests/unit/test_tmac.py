@@ -409,7 +409,8 @@ def test_a_bias_is_kept_in_the_program(tiny_materials: Any) -> None:
         program = lower(changed.spec, changed.weights, 1)
         ids = np.random.default_rng(3).integers(0, 97, 6)
         wanted = changed.logits([ids.tolist()])[0].numpy()
-        np.testing.assert_allclose(Session(program).prefill([ids])[0], wanted[-1], rtol=1e-3, atol=1e-3)
+        # A sum that is added up in another order may move an entry of a table by a step of its 16 bits.
+        np.testing.assert_allclose(Session(program).prefill([ids])[0], wanted[-1], rtol=1e-3, atol=5e-3)
 
 
 def test_with_dtype_gives_up_the_product(tiny_model: Model) -> None:
