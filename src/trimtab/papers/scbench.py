@@ -135,11 +135,11 @@ def eviction_fails_the_second_turn(bench: Bench) -> Outcome:
     """256 of about 1000 tokens, chosen with the first question in view, or before any."""
     full, ours = _cells(bench, "full"), _cells(bench, SNAPKV)
     share = {cell: right / full.cells()[cell] for cell, right in ours.cells().items()}
-    later = ours.right["multi-turn"][:, 2:].mean() / full.right["multi-turn"][:, 2:].mean()
+    later = max(share[f"turn {turn}"] for turn in (3, 4, 5))
     return Outcome(
         measured=f"full: {full}; {SNAPKV}: {ours}; of full: "
         + ", ".join(f"{cell} {x:.0%}" for cell, x in share.items())
-        + f"; turns 3 to 5 {later:.0%}",
+        + f"; of turns 3 to 5 at most {later:.0%}",
         met=share["turn 1"] >= 0.8 and later <= 0.5 and share["requests"] <= 0.5,
     )
 
