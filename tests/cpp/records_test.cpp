@@ -231,7 +231,7 @@ class Scenario {
                 }
     }
 
-    // What a head with bounds reads for a single token: pieces whose bounds promise its queries the largest products.
+    // What a head with bounds reads for a single token: pieces whose bounds promise one of its queries the largest product.
     void choose(const std::vector<int64_t>& starts, const std::vector<float>& x) {
         for (int64_t row = 0; row < rows_; ++row)
             for (int64_t g = 0; g < kv_heads_; ++g) {
@@ -241,7 +241,7 @@ class Scenario {
                 if (at(starts, row + 1) - at(starts, row) != 1 || s.most == 0 || pieces <= s.most) continue;
                 std::vector<std::pair<double, int32_t>> promised;
                 for (int64_t piece = 0; piece + 1 < pieces; ++piece) {
-                    double sum = 0;
+                    std::vector<double> products(static_cast<size_t>(per));
                     for (int64_t i = 0; i < head_dim_; ++i) {
                         double least = s.value(keys, piece * s.chosen_tokens, i), most = least;
                         for (int64_t slot = piece * s.chosen_tokens; slot < (piece + 1) * s.chosen_tokens; ++slot)
@@ -250,10 +250,11 @@ class Scenario {
                         for (int64_t n = 0; n < per; ++n) {
                             const double q =
                                 x[static_cast<size_t>(at(starts, row) * width() + (g * per + n) * head_dim_ + i)];
-                            sum += std::max(q, 0.0) * outwards(most, 1) + std::min(q, 0.0) * outwards(least, -1);
+                            products[static_cast<size_t>(n)] +=
+                                std::max(q, 0.0) * outwards(most, 1) + std::min(q, 0.0) * outwards(least, -1);
                         }
                     }
-                    promised.emplace_back(-sum, static_cast<int32_t>(piece));
+                    promised.emplace_back(-*std::max_element(products.begin(), products.end()), static_cast<int32_t>(piece));
                 }
                 std::sort(promised.begin(), promised.end());
                 for (int64_t i = 0; i + 1 < s.most; ++i) s.chosen.push_back(promised[static_cast<size_t>(i)].second);

@@ -204,7 +204,7 @@ def test_pieces_are_chosen_by_bounds_and_only_they_are_read() -> None:
                 keys = feed.k[head, start : start + 4]
                 low, high = bfloat16_to_float32(bounds_of(keys[None], 4)[0, 0])
                 assert (low <= keys.min(0)).all() and (high >= keys.max(0)).all()
-                promise.append(sum(float(np.maximum(one * low, one * high).sum()) for one in q[head]))
+                promise.append(max(float(np.maximum(one * low, one * high).sum()) for one in q[head]))
             best = sorted(np.argsort(-np.array(promise), kind="stable")[:2])
             wanted = [slot for piece in best for slot in range(4 * piece, 4 * piece + 4)]
             wanted += list(range((held - 1) // 4 * 4, held))

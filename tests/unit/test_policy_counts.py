@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.unit.test_policies import HEADS, KEY, KV_HEADS, LAYERS, PER_HEAD, SIZE, TOKEN, attention, tiny
 from trimtab.graph.attention import QUERY_TILE
 from trimtab.graph.build import build
 from trimtab.graph.count import count
@@ -18,34 +19,12 @@ from trimtab.model.attention import visible
 from trimtab.predict.predict import predict
 from trimtab.predict.price import price
 from trimtab.spec.cache import KEEP_ALL
-from trimtab.spec.configs import spec_from_config
 from trimtab.spec.machine import load_machine, load_stack
 from trimtab.spec.model import ModelSpec
-from trimtab.spec.nodes import AttentionSpec, Prefill
+from trimtab.spec.nodes import Prefill
 from trimtab.spec.workload import Workload
 from trimtab.techniques.apply import applied
-from trimtab.techniques.base import compose
 from trimtab.techniques.plan import make_plan
-from trimtab.techniques.registry import parse_all
-
-HEADS, KV_HEADS, SIZE, LAYERS = 6, 2, 8, 3
-PER_HEAD = HEADS // KV_HEADS
-CONFIG = {
-    "model_type": "llama", "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": SIZE, "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-}  # fmt: skip
-KEY, TOKEN = 2 * SIZE, 4 * SIZE  # bytes of a bf16 key, and of a key and a value
-
-
-def tiny(text: str = "") -> ModelSpec:
-    return compose(spec_from_config(CONFIG, "tiny").with_dtype("bfloat16"), parse_all([text] if text else []))
-
-
-def attention(spec: ModelSpec) -> AttentionSpec:
-    node = spec.layers[0].self_attn
-    assert isinstance(node, AttentionSpec)
-    return node
 
 
 def op(spec: ModelSpec, name: str = "evict") -> Op:

@@ -13,6 +13,7 @@ import numpy as np
 
 from trimtab.errors import SpecError, TrimtabError
 from trimtab.papers.claims import Bench, Line, Outcome
+from trimtab.papers.kivi import largest_batch, published_workload
 
 #: Of the paper: share of channels that go, queries that score them, newest keys that stay whole.
 RATIO, OBS, RECENT = 0.4, 32, 32
@@ -373,43 +374,17 @@ def predicts_savings(bench: Bench, tokens: int = 32_768) -> Outcome:
     return Outcome(predicted=", ".join(shown) + " less", met=met)
 
 
-_PROMPT, _GEN = 160, 338
-
-
-def _llama(techniques: tuple[str, ...], batch: int) -> Any:
-    from trimtab.predict.predict import predict
-    from trimtab.spec.workload import Workload
-    from trimtab.techniques.plan import make_plan
-
-    workload = Workload(batch=batch, prompt=_PROMPT, gen=_GEN)
-    return predict(
-        make_plan("llama-2-7b", "a100", workload, techniques, dtype="float16", kv_dtype="float16", stack="datasheet")
-    )
-
-
-def _largest_batch(techniques: tuple[str, ...]) -> int:
-    low, high = 1, 4096
-    while low < high:
-        middle = (low + high + 1) // 2
-        report = _llama(techniques, middle)
-        if report.counts["peak_bytes"] <= report.counts.get("capacity_bytes", 80 * 10**9):
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
 def predicts_with_kivi(bench: Bench) -> Outcome:
     """KIVI with thin keys on Llama-2-7B: peak memory at the batch that fills an A100 in fp16, and the batch that fits, at 4 bits and,
     as the paper's figure for KIVI alone is one of 2 bits, at 2.
     """
-    plain = _largest_batch(())
-    before, shown, met = _llama((), plain).counts["peak_bytes"], [], False
+    plain = largest_batch(())
+    before, shown, met = published_workload((), plain).counts["peak_bytes"], [], False
     for bits in (4, 2):
         kivi = f"kivi:bits={bits},residual=32"
         both = (f"{kivi}+{_think()}",)
-        memory = before / _llama(both, plain).counts["peak_bytes"]
-        alone, batch = (_largest_batch(found) / plain for found in ((kivi,), both))
+        memory = before / published_workload(both, plain).counts["peak_bytes"]
+        alone, batch = (largest_batch(found) / plain for found in ((kivi,), both))
         if bits == 4:
             met = abs(memory / 2.8 - 1) <= 0.10 and abs(batch / 5 - 1) <= 0.10
         shown.append(

@@ -88,8 +88,9 @@ def attended(
 def choose_pieces(pieces: Pieces, q_GP1H: np.ndarray, bounds: np.ndarray, held: int) -> IntArray:
     """Slots a pass of one token reads: [G, m], ascending.
 
-    The newest piece is always among them; of the others those whose bounds allow the largest products with the queries, summed over
-    the queries that share a head. Source: Tang et al., Quest, arXiv 2406.10774, section 3.
+    The newest piece is always among them; of the others those whose bounds allow the largest product with one of the
+    queries that share a head: what a single one of them looks for is not outvoted. Source: Tang et al., Quest, arXiv 2406.10774,
+    section 3; there no queries share one.
 
     Args:
         q_GP1H: queries.
@@ -106,7 +107,7 @@ def choose_pieces(pieces: Pieces, q_GP1H: np.ndarray, bounds: np.ndarray, held: 
     best = np.matmul(np.maximum(q, 0), high.swapaxes(1, 2)) + np.matmul(
         np.minimum(q, 0), low.swapaxes(1, 2)
     )  # [G, P, pieces]
-    order = np.argsort(-best.sum(axis=1), axis=1, kind="stable")[:, : most - 1]
+    order = np.argsort(-best.max(axis=1), axis=1, kind="stable")[:, : most - 1]
     chosen = np.concatenate((np.sort(order, axis=1), np.full((heads, 1), count - 1)), axis=1)
     slots = (chosen[:, :, None] * pieces.piece + np.arange(pieces.piece)).reshape(heads, -1)
     return slots[:, : pieces.read(held)]

@@ -113,7 +113,7 @@ struct AttendHeadsKernel : Kernel {
         return true;
     }
 
-    // Source: Tang et al., Quest, arXiv 2406.10774, section 3; products are added up over the queries that share the head.
+    // Source: Tang et al., Quest, arXiv 2406.10774, section 3; of the queries that share the head, the one that promises most counts.
     void choose(Context& c, int64_t row, int64_t g) {
         const TileKernels& k = tile_kernels();
         const int64_t* at = record(c, row, g);
@@ -137,13 +137,14 @@ struct AttendHeadsKernel : Kernel {
         kv_read += pieces * 2 * a.head_dim * 2;
         if (pieces <= most) return;
         const Values& qkv = c.program.values(a.qkv);
-        float negative[max_head_dim] = {}, positive[max_head_dim] = {};
+        std::vector<float> promised(static_cast<size_t>(pieces - 1)), one(promised.size());  // the newest piece is read in any case
         for (int64_t n = 0; n < per; ++n) {
             const float* q = qkv.data + c.step.starts[row] * qkv.width + (g * per + n) * a.head_dim;
-            for (int64_t d = 0; d < a.head_dim; ++d) negative[d] += std::min(q[d], 0.0f), positive[d] += std::max(q[d], 0.0f);
+            float negative[max_head_dim], positive[max_head_dim];
+            for (int64_t d = 0; d < a.head_dim; ++d) negative[d] = std::min(q[d], 0.0f), positive[d] = std::max(q[d], 0.0f);
+            k.promise(negative, positive, bounds, pieces - 1, a.head_dim, one.data());
+            for (size_t p = 0; p < one.size(); ++p) promised[p] = n ? std::max(promised[p], one[p]) : one[p];
         }
-        std::vector<float> promised(static_cast<size_t>(pieces - 1));  // the newest piece is read in any case
-        k.promise(negative, positive, bounds, pieces - 1, a.head_dim, promised.data());
         for (int32_t p = 0; p + 1 < pieces; ++p) read.push_back(p);
         auto better = [&](int32_t x, int32_t y) {
             const float one = promised[static_cast<size_t>(x)], other = promised[static_cast<size_t>(y)];

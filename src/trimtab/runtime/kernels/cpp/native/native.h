@@ -95,7 +95,7 @@ struct TileKernels {
     void (*attend_head)(const AttendHead& a);
     // Bounds of `count` keys [count, H]: bf16 [2, H], the least and the largest of each channel, rounded outwards.
     void (*bound)(const float* keys, int64_t count, int64_t width, uint16_t* bounds);
-    // The largest products that bounds [pieces, 2, H] allow, of queries whose negative and positive parts are added up.
+    // The largest products that bounds [pieces, 2, H] allow with a query, given as its negative and its positive part.
     void (*promise)(const float* negative, const float* positive, const uint16_t* bounds, int64_t pieces, int64_t width, float* out);
 };
 
