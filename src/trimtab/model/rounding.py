@@ -5,6 +5,8 @@ Legend: N outputs, K inputs of a matrix, G groups of a row, g columns of a group
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -80,13 +82,13 @@ def fit_scales(
 def _half(values: torch.Tensor, format: WeightFormat) -> torch.Tensor:
     rounded = values.half().float()
     if not torch.isfinite(rounded).all():
-        raise SpecError(f"{format}: a group of weights is beyond what an fp16 scale can express. Keep this matrix in floats.")
+        raise SpecError(
+            f"{format}: a group of weights is beyond what an fp16 scale can express. Keep this matrix in floats."
+        )
     return rounded
 
 
-def _codes(
-    w: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None, format: WeightFormat
-) -> torch.Tensor:
+def _codes(w: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None, format: WeightFormat) -> torch.Tensor:
     """Nearest codes as floats; a scale of 0 gives the code of 0 (symmetric) or of the minimum."""
     inverse = torch.where(scale != 0, 1.0 / scale, 0.0)
     if minimum is None:
@@ -105,7 +107,7 @@ class IntRule:
     """
 
     def __init__(
-        self, format: WeightFormat, shape: tuple[int, int], order: torch.Tensor, shares: tuple[float, ...] = SHARES
+        self, format: WeightFormat, shape: Sequence[int], order: torch.Tensor, shares: tuple[float, ...] = SHARES
     ) -> None:
         rows, cols = shape
         self.format, self.group, self.order, self.shares = format, format.group, order.tolist(), shares

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trimtab.errors import CalibrationError
+from trimtab.errors import CalibrationError, SpecError
 from trimtab.runtime.weights.packed import Packed, Weights, fingerprint
 from trimtab.spec import tree
 from trimtab.spec.leaves import LinearSpec
@@ -56,7 +56,7 @@ def change_blocks(
     windows: list[np.ndarray],
     wanted: Callable[[str], bool],
     observe: Callable[[str], Observer],
-    change: Callable[[Mapping[str, Observer], Weights], Mapping[str, Packed]],
+    change: Callable[[Mapping[str, Any], Weights], Mapping[str, Packed]],
 ) -> Weights:
     """Take calibration windows through the model and change its matrices on the way.
 
@@ -80,7 +80,9 @@ def change_blocks(
 
     count = len(old.layers)
     texts = hashlib.sha256(b"".join(np.asarray(window, np.int64).tobytes() + b"|" for window in windows)).hexdigest()
-    digest = hashlib.sha256(json.dumps([key, fingerprint(weights), old.hash, new.hash, texts]).encode()).hexdigest()[:24]
+    digest = hashlib.sha256(json.dumps([key, fingerprint(weights), old.hash, new.hash, texts]).encode()).hexdigest()[
+        :24
+    ]
     shelf = _Shelf(None if materials.cache is None else materials.cache / f"blocks-{digest}", new)
     before, hidden = shelf.finished(count)
     changed = weights
@@ -90,7 +92,7 @@ def change_blocks(
         return changed
     blocks = Blocks(old, weights, windows, None if hidden is None else [torch.from_numpy(h) for h in hidden])
     for index in materials.progress(key.partition(":")[0], range(len(before), count)):
-        after = blocks.visit(index, changed, wanted, observe, lambda found: change(found, changed))
+        after = blocks.visit(index, changed, wanted, observe, change)
         replaced = {path: packed for path, packed in after.items() if packed is not changed[path]}
         changed = after
         shelf.keep(index, replaced, [h.float().numpy() for h in blocks.hidden] if index + 1 < count else [])
@@ -127,7 +129,9 @@ class _Shelf:
         states = {f"{pack:04}": h for pack, h in enumerate(hidden)}
         if states:
             _write(self.folder / f"hidden-{index}.npz", states)
-        buffers = {f"{path}|{name}": buffer for path, packed in replaced.items() for name, buffer in packed.buffers.items()}
+        buffers = {
+            f"{path}|{name}": buffer for path, packed in replaced.items() for name, buffer in packed.buffers.items()
+        }
         shapes = json.dumps({path: [*packed.shape, packed.layout] for path, packed in replaced.items()})
         _write(self.folder / f"block-{index}.npz", buffers | {"shapes": np.frombuffer(shapes.encode(), np.uint8)})
         (self.folder / f"hidden-{index - 1}.npz").unlink(missing_ok=True)
@@ -185,7 +189,11 @@ def weight_paths(spec: ModelSpec) -> Iterable[tuple[str, LinearSpec]]:
     """As `matrices`, by the paths of their weights: experts one by one."""
     from trimtab.techniques.apply import linear_weights
 
-    return ((path, node) for path, node in linear_weights(spec) if path.startswith("layers.") and not path.endswith("router"))
+    return (
+        (path, node)
+        for path, node in linear_weights(spec)
+        if path.startswith("layers.") and not path.endswith("router")
+    )
 
 
 def check_floats(name: str, spec: ModelSpec, path: str, node: LinearSpec) -> None:

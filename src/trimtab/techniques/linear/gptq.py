@@ -38,7 +38,9 @@ class Gptq(Technique):
     needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
 
     bits: int = param(4, "bits of one code", "2..8")
-    group: int = param(64, "weights along the input that share a scale; must divide every row", "a divisor of the row length")
+    group: int = param(
+        64, "weights along the input that share a scale; must divide every row", "a divisor of the row length"
+    )
     sym: bool = param(True, "true: scale only; false: scale and minimum", "true, false")
     damp: float = param(0.01, "share of the mean diagonal added to the Hessian", "above 0, up to 1")
     tokens: str = param("unitnorm", "weight of a token in the Hessian", "unitnorm, cap, plain")
@@ -107,12 +109,20 @@ class Gptq(Technique):
                     return factor(h, self.damp, order)
 
                 how = inputs.once("factor", factored)
-                rule = IntRule(self.format, tuple(w_NK.shape), how.order, SHARES if self.search else (1.0,))
+                rule = IntRule(self.format, w_NK.shape, how.order, SHARES if self.search else (1.0,))
                 sweep(w_NK, how, rule)
                 replaced[path] = rule.packed()
             return replaced
 
         windows = windows_of(self.name, materials, self.samples, self.window)
         return change_blocks(
-            str(self), weights, old, new, materials, windows, paths.__contains__, lambda path: Inputs(self.tokens), change
+            str(self),
+            weights,
+            old,
+            new,
+            materials,
+            windows,
+            paths.__contains__,
+            lambda path: Inputs(self.tokens),
+            change,
         )
