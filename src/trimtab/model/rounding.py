@@ -132,3 +132,21 @@ class IntRule:
     def packed(self) -> Packed:
         """The matrix as codes and scales."""
         return packed_grid(self.codes, self.scale, None if self.format.sym else self.minimum, self.format)
+
+
+def rounded(w_NK: torch.Tensor, format: WeightFormat, cost_K: torch.Tensor | None = None) -> Packed:
+    """Round a matrix to the nearest points of an integer grid whose scales are searched for, without a sweep.
+
+    Args:
+        w_NK: float32 [N, K].
+        format: ``int``, by rows.
+        cost_K: what a squared error in each column costs; None = all alike.
+    """
+    rows, cols = w_NK.shape
+    cost_K = torch.ones(cols) if cost_K is None else cost_K
+    rule = IntRule(format, (rows, cols), torch.arange(cols))
+    for first in range(0, cols, format.group):
+        part = slice(first, first + format.group)
+        rule.start(first, w_NK[:, part], cost_K[part])
+        rule.codes[:, part] = _codes(w_NK[:, part], rule._scale, rule._minimum, format).numpy()
+    return rule.packed()
