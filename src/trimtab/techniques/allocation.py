@@ -40,7 +40,7 @@ UNITS = {
 }  # fmt: skip
 _NUMBER = re.compile(r"([0-9.]+(?:e-?[0-9]+)?) ?([A-Za-z]*)")
 #: Most bits whose effect is measured; above, every bit more is taken to leave a quarter of it, as a finer grid does.
-_MEASURED = 4
+_MEASURED = 3
 #: A decode step of this shape is what a budget of time or energy is about.
 STEP = Workload(batch=1, prompt=128, gen=128)
 
@@ -219,7 +219,7 @@ def sensitivities(
     probe: Callable[[str, int], Packed],
     materials: Materials,
     windows: int = 2,
-    window: int = 256,
+    window: int = 128,
 ) -> np.ndarray:
     """KL divergence in nats that rounding each group alone brings about [G, B], on calibration text.
 
