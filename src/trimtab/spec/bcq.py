@@ -66,9 +66,9 @@ class BcqFormat(WeightFormat):
         return CHUNK if self.mode == "lat" else 1
 
     def buffers(self, rows: int, cols: int) -> tuple[Buffer, ...]:
-        """``signs`` u8 [bits, rows, cols / 8], bit s of a byte is column 8 c + s, 1 for +1. ``scales`` u8 [row blocks, column blocks,
-        bits, apot]: a sign (bit 7) and an exponent plus 64 (bits 0..6); 0 is no term. The last block of rows may be shorter. In tiles ``signs`` are
-        [tiles, cols / 8, bits, 16].
+        """``signs`` u8 [bits, rows, cols / 8], in tiles [tiles, cols / 8, bits, 16]: bit s of a byte is column 8 c + s, 1 for +1.
+        ``scales`` u8 [row blocks, column blocks, bits, apot]: a sign (bit 7) and an exponent plus 64 (bits 0..6); 0 is no term.
+        The last block of rows may be shorter.
 
         Raises:
             SpecError: the row is no multiple of 8.
