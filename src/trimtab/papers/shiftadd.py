@@ -376,7 +376,9 @@ def singular_hessian(bench: Bench) -> Outcome:
 
 
 LINES = (
-    Line(id="a1", text="binary coding against a min-max grid, groups of 64", needed="<= 0.58, 0.98 (2, 3 bits); apot 3 within 2 %", check=coding_error),
+    Line(
+        id="a1", text="binary coding against a min-max grid", needed="<= 0.58, 0.98 (2, 3 bits); apot 3 within 2 %", check=coding_error
+    ),
     Line(id="a1", text="more rounds never worsen a group", needed="0", check=coding_never_worsens),
     Line(id="a1", text="Gaussian rows of 4096 at 3 bits", needed="<= 0.6", check=gaussian_rows),
     Line(id="a2", text="swept over unswept on held-out inputs", needed="<= 0.7", check=swept_against_unswept),
