@@ -132,15 +132,17 @@ def test_files_unused_for_longest_make_room(tmp_path: Path) -> None:
         BaseLogits(tmp_path).get(name * 40, _window(0))
         os.utime(next(tmp_path.glob(f"{name}*")), (1000 + age, 1000 + age))
     size = BaseLogits(tmp_path).nbytes // 4
+    again = BaseLogits(tmp_path)
+    again.get("0" * 40, _window(0))  # used again: 1 is now the oldest
+    assert again.computed == 0
     logits = BaseLogits(tmp_path, limit_bytes=4 * size)
-    logits.get("0" * 40, _window(0))  # used again: 1 is now the oldest
-    assert logits.computed == 0
+    logits.get("2" * 40, _window(0))
     logits.get("4" * 40, _window(0))
     assert sorted(path.name[0] for path in tmp_path.iterdir()) == ["0", "2", "3", "4"]
     for name in "567":
         logits.get(name * 40, _window(0))
     # what this run uses stays; beyond the limit nothing more is kept, so that windows do not push each other out
-    assert sorted(path.name[0] for path in tmp_path.iterdir()) == ["0", "4", "5", "6"]
+    assert sorted(path.name[0] for path in tmp_path.iterdir()) == ["2", "4", "5", "6"]
     assert logits.nbytes == 4 * size
     memory = BaseLogits(None, limit_bytes=2 * size)
     for name in "012":
@@ -240,6 +242,8 @@ def test_bad_input(fresh: Model) -> None:
         TextBench(fresh, TEXTS, window=1024)
     with pytest.raises(SpecError, match="nothing to score"):
         TextBench(fresh, TEXTS, window=1)
+    with pytest.raises(SpecError, match="windows=0"):
+        TextBench(fresh, TEXTS, window=16, windows=0)
     with pytest.raises(SpecError, match="key="):
         TextBench(shaken, TEXTS, window=16)
     with pytest.raises(SpecError, match="tokenizer"):

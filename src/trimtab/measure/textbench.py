@@ -140,7 +140,7 @@ class TextBench:
 
     Raises:
         CalibrationError: no text, or one shorter than a window.
-        SpecError: a window longer than the context, a text without a tokenizer, a base without a key.
+        SpecError: no window, one longer than the context, a text without a tokenizer, a base without a key.
     """
 
     def __init__(
@@ -159,6 +159,8 @@ class TextBench:
             raise CalibrationError("No text is given. Name at least one.")
         if window < 2:
             raise SpecError(f"A window of {window} tokens has nothing to score. Allowed: 2 or more. Try 1024.")
+        if windows is not None and windows < 1:
+            raise SpecError(f"windows={windows} is not possible. Allowed: 1 or more. Try 3.")
         variant = base.variant if isinstance(base, Model) else base
         if isinstance(variant, Variant):
             check_context(variant.spec, window, 0)
