@@ -58,8 +58,8 @@ def ngram_bits_per_byte(train: bytes, valid: bytes, order: int) -> float:
     Raises:
         SpecError: another order, or an empty text.
 
-    Source: Bell, Cleary and Witten, Text Compression, 1990 (escape method C); interpolated as in Chen and Goodman, An Empirical
-        Study of Smoothing Techniques for Language Modeling, 1998, section 2.5.
+    Source: Witten and Bell, The Zero-Frequency Problem, IEEE Transactions on Information Theory 37, 1991 (method C);
+        interpolated as in Chen and Goodman, An Empirical Study of Smoothing Techniques for Language Modeling, 1998, section 2.5.
 
     >>> round(ngram_bits_per_byte(b"abababab", b"abab", 2), 3)
     0.48
