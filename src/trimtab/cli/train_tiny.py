@@ -72,13 +72,15 @@ def register(group: typer.Typer) -> None:
         folder = folder_of(config, texts, count, seed) if out is None else out
         kept = out is None and folder.is_dir()
         start = time.perf_counter()
+        losses: list[float] = []
         report: dict[str, object] = {"schema": 1, "folder": str(folder), "steps": count, "kept": kept}
         with bars() as progress:
             if not kept:
                 with whole_folder(folder) as fresh:  # refuses a name that is taken now, not in four minutes
                     found = train_tiny(config, texts, count, seed, progress=progress)
                     found.write(fresh)
-                report |= {"time_s": time.perf_counter() - start, "loss": found.losses.tolist()}
+                losses = found.losses.tolist()
+                report |= {"time_s": time.perf_counter() - start, "loss": losses}
             loaded = trimtab.load(folder)
             if held_out is not None:
                 floors = {
@@ -97,8 +99,10 @@ def register(group: typer.Typer) -> None:
         if kept:
             typer.echo("it was trained before with these settings")
         else:
-            tail = float(found.losses[-max(1, count // 20) :].mean())
-            typer.echo(f"loss {found.losses[0]:.3f} nats at first, {tail:.3f} at last; {report['time_s']:.0f} s")
+            last = losses[-max(1, count // 20) :]
+            typer.echo(
+                f"loss {losses[0]:.3f} nats at first, {sum(last) / len(last):.3f} at last; {report['time_s']:.0f} s"
+            )
         if held_out is not None:
             typer.echo(
                 f"held-out text: {report['bits_per_byte']:.3f} bits per byte; counting n-grams of {report['ngram_order']} bytes "
