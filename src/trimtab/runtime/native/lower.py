@@ -93,8 +93,9 @@ def _missing(path: str, node: Node) -> str:
             return "A mixture of experts"
         if node.parallel or node.ranks > 1 or node.input_layernorm is None or node.post_attention_layernorm is None:
             return "A layer whose blocks run side by side"
-    if any(isinstance(product, Lmul | Rounded) for product in _products(node)):
-        return "A product by L-Mul, or of rounded floats,"
+    for product in _products(node):
+        if isinstance(product, Lmul | Rounded):
+            return f"A product of {'bits added (L-Mul)' if isinstance(product, Lmul) else 'rounded floats'}"
     if isinstance(node, AttentionSpec):
         return _missing_attention(node)
     if isinstance(node, FFNSpec):

@@ -27,7 +27,7 @@ inline IV rounded(IV field, int bits) {
     const int cut = 23 - bits;
     if (cut == 0) return field;
     const IV odd = (field >> cut) & 1;
-    return (field + ((1 << (cut - 1)) - 1) + odd) & ~((1 << cut) - 1);
+    return plus(field, odd + ((1 << (cut - 1)) - 1)) & ~((1 << cut) - 1);
 }
 
 // An operand as its product takes it: mantissa cut or rounded, below the smallest normal number zero, above the largest that one.
