@@ -13,7 +13,7 @@ from trimtab.runtime.kernels import lmul as kernels
 from trimtab.runtime.numerics import lmul as oracle
 from trimtab.runtime.numerics.floats import round_mantissa
 from trimtab.runtime.numerics.scaled import E4M3_VALUES, encode_e4m3, round_fp8
-from trimtab.spec.product import Lmul, Rounded
+from trimtab.spec.product import EXACT, Lmul, Rounded
 
 #: Zeros, subnormals, the ends of each range, infinities, NaN.
 CORNERS = np.array(
@@ -106,7 +106,12 @@ def test_threads_change_nothing() -> None:
 @pytest.mark.parametrize("acc", ["fp32", "bf16", "e4m3", "lmul-m"])
 @pytest.mark.parametrize(
     "product",
-    [{"mantissa": 4}, {"mantissa": 3, "exp": 4}, {"mantissa": 23, "carry": "formula"}, {"mantissa": 7, "round": "nearest"}],
+    [
+        {"mantissa": 4},
+        {"mantissa": 3, "exp": 4},
+        {"mantissa": 23, "carry": "formula"},
+        {"mantissa": 7, "round": "nearest"},
+    ],
     ids=str,
 )
 def test_sums_are_rounded_after_every_addition(isa: str, product: dict[str, Any], acc: str) -> None:
@@ -137,9 +142,13 @@ def test_rounded_floats(isa: str, mantissa: int, acc: str) -> None:
 
 @pytest.mark.parametrize("acc", ["bf16", "e4m3", "lmul-m"])
 def test_rounding_of_a_sum(isa: str, acc: str) -> None:
-    values = np.concatenate((CORNERS, numbers(4000, spread=12), E4M3_VALUES, np.float32(0.5) * E4M3_VALUES, -numbers(90, spread=120)))
+    values = np.concatenate(
+        (CORNERS, numbers(4000, spread=12), E4M3_VALUES, np.float32(0.5) * E4M3_VALUES, -numbers(90, spread=120))
+    )
     half_way = (E4M3_VALUES[:126] + E4M3_VALUES[1:127]) / 2
-    values = np.concatenate((values, half_way, np.nextafter(half_way, np.float32(0)), np.nextafter(half_way, np.float32(9e9))))
+    values = np.concatenate(
+        (values, half_way, np.nextafter(half_way, np.float32(0)), np.nextafter(half_way, np.float32(9e9)))
+    )
     rule = Lmul(mantissa=5, acc=acc)
     same_bits(kernels.rounded_sum(values, rule), oracle.rounded_sum(values, rule))
 
@@ -157,7 +166,220 @@ def test_fp8_rounding() -> None:
     same_bits(round_fp8(values, "e4m3"), E4M3_VALUES[encode_e4m3(values)])
     within = numbers(3000, spread=5)  # inside the normal range the two roundings are one
     within = within[np.abs(within) > 2**-6]
-    np.testing.assert_array_equal(round_mantissa(within, 3)[np.abs(within) < 448], round_fp8(within, "e4m3")[np.abs(within) < 448])
+    np.testing.assert_array_equal(
+        round_mantissa(within, 3)[np.abs(within) < 448], round_fp8(within, "e4m3")[np.abs(within) < 448]
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- the model
+
+
+def test_matrices_of_the_model(tiny_model: Any) -> None:
+    """A linear layer is the definition's sum over its stored values, bias and packed formats included."""
+    import torch
+
+    from trimtab.model.lmul import Approximate
+    from trimtab.runtime.numerics import decode, encode
+    from trimtab.runtime.weights.packed import Weights
+    from trimtab.spec.formats import FP32, WeightFormat
+    from trimtab.spec.leaves import LinearSpec
+
+    rule, x, bias = Lmul(mantissa=3, acc="bf16"), numbers(5, 32, seed=9), np.arange(24, dtype=np.float32)
+    for format in (FP32, WeightFormat(kind="int", bits=4, group=16)):
+        packed = encode(numbers(24, 32, seed=10, spread=2), format)
+        node = LinearSpec(n=24, k=32, format=format, product=rule)
+        layer = Approximate("w", node, Weights({"w": packed}))
+        found = layer(torch.from_numpy(x), torch.from_numpy(bias)).numpy()
+        same_bits(found, oracle.matmul(x, decode(packed), rule) + bias)
+
+
+def test_attention_multiplies_by_the_rule_and_softmax_exactly(tiny_model: Any) -> None:
+    """Scores and outputs of one block against the definition; a scale that is no power of two is one more product."""
+    import torch
+
+    from trimtab.model.lmul import mixed, scaled_dots
+
+    rule = Lmul(mantissa=4)
+    q, k, v = (
+        numbers(2, 6, 16, seed=11, spread=1),
+        numbers(2, 5, 16, seed=12, spread=1),
+        numbers(2, 5, 16, seed=13, spread=1),
+    )
+    dots = np.stack([oracle.matmul(a, b, rule) for a, b in zip(q, k, strict=True)])
+    tensors = [torch.from_numpy(x) for x in (q, k, v)]
+    same_bits(scaled_dots(*tensors[:2], 0.25, rule).numpy(), dots * np.float32(0.25))
+    scale = np.float32(1 / np.sqrt(24))
+    wanted = oracle.multiply(dots, np.full_like(dots, scale), rule)
+    same_bits(scaled_dots(*tensors[:2], float(scale), rule).numpy(), wanted)
+    weights = torch.softmax(torch.from_numpy(dots), -1)
+    found = mixed(weights, tensors[2], rule).numpy()
+    same_bits(found, np.stack([oracle.matmul(w, x.T, rule) for w, x in zip(weights.numpy(), v, strict=True)]))
+
+
+@pytest.mark.parametrize("scope", ["attn", "linear", "elementwise", "all"])
+def test_scopes_change_what_they_name(tiny_model: Any, tiny_materials: Any, scope: str) -> None:
+    """With operands and products as fine as floats are, logits move little; at two bits they move; elsewhere nothing does."""
+    from trimtab.techniques.apply import applied
+
+    ids = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]]
+    plain = tiny_model.logits(ids).numpy()
+    moved = {}
+    for mantissa in (2, 7):
+        with applied(tiny_model, f"lmul:scope={scope},mantissa={mantissa}", materials=tiny_materials) as model:
+            moved[mantissa] = float(np.abs(model.logits(ids).numpy() - plain).mean())
+            nodes = {
+                "attn": model.spec.layers[0].self_attn.product,
+                "linear": model.spec.layers[0].mlp.up_proj.product,
+                "elementwise": model.spec.layers[0].self_attn.rope.product,
+            }
+            assert {name for name, p in nodes.items() if p != EXACT} == ({scope} if scope != "all" else set(nodes))
+            assert (model.spec.lm_head.product != EXACT) == (scope == "all")
+            assert model.spec.norm.product == model.spec.layers[1].mlp.product == nodes["elementwise"]
+    assert 0 < moved[7] < moved[2]
+
+
+def test_elementwise_products(tiny_model: Any) -> None:
+    """A norm, the gate and rope by their definitions."""
+    import torch
+
+    from trimtab.model.linear import Norm
+    from trimtab.model.lmul import times_of
+    from trimtab.model.rope import rotate
+    from trimtab.runtime.numerics import encode
+    from trimtab.runtime.step import Step
+    from trimtab.runtime.weights.packed import Weights
+    from trimtab.spec.formats import FP32
+    from trimtab.spec.leaves import NormSpec
+
+    rule, step = Lmul(mantissa=3), Step.of([4], [0])
+    x, weight, bias = numbers(4, 12, seed=14, spread=1), numbers(12, seed=15, spread=1), numbers(12, seed=16, spread=1)
+    weights = Weights({"n": encode(weight, FP32), "n.bias": encode(bias, FP32)})
+
+    def times(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return oracle.multiply(*(np.ascontiguousarray(v) for v in np.broadcast_arrays(a, b)), rule)
+
+    for kind in ("rms", "layer"):
+        norm = Norm("n", NormSpec(size=12, kind=kind, bias=kind == "layer", format=FP32, product=rule), weights)
+        t = torch.from_numpy(x)
+        t = t - t.mean(-1, keepdim=True) if kind == "layer" else t
+        inverse = torch.rsqrt(t.pow(2).mean(-1, keepdim=True) + 1e-5).numpy()
+        wanted = times(times(t.numpy(), inverse), weight)
+        same_bits(norm(torch.from_numpy(x), step).numpy(), wanted + bias if kind == "layer" else wanted)
+    heads, angle = torch.from_numpy(numbers(4, 2, 6, seed=17, spread=1)), torch.arange(24.0).view(4, 6)
+    first, second = heads.numpy()[..., :3], heads.numpy()[..., 3:]
+    swapped = np.concatenate((-second, first), axis=-1)
+    cos, sin = angle.cos(), angle.sin()
+    wanted = times(heads.numpy(), cos.numpy()[:, None]) + times(swapped, sin.numpy()[:, None])
+    same_bits(rotate(heads, cos, sin, times_of(rule)).numpy(), wanted)
+
+
+def test_gradients_are_those_of_exact_products() -> None:
+    import torch
+
+    from trimtab.model.lmul import matmul, multiply
+
+    x, w, e = (torch.from_numpy(numbers(*shape, seed=s)) for s, shape in ((18, (5, 7)), (19, (4, 7)), (20, (7,))))
+    with pytest.raises(SpecError, match="ste=1"):
+        matmul(x.clone().requires_grad_(), w, Lmul())
+    rule = Lmul(ste=True)
+    for transposed in (False, True):
+        grads = []
+        for product in (rule, None):
+            a, b, c = (t.clone().requires_grad_() for t in (x, w.T.contiguous() if transposed else w, e))
+            b_NK = b.T if transposed else b
+            scaled = multiply(a, c, rule) if product else a * c
+            y = matmul(a, b, rule, transposed=transposed) if product else a @ b_NK.T
+            (y.sum() * 2 + (y * torch.arange(4.0)).sum() + scaled.sum()).backward()
+            grads.append((a.grad, b.grad, c.grad))
+        for found, wanted in zip(*grads, strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
+def test_dtypes_are_said(tiny_model: Any) -> None:
+    from trimtab.techniques.base import compose
+    from trimtab.techniques.registry import parse_all
+
+    half, brain = (tiny_model.spec.with_dtype(dtype) for dtype in ("float16", "bfloat16"))
+    with pytest.warns(UserWarning, match="mantissa=10 is taken as 7"):
+        spec = compose(brain, parse_all(["lmul:mantissa=10"]))
+    assert spec.layers[0].self_attn.product == Lmul(mantissa=7)
+    with pytest.warns(UserWarning, match="converted to fp32"):
+        compose(half, parse_all(["lmul"]))
+    compose(half, parse_all(["lmul:exp=5"]))
+
+
+def test_what_does_not_go_together(tiny_model: Any, tiny_materials: Any) -> None:
+    """Skipped rows are products of floats; the native program says why it does not run."""
+    from trimtab.errors import UnsupportedModelError
+    from trimtab.runtime.native import lowered_spec
+    from trimtab.techniques.base import compose
+    from trimtab.techniques.registry import parse_all
+
+    for pair in (["cats", "lmul:scope=linear"], ["lmul:scope=elementwise", "cats"]):
+        with pytest.raises(SpecError, match="transposed|skips rows"):
+            compose(tiny_model.spec, parse_all(pair))
+    for scope in ("attn", "linear", "elementwise"):
+        with pytest.raises(UnsupportedModelError, match=r"bits added \(L-Mul\).*has no native kernel"):
+            lowered_spec(compose(tiny_model.spec, parse_all([f"lmul:scope={scope}"])))
+
+
+# ----------------------------------------------------------------------------------------------------------- energy
+
+
+def test_energy_of_operations() -> None:
+    """The ratios of the paper, from Horowitz' table."""
+    from trimtab.predict.energy import gates, multiply_add_pj, product_pj, technology
+    from trimtab.spec.product import LookupTable
+
+    table = technology()
+    assert product_pj(Lmul(), "fp16", table) / product_pj(EXACT, "fp16", table) == pytest.approx(0.05 / 1.1)
+    assert product_pj(Lmul(), "fp32", table) / product_pj(EXACT, "fp32", table) == pytest.approx(0.1 / 3.7)
+    assert multiply_add_pj(Lmul(), "fp32", table) / multiply_add_pj(EXACT, "fp32", table) == pytest.approx(1.0 / 4.6)
+    assert multiply_add_pj(Lmul(), "bf16", table) / multiply_add_pj(EXACT, "bf16", table) == pytest.approx(0.45 / 1.5)
+    with pytest.raises(SpecError, match="LookupTable has no energy"):
+        product_pj(LookupTable(), "fp16", table)
+    with pytest.raises(SpecError, match="45nm"):
+        technology("7nm")
+    multiplier, adder = gates(4, 3)
+    assert adder < multiplier < gates(8, 23)[0]
+
+
+def test_energy_of_a_pass(tiny_model: Any) -> None:
+    """Terms of dot products are half the FLOPs; a scope lowers the price of its own terms alone; memory is as it was."""
+    from trimtab.graph.build import build
+    from trimtab.graph.count import count
+    from trimtab.graph.ops import StepShape
+    from trimtab.predict.energy import operation_energy
+    from trimtab.techniques.base import compose
+    from trimtab.techniques.registry import parse_all
+
+    base, step = tiny_model.spec, StepShape.of([3], [9], 1)
+    plain = operation_energy(base, "decode", step)
+    flops = {op.name: int(count(op, step, "tiled").flops) for op in build(base).ops}
+    assert plain.products_j == pytest.approx(sum(flops.values()) / 2 * 3.7e-12)
+    assert plain.sums_j == pytest.approx(sum(flops.values()) / 2 * 0.9e-12)
+    attended = sum(n for name, n in flops.items() if name.endswith("attend"))
+    found = {
+        s: operation_energy(compose(base, parse_all([f"lmul:scope={s}"])), "decode", step)
+        for s in ("attn", "elementwise", "all")
+    }
+    assert plain.products_j - found["attn"].products_j == pytest.approx(attended / 2 * 3.6e-12)
+    assert found["attn"].elementwise_j == plain.elementwise_j > found["elementwise"].elementwise_j
+    assert found["elementwise"].products_j == plain.products_j
+    assert found["all"].products_j == pytest.approx(sum(flops.values()) / 2 * 0.1e-12)
+    assert len({e.dram_j for e in (plain, *found.values())}) == 1
+
+
+def test_report_says_what_is_saved() -> None:
+    """A prediction with L-Mul tells the share of the whole model, and that no time is saved."""
+    from trimtab.predict.predict import predict
+    from trimtab.techniques.plan import make_plan
+
+    plain, added = (predict(make_plan("llama-2-7b", "a100", techniques=t)) for t in ((), ("lmul:scope=all",)))
+    assert plain.figures["tpot_s"].value == added.figures["tpot_s"].value
+    (note,) = (note for note in added.notes if "L-Mul" in note)
+    assert "95% less" in note and "no time is saved" in note and "0.4% of a decode step" in note
+    assert not any("L-Mul" in note for note in plain.notes)
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

@@ -52,9 +52,7 @@ class Rotary:
         return torch.where(beyond[:, None], long, self.inverse)
 
 
-def rotate(
-    x_TNH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, times: Times = torch.mul
-) -> torch.Tensor:
+def rotate(x_TNH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, times: Times = torch.mul) -> torch.Tensor:
     """Rotate the first R elements of every head; pairs are (i, i + R / 2). `times` multiplies with cosine and sine."""
     dim = cos_TR.shape[-1]
     turned, rest = x_TNH[..., :dim], x_TNH[..., dim:]

@@ -76,9 +76,7 @@ def every_pair_of_fp8(bench: Bench) -> Outcome:
             differ += _different(multiply(E4M3_VALUES[x], E4M3_VALUES[y], rule), wanted)
     finally:
         use_isa("auto")
-    return Outcome(
-        measured=f"{differ} of {x.size} pairs differ; numpy, {', '.join(_core.isas())}", met=differ == 0
-    )
+    return Outcome(measured=f"{differ} of {x.size} pairs differ; numpy, {', '.join(_core.isas())}", met=differ == 0)
 
 
 def _different(found: np.ndarray, wanted: np.ndarray) -> int:
@@ -166,8 +164,7 @@ def offset_helps(bench: Bench) -> Outcome:
 
 
 def fine_tuning(bench: Bench) -> Outcome:
-    """A tiny Llama trained in floats goes on for 200 updates with 3-bit L-Mul, or with exact products of 3-bit operands; both add
-    up in e4m3 everywhere."""
+    """A tiny Llama trained in floats goes on with 3-bit L-Mul, or exact products of 3-bit operands; both add up in e4m3."""
     from trimtab.spec import tree
     from trimtab.techniques.base import compose
     from trimtab.techniques.registry import parse_all

@@ -146,7 +146,7 @@ class Lmul(Product):
 
     @property
     def shift(self) -> int | None:
-        """l of the offset 2^-l; None = no offset.
+        """The l of the offset 2^-l; None = no offset.
 
         >>> [Lmul(mantissa=m).shift for m in (2, 3, 4, 5, 23)]
         [2, 3, 3, 4, 4]

@@ -92,7 +92,7 @@ def rounded_sum(values: np.ndarray, product: Lmul | Rounded) -> np.ndarray:
 
 
 def matmul(x: np.ndarray, w: np.ndarray, product: Lmul | Rounded) -> np.ndarray:
-    """y float32 [T, N] = x [T, K] @ W.T for W [N, K], summed in the order of K."""
+    """Return y float32 [T, N] = x [T, K] @ W.T for W [N, K], summed in the order of K."""
     if isinstance(product, Rounded):
         x, w = round_mantissa(x, product.mantissa), round_mantissa(w, product.mantissa)
     y = np.zeros((x.shape[0], w.shape[0]), np.float32)

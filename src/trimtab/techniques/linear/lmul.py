@@ -45,7 +45,7 @@ class Lmul(Technique):
 
     mantissa: int = param(4, "bits of mantissa that operands keep", "2..23")
     exp: int = param(8, "bits of exponent; 4 and 5 stay in the range of e4m3 and e5m2", "4, 5, 8")
-    scope: str | tuple[str, ...] = param("attn", "which products: one, or several as a|b", ", ".join(SCOPES))
+    scope: tuple[str, ...] | str = param("attn", "which products: one, or several as a|b", ", ".join(SCOPES))
     acc: str = param("fp32", "what partial sums are rounded to", ", ".join(product.ACCUMULATORS))
     round: str = param("trunc", "how operands lose bits", "trunc, nearest")
     carry: str = param("int", "int: into the exponent; formula: as the paper writes it", "int, formula")
@@ -106,7 +106,9 @@ class Lmul(Technique):
         wanted = dataclasses.replace(self.product, mantissa=kept, offset=offset)
         if self.has("linear"):
             for path, _ in spec.linears():
-                if (path.startswith("layers.") and not path.endswith("router")) or (path == "lm_head" and self.has("all")):
+                if (path.startswith("layers.") and not path.endswith("router")) or (
+                    path == "lm_head" and self.has("all")
+                ):
                     yield Edit(path, "product", wanted)
         for path, node in tree.walk(spec):
             if isinstance(node, AttentionSpec) and self.has("attn"):
