@@ -206,13 +206,13 @@ def test_attention_multiplies_by_the_rule_and_softmax_exactly(tiny_model: Any) -
         numbers(2, 5, 16, seed=13, spread=1),
     )
     dots = np.stack([oracle.matmul(a, b, rule) for a, b in zip(q, k, strict=True)])
-    tensors = [torch.from_numpy(x) for x in (q, k, v)]
-    same_bits(scaled_dots(*tensors[:2], 0.25, rule).numpy(), dots * np.float32(0.25))
+    q_GMH, k_GSH, v_GSH = (torch.from_numpy(x) for x in (q, k, v))
+    same_bits(scaled_dots(q_GMH, k_GSH, 0.25, rule).numpy(), dots * np.float32(0.25))
     scale = np.float32(1 / np.sqrt(24))
     wanted = oracle.multiply(dots, np.full_like(dots, scale), rule)
-    same_bits(scaled_dots(*tensors[:2], float(scale), rule).numpy(), wanted)
+    same_bits(scaled_dots(q_GMH, k_GSH, float(scale), rule).numpy(), wanted)
     weights = torch.softmax(torch.from_numpy(dots), -1)
-    found = mixed(weights, tensors[2], rule).numpy()
+    found = mixed(weights, v_GSH, rule).numpy()
     same_bits(found, np.stack([oracle.matmul(w, x.T, rule) for w, x in zip(weights.numpy(), v, strict=True)]))
 
 
@@ -227,14 +227,16 @@ def test_scopes_change_what_they_name(tiny_model: Any, tiny_materials: Any, scop
     for mantissa in (2, 7):
         with applied(tiny_model, f"lmul:scope={scope},mantissa={mantissa}", materials=tiny_materials) as model:
             moved[mantissa] = float(np.abs(model.logits(ids).numpy() - plain).mean())
+            layer: Any = model.spec.layers[1]
             nodes = {
-                "attn": model.spec.layers[0].self_attn.product,
-                "linear": model.spec.layers[0].mlp.up_proj.product,
-                "elementwise": model.spec.layers[0].self_attn.rope.product,
+                "attn": layer.self_attn.product,
+                "linear": layer.mlp.up_proj.product,
+                "elementwise": layer.self_attn.rope.product,
             }
             assert {name for name, p in nodes.items() if p != EXACT} == ({scope} if scope != "all" else set(nodes))
             assert (model.spec.lm_head.product != EXACT) == (scope == "all")
-            assert model.spec.norm.product == model.spec.layers[1].mlp.product == nodes["elementwise"]
+            final: Any = model.spec.norm
+            assert final.product == layer.mlp.product == layer.input_layernorm.product == nodes["elementwise"]
     assert 0 < moved[7] < moved[2]
 
 
@@ -302,7 +304,8 @@ def test_dtypes_are_said(tiny_model: Any) -> None:
     half, brain = (tiny_model.spec.with_dtype(dtype) for dtype in ("float16", "bfloat16"))
     with pytest.warns(UserWarning, match="mantissa=10 is taken as 7"):
         spec = compose(brain, parse_all(["lmul:mantissa=10"]))
-    assert spec.layers[0].self_attn.product == Lmul(mantissa=7)
+    attention: Any = spec.layers[0].self_attn
+    assert attention.product == Lmul(mantissa=7)
     with pytest.warns(UserWarning, match="converted to fp32"):
         compose(half, parse_all(["lmul"]))
     compose(half, parse_all(["lmul:exp=5"]))
@@ -393,7 +396,7 @@ def test_bad_values_get_a_sentence() -> None:
         ({"acc": "fp64"}, "fp32, bf16"),
         ({"round": "up"}, "trunc"),
         ({"carry": "float"}, "formula"),
-        ({"offset": "auot"}, "auto"),
+        ({"offset": "half"}, "auto"),
         ({"offset": 5}, "1..4"),
     ):
         with pytest.raises(SpecError, match=text):

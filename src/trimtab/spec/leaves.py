@@ -28,8 +28,8 @@ class LinearSpec(Node):
             ``fp8``, ``int8`` or ``fp4``.
         kernels: which of `PRODUCT_KERNELS` may multiply; of several, the native program takes the one that is fastest for the
             tokens at hand. Results agree to the rounding of floats.
-        product: how the product is computed where that is not by the values of the matrix; needs rows on an integer grid of at
-            most 4 bits, or ternary ones.
+        product: how the product is computed where that is not by the values of the matrix: see `spec.product`. Table lookup
+            needs rows on an integer grid of at most 4 bits, or ternary ones.
     """
 
     n: int

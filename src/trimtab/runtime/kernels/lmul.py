@@ -66,7 +66,8 @@ def matmul(
     Raises:
         SpecError: shapes that do not agree, or arrays that are not contiguous float32.
     """
-    _flat(x, "x"), _flat(w, "W")
+    for array, name in ((x, "x"), (w, "W")):
+        _flat(array, name)
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[not transposed]:
         raise SpecError(
             f"x {list(x.shape)} and W {list(w.shape)} do not agree. Allowed: [T, K] and {'[K, N]' if transposed else '[N, K]'}."
