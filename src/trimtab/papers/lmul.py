@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -116,9 +117,9 @@ def _quality(bench: Bench, how: str | Product, count: int = WINDOWS) -> Any:
         return variant.decoder(torch.from_numpy(piece), Step.of([len(piece)], [0]), None, wanted)
 
     def compute() -> Any:
-        base = bench.once("lmul.base", lambda: [logits(bench.model.variant, piece) for piece in pieces])
         variant, scores = _variant(bench, how), TokenScores()
-        for piece, plain in zip(pieces, base, strict=False):
+        for index, piece in enumerate(pieces):
+            plain = bench.once(f"lmul.base.{index}", functools.partial(logits, bench.model.variant, piece))
             scores.add(plain, logits(variant, piece), torch.from_numpy(piece[1:]))
         return scores.result()
 
