@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import trimtab
 from trimtab.errors import CalibrationError, SpecError
-from trimtab.measure.ngram import ngram_bits_per_byte
+from trimtab.measure.bits import bits_per_byte, ngram_bits_per_byte
 from trimtab.model.tensors import learned
 from trimtab.model.variant import Model
 from trimtab.runtime.numerics import decode, encode
@@ -213,6 +213,17 @@ def test_ngram_by_hand() -> None:
     assert ngram_bits_per_byte(train, valid, 3) == pytest.approx(-np.log2(p).mean())
     with pytest.raises(SpecError, match="1..8"):
         ngram_bits_per_byte(train, valid, 9)
+
+
+def test_bits_per_byte_by_hand(trained: TinyModel) -> None:
+    model, text = trained.model(), TEXTS["b"][:200]
+    ids = model.tokenizer.encode(text)
+    bits = []
+    for start in range(0, len(ids) - 15, 16):
+        p = model.logits(ids[start : start + 16])[0].double().softmax(-1)
+        bits += [-math.log2(p[i, ids[start + i + 1]]) for i in range(15)]
+    wanted = np.mean(bits) * len(ids) / len(text.encode())
+    assert bits_per_byte(model, text, 16) == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize(

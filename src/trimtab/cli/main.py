@@ -24,7 +24,7 @@ VERBS = {
     "measure": "Predicted beside measured, quality included.",
     "eval": "Quality alone: text, needles, or through the cache (kv).",
     "prepare": "Resolve every `auto` of a technique and keep what was found.",
-    "train": "Learn what a technique needs, the model's weights frozen.",
+    "train": "Learn what a technique needs, or a tiny model from scratch.",
     "calibrate": "Fit a Stack to this machine.",
     "validate": "Check predictions against recorded hardware.",
     "fit-stack": "Fit kernel constants to recorded latencies.",

@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import numpy as np
 
 from trimtab.errors import CalibrationError, SpecError
 from trimtab.runtime.numerics import decode, encode
-from trimtab.runtime.weights.packed import Weights
+from trimtab.runtime.weights.packed import Packed, Weights
 from trimtab.runtime.weights.random import random_weights
 from trimtab.spec.configs import spec_from_config
 from trimtab.spec.formats import FP32
@@ -142,22 +143,23 @@ class TinyModel:
         Raises:
             SpecError: something of that name is there.
         """
+        with whole_folder(Path(folder)) as fresh:
+            self.write(fresh)
+        return Path(folder)
+
+    def write(self, folder: Path) -> None:
+        """Write the files of `save` into a folder that is there."""
         from safetensors.numpy import save_file
 
-        with whole_folder(Path(folder)) as fresh:
-            tensors = {_tensor_name(path): _tensor(path, packed) for path, packed in self.weights.items()}
-            save_file(tensors, fresh / "model.safetensors", {"format": "pt"})
-            self.backend.save(str(fresh / "tokenizer.json"))
-            for name, content in (
-                ("config.json", self.config.llama(self.spec.vocab_size)),
-                ("tokenizer_config.json", {"eos_token": END, "model_max_length": self.config.context}),
-                (
-                    "training.json",
-                    self.made | {"config": dataclasses.asdict(self.config), "losses": self.losses.tolist()},
-                ),
-            ):
-                (fresh / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-        return Path(folder)
+        tensors = {_tensor_name(path): _tensor(packed) for path, packed in self.weights.items()}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        self.backend.save(str(folder / "tokenizer.json"))
+        for name, content in (
+            ("config.json", self.config.llama(self.spec.vocab_size)),
+            ("tokenizer_config.json", {"eos_token": END, "model_max_length": self.config.context}),
+            ("training.json", self.made | {"config": dataclasses.asdict(self.config), "losses": self.losses.tolist()}),
+        ):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 def train_tiny(
@@ -208,13 +210,38 @@ def tiny_folder(
     progress: Progress | None = None,
 ) -> Path:
     """The folder of a tiny model, trained now or before: kept under `home()` by the hash of settings and texts."""
+    folder = folder_of(config, texts, steps, seed)
+    if not folder.is_dir():
+        train_tiny(config, texts, steps, seed, progress=progress).save(folder)
+    return folder
+
+
+def folder_of(config: TinyConfig, texts: Mapping[str, str] | Sequence[str], steps: int, seed: int = 0) -> Path:
+    """Where `tiny_folder` keeps a model: one name for equal settings and texts."""
     listed = list(texts.values()) if isinstance(texts, Mapping) else list(texts)
     settings = [_REVISION, dataclasses.asdict(config), steps, seed, _text_hash(listed)]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    folder = home() / "models" / f"tiny-{digest}"
-    if not folder.is_dir():
-        train_tiny(config, listed, steps, seed, progress=progress).save(folder)
-    return folder
+    return home() / "models" / f"tiny-{digest}"
+
+
+def steps_within(config: TinyConfig, minutes: float) -> int:
+    """How many updates take so many minutes on this machine, by timing a few.
+
+    Raises:
+        SpecError: no time.
+    """
+    from trimtab.train.fit import Fit, fit
+
+    if not minutes > 0:
+        raise SpecError(f"minutes={minutes} is not possible. Allowed: above 0. Try 4.")
+    spec = spec_from_config(config.llama(), "tiny").with_dtype("float32")
+    ids = np.arange(config.batch * config.context * 2) % config.vocab
+    weights, taken = initial_weights(spec, 0), []
+    for steps in (1, 4):  # building the decoder and the first pass are in both
+        start = time.perf_counter()
+        fit(spec, weights, ids, Fit(steps=steps, batch=config.batch, window=config.context, lr=config.lr))
+        taken.append(time.perf_counter() - start)
+    return max(1, int(60 * minutes / max((taken[1] - taken[0]) / 3, 1e-4)))
 
 
 def train_tokenizer(texts: Sequence[str], vocab: int) -> Backend:
@@ -271,7 +298,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         yield fresh
         fresh.chmod(0o755)
-        fresh.replace(folder)  # an empty folder of that name gives way
+        try:
+            fresh.replace(folder)  # an empty folder of that name gives way
+        except OSError as error:
+            raise SpecError(f"{folder} could not be named: {error.strerror}. Give another name.") from None
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
@@ -281,7 +311,7 @@ def _tensor_name(path: str) -> str:
     return f"model.{path}.weight"
 
 
-def _tensor(path: str, packed: Any) -> np.ndarray:
+def _tensor(packed: Packed) -> np.ndarray:
     array = decode(packed)
     return np.ascontiguousarray(array[0] if len(array) == 1 else array)
 
