@@ -162,6 +162,24 @@ CASES = {
         ("tri-shape:sink=-1", "tri-shape:local=0", "tri-shape:last=0"),
         saves_time_only=True,
     ),
+    # Counts stay: what falls is the energy of multipliers, which `predict.energy` prices.
+    "lmul": Case(
+        ("lmul:mantissa=3,acc=bf16", "lmul:scope=all,mantissa=7,exp=5"),
+        None,
+        (
+            "lmul:mantissa=1",
+            "lmul:mantissa=24",
+            "lmul:exp=6",
+            "lmul:scope=softmax",
+            "lmul:scope=attn|mlp",
+            "lmul:acc=fp64",
+            "lmul:round=up",
+            "lmul:carry=float",
+            "lmul:offset=9",
+            "lmul:offset=x",
+        ),
+        saves_time_only=True,
+    ),
     "tmac": Case(
         ("tmac:bits=2,group=32,kernel=lut", "tmac:bits=ternary,group=-1"),
         None,
@@ -206,6 +224,7 @@ PAIRS = [
     "h2o:cap=8+gemfilter:layer=1,topk=12",
     "rtn:bits=4,group=16+tova:cap=8",
     "a-shape:sink=1,local=6+snapkv:cap=8,window=3",
+    "rtn:bits=4,group=16+lmul:scope=linear",
     f'duo:sink=1,recent=4,gates="{GATES}"+quest:budget=8,page=4,skip=0',
 ]
 #: These do not go with a ring in every head.

@@ -64,4 +64,103 @@ class LookupTable(Product):
             )
 
 
+#: What partial sums are rounded to after every addition; ``lmul-m``: to as many bits of mantissa as the operands keep.
+ACCUMULATORS = ("fp32", "bf16", "e4m3", "lmul-m")
+#: Bits of the stored mantissa of a float, and of its exponent.
+MANTISSA_BITS = {"fp32": 23, "bf16": 7, "fp16": 10}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounded(Product):
+    """Products of floats whose operands keep few bits of mantissa (ties to even) and any exponent; L-Mul is held against it.
+
+    Args:
+        mantissa: 3 is that of e4m3, 2 that of e5m2, 23 rounds nothing.
+        acc: of `ACCUMULATORS`; sums go in the order of the terms.
+        ste: gradients are those of exact products.
+
+    Raises:
+        SpecError: a value outside of these.
+    """
+
+    mantissa: int = 23
+    acc: str = "fp32"
+    ste: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.mantissa <= 23:
+            raise SpecError(f"mantissa={self.mantissa} is not possible. Allowed: 1..23.")
+        _check_acc(self.acc)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lmul(Product):
+    """A product of floats as one integer addition of their exponent and mantissa fields, plus 2^-l of a mantissa.
+
+    Args:
+        mantissa: bits of mantissa that operands keep.
+        exp: bits of the exponent: 8 as fp32 has them; 4 or 5: operands and products stay in the range of e4m3 or e5m2.
+        acc: of `ACCUMULATORS`; sums go in the order of the terms.
+        round: ``trunc`` cuts the mantissas of operands, ``nearest`` rounds them.
+        carry: ``int``: what the sum of the mantissas carries goes into the exponent, as an adder has it; ``formula``: (1 + sum
+            of the mantissas) times the power of two.
+        offset: ``auto`` for the l of the paper, ``none`` for no offset (Mitchell's product), or l itself.
+        ste: gradients are those of exact products; without it there are none.
+
+    Raises:
+        SpecError: a value outside of these.
+
+    Source: Luo and Sun, Addition is All You Need, arXiv 2410.00907, equation 1.
+    """
+
+    mantissa: int = 4
+    exp: int = 8
+    acc: str = "fp32"
+    round: str = "trunc"
+    carry: str = "int"
+    offset: str | int = "auto"
+    ste: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mantissa < 2:
+            raise SpecError(
+                f"mantissa={self.mantissa} is not possible: l(m) is undefined below 2. Allowed: 2..23. Try mantissa=2."
+            )
+        if self.mantissa > 23:
+            raise SpecError(f"mantissa={self.mantissa} is not possible. Allowed: 2..23. Try mantissa=23.")
+        if self.exp not in (4, 5, 8):
+            raise SpecError(f"exp={self.exp} is not possible. Allowed: 4, 5, 8. Try exp=8.")
+        _check_acc(self.acc)
+        for what, asked, allowed in (
+            ("round", self.round, ("trunc", "nearest")),
+            ("carry", self.carry, ("int", "formula")),
+        ):
+            if asked not in allowed:
+                raise SpecError(f"{what}={asked} is not possible. Allowed: {', '.join(allowed)}.")
+        if self.offset not in ("auto", "none") and not (
+            isinstance(self.offset, int) and 1 <= self.offset <= self.mantissa
+        ):
+            raise SpecError(
+                f"offset={self.offset} is not possible. Allowed: auto, none, or l = 1..{self.mantissa} for an offset of 2^-l."
+            )
+
+    @property
+    def shift(self) -> int | None:
+        """The l of the offset 2^-l; None = no offset.
+
+        >>> [Lmul(mantissa=m).shift for m in (2, 3, 4, 5, 23)]
+        [2, 3, 3, 4, 4]
+        """
+        if self.offset == "none":
+            return None
+        if isinstance(self.offset, int):
+            return self.offset
+        return self.mantissa if self.mantissa <= 3 else 3 if self.mantissa == 4 else 4
+
+
+def _check_acc(acc: str) -> None:
+    if acc not in ACCUMULATORS:
+        raise SpecError(f"acc={acc} is not possible. Allowed: {', '.join(ACCUMULATORS)}.")
+
+
 EXACT = Product()

@@ -28,7 +28,7 @@ from trimtab.spec.formats import FP32, WeightFormat
 from trimtab.spec.leaves import EmbeddingSpec, LinearSpec, NormSpec
 from trimtab.spec.model import ModelSpec
 from trimtab.spec.nodes import NO_FLOW, AttentionSpec, FFNSpec, GateFirst, LayerSpec
-from trimtab.spec.product import EXACT, LookupTable, Product
+from trimtab.spec.product import EXACT, Lmul, LookupTable, Product, Rounded
 from trimtab.spec.tree import Node
 
 #: Hugging Face names of activations -> index in `Act` of `cpp/kernels.h`.
@@ -93,6 +93,9 @@ def _missing(path: str, node: Node) -> str:
             return "A mixture of experts"
         if node.parallel or node.ranks > 1 or node.input_layernorm is None or node.post_attention_layernorm is None:
             return "A layer whose blocks run side by side"
+    for product in _products(node):
+        if isinstance(product, Lmul | Rounded):
+            return f"A product of {'bits added (L-Mul)' if isinstance(product, Lmul) else 'rounded floats'}"
     if isinstance(node, AttentionSpec):
         return _missing_attention(node)
     if isinstance(node, FFNSpec):
@@ -114,6 +117,13 @@ def _missing(path: str, node: Node) -> str:
     if isinstance(node, NormSpec) and not node.weight:
         return "A norm without weights"
     return ""
+
+
+def _products(node: Node) -> tuple[Product, ...]:
+    """How a node multiplies."""
+    rope = node.rope if isinstance(node, AttentionSpec) else None
+    own = node.product if isinstance(node, LinearSpec | NormSpec | FFNSpec | AttentionSpec) else EXACT
+    return (own, EXACT if rope is None else rope.product)
 
 
 def _missing_gate_first(node: FFNSpec) -> str:
