@@ -17,11 +17,13 @@ CHECKS = {
     16: "trimtab.papers.duoattention",
     34: "trimtab.papers.flashdecpp",
     39: "trimtab.papers.tmac",
+    43: "trimtab.papers.bitmod",
     49: "trimtab.papers.kivi",
     52: "trimtab.papers.gemfilter",
     60: "trimtab.papers.cats",
     61: "trimtab.papers.scbench",
     66: "trimtab.papers.think",
+    76: "trimtab.papers.olive",
     83: "trimtab.papers.bfp_ksort",
 }
 
