@@ -83,6 +83,14 @@ CASES = {
             "olive:both=right",
         ),
     ),
+    "awq": Case(
+        (
+            "awq:bits=4,group=16,samples=512,window=128",
+            "awq:bits=3,group=32,sym=true,search=false,samples=256,window=128",
+        ),
+        None,
+        ("awq:bits=9", "awq:group=-1", "awq:group=37", "awq:tokens=x", "awq:samples=0"),
+    ),
     "cats": Case(
         ("cats:sparsity=0.5", "cats:sparsity=0.8,prefill_sparse=false"),
         "cats:sparsity=0",
