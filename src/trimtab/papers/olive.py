@@ -359,7 +359,7 @@ def refuses_bad_input(bench: Bench) -> Outcome:
     from trimtab.techniques.plan import make_plan
 
     def broken() -> None:
-        path = "layers.0.mlp.gate_proj"
+        path = "layers.0.post_attention_layernorm"
         w = bench.model.weights[path].buffers["data"].copy()
         w[0, 0] = np.nan
         model = Model(Variant(bench.model.spec, bench.model.weights | {path: packed_float(w, "fp32")}))
@@ -375,7 +375,7 @@ def refuses_bad_input(bench: Bench) -> Outcome:
             lambda: largest_input(np.full((1, 14336), 2**13), PairFormat(bits=8, group=2), "down_proj"),
             "K=14336",
         ),
-        "NaN in calibration": (broken, "not finite"),
+        "NaN in calibration": (broken, "gate_proj is not finite"),
     }
     missed = []
     for name, (case, words) in cases.items():
