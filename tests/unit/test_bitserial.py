@@ -64,11 +64,11 @@ def test_bit_serial_refusals() -> None:
 
 
 def matrix(
-    rng: np.random.Generator, wbits: int, wnormal: str, product: ExponentInteger, rows: int, cols: int
+    rng: np.random.Generator, wbits: int, weight_normal: str, product: ExponentInteger, rows: int, cols: int
 ) -> tuple[Any, Packed, float]:
     from trimtab.model.integers import ExponentIntegers
 
-    format = PairFormat(bits=wbits, normal=wnormal, group=cols)
+    format = PairFormat(bits=wbits, normal=weight_normal, group=cols)
     packed = encode((rng.standard_t(3, (rows, cols)) * 0.05).astype(np.float32), format)
     scale = float(np.float16(0.07))
     weights = Weights({"m": packed, "m.act_scale": packed_float(np.array([scale], np.float32), "fp32")})
@@ -76,19 +76,21 @@ def matrix(
     return ExponentIntegers("m", node, weights), packed, scale
 
 
-@pytest.mark.parametrize("wbits, wnormal", [(4, "int"), (4, "flint"), (8, "int")])
-@pytest.mark.parametrize("abits, anormal", [(4, "int"), (4, "flint"), (8, "int")])
-def test_integer_products_are_those_of_the_float_grid(wbits: int, wnormal: str, abits: int, anormal: str) -> None:
+@pytest.mark.parametrize("wbits, weight_normal", [(4, "int"), (4, "flint"), (8, "int")])
+@pytest.mark.parametrize("abits, act_normal", [(4, "int"), (4, "flint"), (8, "int")])
+def test_integer_products_are_those_of_the_float_grid(
+    wbits: int, weight_normal: str, abits: int, act_normal: str
+) -> None:
     import torch
 
     rng = np.random.default_rng(0)
-    product = ExponentInteger(bits=abits, normal=anormal)
-    rule, packed, scale = matrix(rng, wbits, wnormal, product, 7, 96)
+    product = ExponentInteger(bits=abits, normal=act_normal)
+    rule, packed, scale = matrix(rng, wbits, weight_normal, product, 7, 96)
     x = (rng.standard_t(2, (5, 96)) * (0.3 if abits == 4 else 3)).astype(np.float32)
     x[0, 3] = 500.0  # an outlier among outliers
     coded = rule.inputs_TK(x)
     # What the decoder of a pair hands to the multiplier: small integers, and the shift that is the sum of two exponents.
-    act = PairFormat(bits=abits, normal=anormal, group=96)
+    act = PairFormat(bits=abits, normal=act_normal, group=96)
     codes = pairs.pair_codes(np.clip(x / np.float32(scale), -rule.limit, rule.limit), act)
     e, i = (table.reshape(-1)[pairs._table_places(codes, act)] for table in pairs.exponent_integers(act))
     f, j = (

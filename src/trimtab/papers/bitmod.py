@@ -175,7 +175,7 @@ def terms_are_exact(bench: Bench) -> Outcome:
         packed = encode(w, format)
         codes, scale, choice = parts_of(packed)
         values = np.array(format.tables, np.int64)[np.repeat(choice, GROUP, axis=1), codes]
-        sums = np.einsum("tge,nge->tng", fixed_point(x).reshape(4, -1, GROUP), values.reshape(len(w), -1, GROUP))
+        sums = np.einsum("tgk,ngk->tng", fixed_point(x).reshape(4, -1, GROUP), values.reshape(len(w), -1, GROUP))
         same += int(np.array_equal(bitserial_dot(x, packed), scaled_sums(sums, scale)))
     met &= same == len(kinds) and cycles[3] <= 2 and cycles[4] <= 2 and cycles[6] == 3 and cycles[8] == 4
     listed = ", ".join(f"{bits} bits {count}" for bits, count in sorted(cycles.items()))
