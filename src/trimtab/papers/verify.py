@@ -19,6 +19,7 @@ CHECKS = {
     39: "trimtab.papers.tmac",
     43: "trimtab.papers.bitmod",
     49: "trimtab.papers.kivi",
+    51: "trimtab.papers.shiftadd",
     52: "trimtab.papers.gemfilter",
     60: "trimtab.papers.cats",
     61: "trimtab.papers.scbench",

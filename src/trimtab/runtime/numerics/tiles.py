@@ -78,17 +78,17 @@ def untile(packed: Packed) -> Packed:
     """Undo `tile`: floats and codes by rows. Super-block formats have no rows of their own; see `decode_tiles`.
 
     Raises:
-        SpecError: a super-block format.
+        SpecError: a super-block format, or another one without rows of its own.
     """
     module = codec_of(packed.format)
-    if module:
+    if module and hasattr(module, "untile"):
         return module.untile(packed)
     format, rows = packed.format, packed.shape[0]
+    if not format.is_float and format.kind != "int":
+        raise SpecError(f"{format} cannot be brought back to rows.")
     plain = WeightFormat(kind=format.kind, bits=format.bits, group=format.group, sym=format.sym)
     if format.is_float:
         return Packed(plain, packed.shape, {"data": _float_rows(packed)})
-    if format.kind != "int":
-        raise SpecError(f"{format} cannot be brought back to rows.")
     from trimtab.runtime.kernels import pack_codes
 
     found = {"codes": pack_codes(code_rows(packed), format.bits)}
