@@ -49,6 +49,40 @@ CASES = {
         None,
         ("gptq:bits=1", "gptq:group=0", "gptq:group=37", "gptq:damp=0", "gptq:tokens=x", "gptq:order=y"),
     ),
+    "bitmod": Case(
+        ("bitmod:bits=4,group=32", "bitmod:group=16,scale_bits=16,metric=awq,base=awq"),
+        None,
+        (
+            "bitmod:bits=2",
+            "bitmod:bits=6,types=ant",
+            "bitmod:types=nf4",
+            "bitmod:group=8",
+            "bitmod:group=64",
+            "bitmod:group=1024",
+            "bitmod:bits=4,types=mx",
+            "bitmod:scale_bits=4",
+            "bitmod:metric=kl",
+            "bitmod:base=omniquant",
+            "bitmod:types=intasym,metric=awq",
+        ),
+    ),
+    "olive": Case(
+        ("olive:abits=16,normal=flint,search=75:250:50", "olive:search=100:250:50"),
+        None,
+        (
+            "olive:wbits=3",
+            "olive:wbits=16",
+            "olive:abits=6",
+            "olive:normal=nf4",
+            "olive:normal=ifif",
+            "olive:wbits=8,abits=16,normal=flint",
+            "olive:sigma=0",
+            "olive:search=75:250",
+            "olive:search=250:75:2",
+            "olive:kv=1",
+            "olive:both=right",
+        ),
+    ),
     "awq": Case(
         (
             "awq:bits=4,group=16,samples=512,window=128",
@@ -206,6 +240,8 @@ CASES = {
 SETTINGS = [setting for case in CASES.values() for setting in case.settings]
 PAIRS = [
     "rtn:bits=4,group=16+cats:sparsity=0.5",
+    "bitmod:bits=4,group=32+gemfilter:layer=1,topk=7",
+    "olive:normal=int,search=100:250:50+kivi:bits=4,group=8,residual=8",
     "rtn:bits=4,group=16+gemfilter:layer=1,topk=7",
     "rtn:bits=4,group=16+streaming-llm:sink=2,recent=6",
     "rtn:bits=4,group=16+tmac:kernel=lut",

@@ -18,12 +18,14 @@ CHECKS = {
     29: "trimtab.papers.lmul",
     34: "trimtab.papers.flashdecpp",
     39: "trimtab.papers.tmac",
+    43: "trimtab.papers.bitmod",
     49: "trimtab.papers.kivi",
     51: "trimtab.papers.shiftadd",
     52: "trimtab.papers.gemfilter",
     60: "trimtab.papers.cats",
     61: "trimtab.papers.scbench",
     66: "trimtab.papers.think",
+    76: "trimtab.papers.olive",
     83: "trimtab.papers.bfp_ksort",
 }
 

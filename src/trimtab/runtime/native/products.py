@@ -80,7 +80,8 @@ def as_tiles(packed: Packed, format: WeightFormat, buffers: dict[str, np.ndarray
         for name, buffer in packed.buffers.items():
             buffers[name][...] = buffer
         return Packed(format, packed.shape, buffers)
-    if packed.format.kind in LOOKUP_KINDS or format.kind in LOOKUP_KINDS:
+    kinds = {packed.format.kind, format.kind}
+    if kinds & {*LOOKUP_KINDS} or kinds == {"grid", "int"}:
         return lay_out(packed, format.kind, buffers)
     return tile(packed, buffers)
 

@@ -12,6 +12,7 @@ from trimtab.runtime.numerics.grid import nearest_points
 from trimtab.runtime.numerics.tiles import PLAIN_BLOCKS, allocate, by_column, grid_of, to_tiles
 from trimtab.runtime.weights.packed import Packed
 from trimtab.spec.formats import PLANE_KINDS, TILE_ROWS, UNIT_COLS, WeightFormat
+from trimtab.spec.grids import GridFormat
 
 
 def grid_format(format: WeightFormat, kind: str) -> WeightFormat | None:
@@ -24,6 +25,8 @@ def grid_format(format: WeightFormat, kind: str) -> WeightFormat | None:
         return WeightFormat(kind="int", bits=2, group=group, tiled=True) if kind == "int" else None
     if format.kind in PLAIN_BLOCKS:
         (bits, sym), group = PLAIN_BLOCKS[format.kind], 32
+    elif isinstance(format, GridFormat) and format.grid == "int" and format.scale == "fp16":
+        sym = True
     elif format.kind != "int" and format.kind not in PLANE_KINDS:
         return None
     if kind in PLANE_KINDS and bits > 4:
@@ -35,7 +38,8 @@ def lay_out(packed: Packed, kind: str, buffers: dict[str, np.ndarray] | None = N
     """Store a matrix on an integer grid as ``int`` tiles, ``bitplane`` or ``bitlane``: codes and scales stay what they are.
 
     Args:
-        packed: integer rows, integer tiles, planes, ternary or simple ggml blocks, not transposed.
+        packed: integer rows, integer tiles, planes, ternary, symmetric integers of `spec.grids`, or simple ggml blocks, not
+            transposed.
         kind: of the result.
         buffers: where to write; None allocates.
 
