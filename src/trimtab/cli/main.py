@@ -24,6 +24,7 @@ VERBS = {
     "measure": "Predicted beside measured, quality included.",
     "eval": "Quality alone: text, needles, or through the cache (kv).",
     "prepare": "Resolve every `auto` of a technique and keep what was found.",
+    "convert": "Save a model with techniques on it: safetensors, GGUF, or our own form.",
     "train": "Learn what a technique needs, the model's weights frozen.",
     "calibrate": "Fit a Stack to this machine.",
     "validate": "Check predictions against recorded hardware.",
