@@ -88,7 +88,7 @@ def _per_block(scale: np.ndarray, group: int, cols: int, block: int) -> np.ndarr
 
 def _grid(codes: np.ndarray, scales: list[np.ndarray], bits: int) -> np.ndarray:
     """q4_0, q4_1, q5_0, q5_1 and q8_0 of codes [N, B, 32] and scales fp16 [N, B]."""
-    parts = [np.ascontiguousarray(scale)[:, :, None].view(np.uint8) for scale in scales]
+    parts: list[np.ndarray] = [np.ascontiguousarray(scale)[:, :, None].view(np.uint8) for scale in scales]
     if bits == 8:
         parts.append(codes ^ 0x80)  # offset by 128 to signed
     else:

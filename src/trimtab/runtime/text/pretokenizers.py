@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from trimtab.errors import UnsupportedModelError, did_you_mean
 
+#: Words as GPT-2 cuts them: what a byte-level pre-tokenizer does by itself.
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _DIGIT = r"\p{N}"
 _HAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"

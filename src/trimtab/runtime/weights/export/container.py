@@ -69,7 +69,7 @@ def write_arrays(stream: BinaryIO, entries: Sequence[Entry], progress: Progress,
         array = np.ascontiguousarray(entry.data())
         if array.nbytes != entry.nbytes:
             raise AssertionError(f"{entry.name}: {array.nbytes} bytes where {entry.nbytes} were announced")
-        stream.write(memoryview(array.reshape(-1).view(np.uint8)))
+        stream.write(array.reshape(-1).view(np.uint8).data)
         stream.write(bytes(-entry.nbytes % align))
     stream.flush()
     os.fsync(stream.fileno())

@@ -139,7 +139,11 @@ def write_header(stream: BinaryIO, metadata: Mapping[str, Value], entries: Seque
     """
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(entries), len(metadata))]
     for key, (kind, value) in metadata.items():
-        parts += [_text(key), struct.pack("<I", kind), value if isinstance(value, bytes) else b"".join(_bytes(kind, value))]
+        parts += [
+            _text(key),
+            struct.pack("<I", kind),
+            value if isinstance(value, bytes) else b"".join(_bytes(kind, value)),
+        ]
     offset = 0
     for entry in entries:
         parts += [

@@ -81,9 +81,9 @@ def _shapes(spec: ModelSpec, architecture: str) -> dict[str, Value]:
             found["expert_feed_forward_length"] = 4, ffn.experts.intermediate_size
         if ffn.shared is not None:
             found["expert_shared_feed_forward_length"] = 4, ffn.shared.intermediate_size
-    windows = {layer.self_attn.window for layer in layers if isinstance(layer.self_attn, AttentionSpec)} - {None}
+    windows = [a.window for a in _attentions(spec) if a.window is not None]
     if windows:
-        found["attention.sliding_window"] = 4, min(windows)
+        found["attention.sliding_window"] = 4, windows[0]
     whole = next((a for a in _attentions(spec) if a.window is None), attention)
     if whole.rope is not None:
         found["rope.dimension_count"] = 4, whole.rope.dim

@@ -6,6 +6,7 @@ What is written is read back and must give the same tokens, or nothing is writte
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def _pre(data: dict[str, Any], ignore_merges: bool, folder: Path) -> str:
     raise SpecError(f"{folder}: no name of tokenizer.ggml.pre stands for how its tokenizer cuts text into words.")
 
 
-def _stages(found: dict[str, Any]):
+def _stages(found: dict[str, Any]) -> Iterator[str]:
     kind = found.get("type")
     if kind == "Sequence":
         for part in found["pretokenizers"]:

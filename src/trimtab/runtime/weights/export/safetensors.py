@@ -125,7 +125,9 @@ def _layout(job: Job) -> tuple[dict[str, Any], Mapping[str, Source]]:
         file = GgufFile(source)
         config = config_from_gguf(file.metadata, file.tensors)
         # What the config says must be the model: GGUF files may hold more, rotary factors for one.
-        plain, same = (each.with_dtype("float32", keep_packed=False) for each in (spec_from_config(config, spec.name), job.base))
+        plain, same = (
+            each.with_dtype("float32", keep_packed=False) for each in (spec_from_config(config, spec.name), job.base)
+        )
         if why := unsaid(same, plain, Weights({})):
             raise SpecError(f"A config cannot say this of {source.name}: {why}.")
         return config, places(spec, spelling, gguf=False)
@@ -150,7 +152,9 @@ def _notes(tensors: Sequence[Whole]) -> tuple[str, ...]:
             if not name.endswith(f".{group[0]}.weight"):
                 continue
             if any(schemes.get(name.replace(group[0], other), form) != form for other in group[1:]):
-                found.append(f"{name} and its neighbours {', '.join(group[1:])} differ in format; vLLM, which joins them, refuses that")
+                found.append(
+                    f"{name} and its neighbours {', '.join(group[1:])} differ in format; vLLM, which joins them, refuses that"
+                )
                 break
     return tuple(found)
 
@@ -238,4 +242,3 @@ def quantization_config(wholes: Sequence[Whole]) -> dict[str, Any]:
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
-

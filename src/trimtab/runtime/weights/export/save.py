@@ -85,4 +85,6 @@ def existing(out: Path, source: Path, force: bool) -> dict[str, Any] | None:
     if found is not None or (out.is_dir() and not any(out.iterdir())):
         return found
     more = " --force replaces only what trimtab convert wrote." if force else ""
-    raise SpecError(f"{out} exists and trimtab convert did not write it.{more} Give another name, or remove it yourself.")
+    raise SpecError(
+        f"{out} exists and trimtab convert did not write it.{more} Give another name, or remove it yourself."
+    )

@@ -46,7 +46,9 @@ def write_tokenizer(source: Path, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", config)
     ends = sorted(tokenizer.eog_ids, key=lambda index: (index != tokenizer.eos_id, index))
     generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
-    write_json(folder / "generation_config.json", {key: value for key, value in generation.items() if value is not None})
+    write_json(
+        folder / "generation_config.json", {key: value for key, value in generation.items() if value is not None}
+    )
 
 
 def _with_wrapping(tokenizer: Tokenizer) -> str:
