@@ -130,6 +130,8 @@ def _layout(job: Job) -> tuple[dict[str, Any], Mapping[str, Source]]:
         )
         if why := unsaid(same, plain, Weights({})):
             raise SpecError(f"A config cannot say this of {source.name}: {why}.")
+        for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):  # else transformers takes its family's
+            config[f"{role}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
         return config, places(spec, spelling, gguf=False)
     config = read_config(source)
     if "text_config" in config:
