@@ -445,3 +445,13 @@ def test_scheme_and_carrier_agree_on_what_is_symmetric() -> None:
     assert safetensors.scheme(WeightFormat(kind="int", bits=4, group=64), 64) == (4, 0)  # one group is a row
     assert carrier(WeightFormat(kind="int", bits=4, group=48), 96) is None
     assert carrier(WeightFormat(kind="ternary", group=300, tiled=True), 256) == "tq2_0"
+
+
+def test_a_saved_model_is_priced_as_it_was_saved(folder: Path, tmp_path: Path) -> None:
+    out = trimtab.convert(folder, tmp_path / "out", techniques=["rtn", "kivi:group=16"], to="own").out
+    spec, _ = variant(folder, "rtn", "kivi:group=16")
+    plan = trimtab.make_plan(str(out), "a100")
+    assert plan.base == spec and plan.dtype == "fp32"
+    loaded = trimtab.load(out, kv_dtype="int8")
+    assert loaded.spec == spec  # its cache is what the techniques made of it
+    assert trimtab.predict(plan).counts["weight_bytes"] == loaded.weights.nbytes
