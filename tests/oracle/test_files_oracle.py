@@ -44,6 +44,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "llama-3": ("LlamaConfig", {**_GQA, "rope_parameters": _LLAMA3}, True),
     "mistral": ("MistralConfig", {**_GQA, "sliding_window": None, "head_dim": 32}, True),
     "mixtral": ("MixtralConfig", {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}, True),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {**_GQA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+        True,
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**_GQA, "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+        True,
+    ),
+    "bloom": ("BloomConfig", {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": 96}, True),
     "qwen2": ("Qwen2Config", _GQA, True),
     "qwen3": ("Qwen3Config", {**_GQA, "head_dim": 32}, True),
     "gemma2": ("Gemma2Config", {**_GQA, "head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32}, True),

@@ -455,3 +455,18 @@ def test_a_saved_model_is_priced_as_it_was_saved(folder: Path, tmp_path: Path) -
     loaded = trimtab.load(out, kv_dtype="int8")
     assert loaded.spec == spec  # its cache is what the techniques made of it
     assert trimtab.predict(plan).counts["weight_bytes"] == loaded.weights.nbytes
+
+
+def test_matrices_a_technique_left_alone_get_their_blocks_back(folder: Path, tmp_path: Path) -> None:
+    """`cats` starts from floats, for it stores some matrices otherwise; the others are blocks of the file before and after."""
+    source = trimtab.convert(folder, tmp_path / "m.gguf", techniques=["rtn"]).out
+    materials = Materials(texts={"here": TEXT * 4}, window=64, windows=2, cache=None)
+    out = trimtab.convert(source, tmp_path / "out", techniques=["cats"], materials=materials).out
+    stored, found = open_model(source, "file"), open_model(out)
+    for path in ("layers.0.self_attn.q_proj", "layers.1.mlp.gate_proj"):
+        assert found.weights[path].format.kind == "q4_0"
+        np.testing.assert_array_equal(found.weights[path].buffers["blocks"], stored.weights[path].buffers["blocks"])
+    assert found.weights["layers.0.mlp.down_proj"].layout == "transposed"
+    assert found.weights.nbytes == found.spec.weight_nbytes()
+    model = trimtab.load(source, techniques=["cats"], materials=materials)
+    assert (trimtab.load(out).logits(IDS) == model.logits(IDS)).all()
