@@ -134,7 +134,13 @@ def test_we_decode_blocks_of_ggml_to_its_values(kind: str) -> None:
 
 def test_a_file_of_ternary_and_mxfp4_blocks_is_read(folders: Callable[[str], Path], tmp_path: Path) -> None:
     """Rows of 256 in a file the gguf package wrote; q and k rows are put in order in packed form."""
-    sizes = {"context_length": 64, "embedding_length": 256, "block_count": 1, "feed_forward_length": 256, "attention.head_count": 4}
+    sizes = {
+        "context_length": 64,
+        "embedding_length": 256,
+        "block_count": 1,
+        "feed_forward_length": 256,
+        "attention.head_count": 4,
+    }
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     for key, value in sizes.items():
         writer.add_uint32(f"llama.{key}", value)

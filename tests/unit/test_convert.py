@@ -114,7 +114,15 @@ def assert_values(ours: Weights, theirs: Weights) -> None:
 
 
 def test_every_spec_comes_back_equal_and_with_its_hash() -> None:
-    families = {"deepseek-v3", "gemma-4-26b-a4b", "gpt-oss-20b", "nemotron-h-56b", "qwen3-next-80b-a3b", "bloom-560m", "opt-125m"}
+    families = {
+        "deepseek-v3",
+        "gemma-4-26b-a4b",
+        "gpt-oss-20b",
+        "nemotron-h-56b",
+        "qwen3-next-80b-a3b",
+        "bloom-560m",
+        "opt-125m",
+    }
     assert families <= {*model_ids()}
     specs = [load_spec(name) for name in sorted(families)]
     small = load_spec("smollm2-135m")
@@ -180,7 +188,9 @@ def test_thresholds_come_back_with_the_model(folder: Path, tmp_path: Path) -> No
     assert half.weights["layers.0.mlp.gate_proj"].format == model.weights["layers.0.mlp.gate_proj"].format
 
 
-@pytest.mark.parametrize("specs", [["rtn"], ["rtn:bits=3"], ["rtn:bits=5,group=16"], ["rtn:bits=8,group=32"]], ids="+".join)
+@pytest.mark.parametrize(
+    "specs", [["rtn"], ["rtn:bits=3"], ["rtn:bits=5,group=16"], ["rtn:bits=8,group=32"]], ids="+".join
+)
 def test_a_hugging_face_folder_keeps_codes_and_scales(specs: list[str], folder: Path, tmp_path: Path) -> None:
     done = trimtab.convert(folder, tmp_path / "out", techniques=specs)
     assert done.manifest["target"] == "safetensors"
