@@ -309,6 +309,17 @@ def test_what_a_target_cannot_say_is_refused(
     assert not [*tmp_path.iterdir()] or [p.name for p in tmp_path.iterdir()] == ["trimtab-home"]
 
 
+def test_a_folder_of_ours_is_a_source_too(folder: Path, tmp_path: Path) -> None:
+    out = trimtab.convert(folder, tmp_path / "out", techniques=["rtn"], to="own").out
+    with pytest.raises(SpecError, match=r"Convert that model instead.*--to own"):
+        trimtab.convert(out, tmp_path / "m.gguf")
+    again = trimtab.convert(out, tmp_path / "again", techniques=["kivi:group=16"])
+    spec, weights = variant(folder, "rtn", "kivi:group=16")
+    found = open_model(again.out, "auto")
+    assert again.manifest["target"] == "own" and found.spec == spec
+    assert_same(found.weights, weights)
+
+
 def test_a_kind_of_format_nobody_else_knows_goes_into_our_own_form(folder: Path, tmp_path: Path) -> None:
     loaded = open_model(folder)
     spec = loaded.spec.with_dtype("fp8")

@@ -16,7 +16,7 @@ from trimtab.runtime.weights.export.gguf_tokenizer import tokenizer_metadata
 from trimtab.runtime.weights.export.job import Job
 from trimtab.runtime.weights.export.places import unsaid
 from trimtab.runtime.weights.packed import Weights
-from trimtab.spec.configs import read_config, spec_from_config
+from trimtab.spec.configs import spec_from_config
 from trimtab.spec.families.gguf import ARCHITECTURES, config_from_gguf
 from trimtab.spec.families.names import gguf_spelling
 from trimtab.spec.families.sources import Source, places, with_stored_biases
@@ -36,7 +36,7 @@ def from_folder(job: Job) -> tuple[dict[str, Value], Mapping[str, Source], list[
     Raises:
         SpecError: an architecture, a detail of the model or a tokenizer that GGUF metadata do not express.
     """
-    config, base = read_config(job.source), job.base
+    config, base = job.config(), job.base
     kind = config.get("model_type")
     if kind not in _ARCHITECTURES:
         raise SpecError(

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimtab.errors import SpecError
 from trimtab.runtime.weights.export.container import Progress
 from trimtab.runtime.weights.packed import Weights
+from trimtab.spec.configs import read_config
 from trimtab.spec.gguf_header import GgufHeader
 from trimtab.spec.model import ModelSpec
+from trimtab.spec.serial import is_saved
 
 #: The manifest in a folder, and its key in a GGUF file.
 MANIFEST_FILE = "trimtab.json"
@@ -33,6 +36,19 @@ class Job:
     base: ModelSpec
     weights: Weights
     source: Path
+
+    def config(self) -> dict[str, Any]:
+        """The config of a Hugging Face source.
+
+        Raises:
+            SpecError: a folder of Trimtab's own, which has none, or a broken one.
+        """
+        if is_saved(self.source):
+            raise SpecError(
+                f"{self.source} is a folder of Trimtab's own, without the config of the model it was made of. "
+                "Convert that model instead."
+            )
+        return read_config(self.source)
 
 
 @dataclass(frozen=True, slots=True)

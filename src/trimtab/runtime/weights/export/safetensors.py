@@ -28,7 +28,7 @@ from trimtab.runtime.weights.export.tokenizer import write_tokenizer
 from trimtab.runtime.weights.gguf import GgufFile
 from trimtab.runtime.weights.packed import Packed, Weights
 from trimtab.runtime.weights.safetensors import SafetensorsFolder
-from trimtab.spec.configs import config_from_gguf, read_config, spec_from_config
+from trimtab.spec.configs import config_from_gguf, spec_from_config
 from trimtab.spec.families.names import HUGGING_FACE, Spelling
 from trimtab.spec.families.sources import Source, places, sources
 from trimtab.spec.formats import FP32, PLANE_KINDS, WeightFormat
@@ -133,7 +133,7 @@ def _layout(job: Job) -> tuple[dict[str, Any], Mapping[str, Source]]:
         for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):  # else transformers takes its family's
             config[f"{role}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
         return config, places(spec, spelling, gguf=False)
-    config = read_config(source)
+    config = job.config()
     if "text_config" in config:
         raise SpecError(f"{source} holds more than a language model (text_config), and only that would be written.")
     coded = compression_of(config)
