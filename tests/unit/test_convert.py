@@ -21,12 +21,14 @@ from trimtab.errors import CapacityError, SpecError, UnsupportedModelError
 from trimtab.runtime.numerics import decode
 from trimtab.runtime.weights.export import container, job, own, safetensors, save
 from trimtab.runtime.weights.load import open_model, stored_spec
-from trimtab.runtime.weights.packed import Weights
+from trimtab.runtime.weights.packed import NUMPY_DTYPES, Packed, Weights
 from trimtab.runtime.weights.random import random_weights
 from trimtab.runtime.weights.safetensors import SafetensorsFolder
+from trimtab.spec.bcq import BcqFormat
 from trimtab.spec.configs import load_spec, model_ids
 from trimtab.spec.families.sources import wanted
 from trimtab.spec.formats import WeightFormat
+from trimtab.spec.grids import GridFormat, PairFormat
 from trimtab.spec.serial import from_json, to_json
 from trimtab.spec.tree import Edit
 from trimtab.techniques.apply import reencode
@@ -333,6 +335,37 @@ def test_a_kind_of_format_nobody_else_knows_goes_into_our_own_form(folder: Path,
     found = own.read(tmp_path / "o")
     assert found[0] == spec
     assert_same(found[1], weights)
+
+
+@pytest.mark.parametrize(
+    "format",
+    [GridFormat(grid="bitmod", bits=4, group=32), GridFormat(grid="fp", bits=6, group=16, scale="int8"), PairFormat(bits=4, group=32),
+     BcqFormat(bits=3, group=32)],
+    ids=str,
+)  # fmt: skip
+def test_formats_with_fields_of_their_own_are_saved_by_their_buffers(
+    format: WeightFormat, folder: Path, tmp_path: Path
+) -> None:
+    """Whatever `buffers` says is in the file; nothing here knows the kind."""
+    loaded, rng = open_model(folder), np.random.default_rng(0)
+    spec = loaded.spec.edit([Edit("layers.*.mlp.up_proj", "format", format)], "by hand")
+    made = {}
+    for path in ("layers.0.mlp.up_proj", "layers.1.mlp.up_proj"):
+        wanted_buffers = format.buffers(96, 64)
+        buffers = {
+            b.name: rng.integers(0, 256, b.nbytes, np.uint8).view(NUMPY_DTYPES[b.dtype]).reshape(b.shape)
+            for b in wanted_buffers
+        }
+        made[path] = Packed(format, (96, 64), buffers)
+    weights = loaded.weights | made
+    one = job.Job(spec, loaded.spec, weights, folder)
+    for target, out in (("safetensors", "o"), ("gguf", "o.gguf")):
+        with pytest.raises(SpecError, match=r"layers\.0\.mlp\.up_proj.*can hold it: --to own"):
+            save.prepare(one, tmp_path / out, target)
+    save.write(save.prepare(one, tmp_path / "o", "auto"), tmp_path / "o", {"trimtab": 1}, lambda label, items: iter(items))
+    found = open_model(tmp_path / "o", "file")
+    assert found.spec == spec and type(found.weights["layers.0.mlp.up_proj"].format) is type(format)
+    assert_same(found.weights, weights)
 
 
 def test_foreign_codes_that_are_not_read_are_named(folder: Path, tmp_path: Path) -> None:

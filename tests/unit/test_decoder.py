@@ -206,12 +206,17 @@ def test_taps_see_every_layer_and_may_replace(tiny_model: Model) -> None:
         entry
         for i in range(3)
         for entry in (
+            *(("linear", f"layers.{i}.self_attn.{name}_proj", [(23, 96)]) for name in "qkv"),
             ("self_attn.qk", f"layers.{i}.self_attn", [(23, n, h), (23, g, h)]),
+            ("linear", f"layers.{i}.self_attn.o_proj", [(23, n * h)]),
+            ("linear", f"layers.{i}.mlp.gate_proj", [(23, 96)]),
             ("mlp.gate_pre", f"layers.{i}.mlp", [(23, 160)]),
+            ("linear", f"layers.{i}.mlp.up_proj", [(23, 96)]),
             ("mlp.gate", f"layers.{i}.mlp", [(23, 160)]),
+            ("linear", f"layers.{i}.mlp.down_proj", [(23, 160)]),
             ("resid", f"layers.{i}", [(23, 96)]),
         )
-    ]
+    ] + [("linear", "lm_head", [(23, 96)])]
     for point in POINTS:
         step.taps = {
             point: lambda path, value: tuple(2 * part for part in value) if isinstance(value, tuple) else 2 * value + 1

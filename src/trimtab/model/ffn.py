@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from trimtab.errors import UnsupportedModelError
-from trimtab.model.linear import Linear, int_rows
+from trimtab.model.linear import Linear
+from trimtab.model.products import int_rows
 from trimtab.model.taps import tapped
 from trimtab.model.tensors import float_tensor
 from trimtab.runtime.kernels import ACTS, RowMatrix, gate_first

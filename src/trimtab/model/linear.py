@@ -7,27 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trimtab.model.tensors import float_tensor, linear
-from trimtab.runtime.kernels import IntRows, int_gemv, int_gemv_t
+from trimtab.model.products import rule_of
+from trimtab.model.taps import tapped
+from trimtab.model.tensors import float_tensor
 from trimtab.runtime.numerics import decode
 from trimtab.runtime.step import Step
 from trimtab.runtime.weights.packed import Packed, Weights
 from trimtab.spec.leaves import EmbeddingSpec, LinearSpec, NormSpec
-from trimtab.spec.product import LookupTable
-
-#: Tokens up to which an integer matrix is multiplied in its packed form; above, decoding it once is cheaper.
-PACKED_TOKENS = 8
-
-
-def int_rows(packed: Packed) -> IntRows:
-    """The stored rows of an integer matrix as the kernels take them."""
-    buffers, form = packed.buffers, packed.format
-    return IntRows(buffers["codes"], buffers["scale"], buffers.get("minimum"), form.bits, form.group)
 
 
 class Linear(nn.Module):
@@ -37,15 +27,22 @@ class Linear(nn.Module):
         super().__init__()
         self.path, self.spec = path, spec
         names = list(stored) if stored is not None else [path]
-        self.packed = [self._laid_out(weights[name]) for name in names]
+        self.names = names if len(names) > 1 else [path]
+        self.rules = [rule_of(name, spec, weights) for name in names]
         self.biases = [weights[f"{name}.bias"] if spec.bias else None for name in names]
+
+    @property
+    def packed(self) -> list[Packed]:
+        """The matrices as they are held."""
+        return [rule.packed for rule in self.rules]
 
     def forward(self, x_TK: torch.Tensor, step: Step, index: int = 0) -> torch.Tensor:
         """Multiply by matrix `index`."""
-        packed, bias = self.packed[index], self.biases[index]
-        y_TN = self._product(x_TK, packed, self.bias(index, x_TK.dtype))
+        rule, bias = self.rules[index], self.biases[index]
+        x_TK = tapped(step, "linear", self.names[index], x_TK)
+        y_TN = rule(x_TK, self.bias(index, x_TK.dtype))
         if step.record is not None:
-            read = packed.nbytes + (0 if bias is None else bias.nbytes)
+            read = rule.nbytes + (0 if bias is None else bias.nbytes)
             step.record.op(self.path, flops=2 * x_TK.numel() * y_TN.shape[-1], weight_read=read)
         return y_TN
 
@@ -53,34 +50,6 @@ class Linear(nn.Module):
         """The bias [N] of matrix `index`, or None."""
         stored = self.biases[index]
         return None if stored is None else float_tensor(stored)[0].to(dtype)
-
-    def _laid_out(self, packed: Packed) -> Packed:
-        """The matrix as the kernel of its product reads it."""
-        if not isinstance(self.spec.product, LookupTable):
-            return packed
-        from trimtab.runtime.native.products import stored_for
-
-        return stored_for(packed, self.spec)
-
-    def _product(self, x_TK: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
-        form, transposed = packed.format, packed.layout == "transposed"
-        product = self.spec.product
-        if isinstance(product, LookupTable) and x_TK.shape[0] <= PACKED_TOKENS:
-            from trimtab.runtime.native.products import multiply
-
-            x = np.ascontiguousarray(x_TK.float().numpy())
-            y_TN = torch.from_numpy(multiply(packed, product, x, product.threads or torch.get_num_threads())).to(
-                x_TK.dtype
-            )
-            return y_TN if bias is None else y_TN + bias
-        if form.kind == "int" and not form.tiled and x_TK.shape[0] <= PACKED_TOKENS:
-            kernel = int_gemv_t if transposed else int_gemv
-            x = np.ascontiguousarray(x_TK.float().numpy())
-            y_TN = torch.from_numpy(kernel(x, int_rows(packed), torch.get_num_threads())[0]).to(x_TK.dtype)
-            return y_TN if bias is None else y_TN + bias
-        stored = float_tensor(packed) if form.is_float else torch.from_numpy(decode(packed))
-        stored = stored.to(x_TK.dtype)
-        return linear(x_TK, stored.T if transposed else stored, bias)
 
 
 class Embedding(nn.Module):

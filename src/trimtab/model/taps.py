@@ -3,6 +3,7 @@
 | point | path | value |
 |---|---|---|
 | ``resid`` | ``layers.i`` | hidden state after the layer [T, D] |
+| ``linear`` | of the weight, one expert from another | input of the product [T, K] |
 | ``self_attn.qk`` | ``layers.i.self_attn`` | (q [T, N, H], k [T, G, H]) after RoPE |
 | ``mlp.gate_pre`` | ``layers.i.mlp`` | gate before the activation [T, F] |
 | ``mlp.gate`` | ``layers.i.mlp`` | gate after the activation [T, F] |
@@ -14,7 +15,7 @@ from typing import Any
 
 from trimtab.runtime.step import Step
 
-POINTS = ("resid", "self_attn.qk", "mlp.gate_pre", "mlp.gate")
+POINTS = ("resid", "linear", "self_attn.qk", "mlp.gate_pre", "mlp.gate")
 
 
 def tapped(step: Step, point: str, path: str, value: Any) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from trimtab.errors import SpecError
 
 #: Bytes of one element by dtype name. `u8` holds packed codes; `bf16` travels as uint16 in numpy.
-ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "u8": 1, "int64": 8, "int32": 4}
+ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "u8": 1, "i8": 1, "int64": 8, "int32": 4}
 
 #: The layout the native program multiplies: 16 rows side by side, columns in units of 32; see `runtime/kernels/cpp/native/tiles.h`.
 TILE_ROWS, UNIT_COLS = 16, 32
@@ -108,7 +108,7 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFormat:
-    """How the elements of one matrix are stored.
+    """How the elements of one matrix are stored. Formats with fields of their own are subclasses: `spec.grids`.
 
     Args:
         kind: ``fp32 | fp16 | bf16``, ``fp8``, ``mxfp4``, ``int`` (group-affine integer grid), ``bitplane`` or ``bitlane``
@@ -162,6 +162,11 @@ class WeightFormat:
         """True for plain floating-point storage, which needs no scales."""
         return self.kind in FLOAT_KINDS
 
+    @property
+    def is_rounded(self) -> bool:
+        """True for codes that a quantizer chose: rounding them to another grid would round twice."""
+        return self.kind == "int" or self.kind in LOOKUP_KINDS
+
     def buffers(self, rows: int, cols: int) -> tuple[Buffer, ...]:
         """Return the buffers of a stored [rows, cols] matrix.
 
@@ -173,11 +178,7 @@ class WeightFormat:
         if self.is_float:
             return (Buffer("data", self.kind, (rows, cols)),)
         if self.kind == "int":
-            if cols % self.group:
-                raise SpecError(
-                    f"group={self.group} does not divide the row length {cols}. "
-                    f"Allowed: {_divisors(cols)}. Try group={_nearest_divisor(cols, self.group)}."
-                )
+            check_group(self.group, cols)
             groups = (rows, cols // self.group)
             found = [Buffer("codes", "u8", (rows, (cols * self.bits + 7) // 8)), Buffer("scale", "fp16", groups)]
             if not self.sym:
@@ -267,6 +268,19 @@ FILE_BLOCKS = {**GGUF_BLOCKS, "mxfp4": (32, 17), "tq1_0": (256, 54), "tq2_0": (2
 def float_format(dtype: str) -> WeightFormat:
     """The format of a floating dtype, any accepted spelling."""
     return WeightFormat(kind=dtype_name(dtype))
+
+
+def check_group(group: int, cols: int) -> None:
+    """Refuse a group that does not divide a row.
+
+    Raises:
+        SpecError: names the groups that do.
+    """
+    if cols % group:
+        raise SpecError(
+            f"group={group} does not divide the row length {cols}. "
+            f"Allowed: {_divisors(cols)}. Try group={_nearest_divisor(cols, group)}."
+        )
 
 
 def _divisors(number: int, largest: int = 256) -> str:

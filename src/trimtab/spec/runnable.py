@@ -7,6 +7,7 @@ from trimtab.spec import tree
 from trimtab.spec.leaves import LinearSpec, NormSpec
 from trimtab.spec.model import ModelSpec
 from trimtab.spec.nodes import AttentionSpec, FFNSpec, LatentAttentionSpec, LinearAttentionSpec, StateSpaceSpec
+from trimtab.spec.product import EXACT
 
 #: Blocks that the decoder does not have.
 _LAYERS: dict[type, str] = {
@@ -40,6 +41,6 @@ def _missing(node: tree.Node) -> str:
         return "a norm without weights"
     if isinstance(node, FFNSpec) and node.act == "relu2":
         return "the activation relu2"
-    if isinstance(node, LinearSpec) and node.act != "none":
+    if isinstance(node, LinearSpec) and node.act != "none" and node.product == EXACT:
         return f"a product with its input coded as {node.act}"
     return ""

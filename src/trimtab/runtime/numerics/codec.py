@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 import numpy as np
 
 from trimtab.errors import SpecError
@@ -13,6 +16,16 @@ from trimtab.runtime.numerics.grid import decode_grid, encode_grid
 from trimtab.runtime.numerics.scaled import decode_scaled, encode_fp8, encode_mxfp4
 from trimtab.runtime.weights.packed import Packed
 from trimtab.spec.formats import GGUF_BLOCKS, LOOKUP_KINDS, SCALED_KINDS, WeightFormat
+
+#: Kinds whose codec is a module of its own: ``encode(values, format) -> buffers``, ``decode(packed, out)``, and for the layout of
+#: the native program ``tile(packed, buffers | None) -> Packed``. `values` and `out` are float32 [rows, cols].
+MODULES = {"grid": "grids", "pair": "pairs", "bcq": "bcq"}
+
+
+def codec_of(format: WeightFormat) -> ModuleType | None:
+    """The module that codes a format, or None where this one does."""
+    name = MODULES.get(format.kind)
+    return importlib.import_module(f"trimtab.runtime.numerics.{name}") if name else None
 
 
 def decode(packed: Packed, rows: slice | np.ndarray | None = None, out: np.ndarray | None = None) -> np.ndarray:
@@ -28,11 +41,12 @@ def decode(packed: Packed, rows: slice | np.ndarray | None = None, out: np.ndarr
         a copy, unless `out` is given.
     """
     kind, cols = packed.format.kind, packed.shape[1]
-    if packed.format.tiled:
+    module = codec_of(packed.format)
+    if packed.format.tiled or module:
         from trimtab.runtime.numerics.tiles import decode_tiles
 
         whole = np.empty(packed.shape, np.float32)
-        decode_tiles(packed, whole)
+        (module.decode if module else decode_tiles)(packed, whole)
         chosen = whole if rows is None else whole[rows]
         if out is None:
             return chosen
@@ -79,6 +93,10 @@ def encode(values: np.ndarray, format: WeightFormat, layout: str = "row") -> Pac
     stored = np.ascontiguousarray(values, dtype=np.float32)
     stored = stored.reshape(1, -1) if stored.ndim == 1 else stored
     shape = (stored.shape[0], stored.shape[1])
+    module = codec_of(format)
+    if module:
+        format.buffers(*shape)  # refuses rows that do not divide
+        return Packed(format, shape, module.encode(stored, format), layout)
     if format.kind == "int":
         return Packed(format, shape, encode_grid(stored, format), layout)
     if format.kind in LOOKUP_KINDS:
@@ -114,7 +132,7 @@ def transcode(packed: Packed, format: WeightFormat, layout: str | None = None) -
     layout = packed.layout if layout is None else layout
     if packed.format == format and packed.layout == layout:
         return packed
-    if packed.format.kind in ("int", *LOOKUP_KINDS) and format.kind in ("int", *LOOKUP_KINDS):
+    if packed.format.is_rounded and format.is_rounded:
         what = f"{format}" if packed.format != format else f"groups along the other axis ({layout})"
         raise SpecError(
             f"A matrix already rounded to {packed.format} cannot be stored as {what}: it would be rounded twice. Start from floats."

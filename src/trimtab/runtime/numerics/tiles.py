@@ -5,9 +5,12 @@ Legend: N rows, K columns of a matrix.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from trimtab.errors import SpecError
+from trimtab.runtime.numerics.codec import codec_of
 from trimtab.runtime.weights.packed import NUMPY_DTYPES, Packed
 from trimtab.spec.formats import LOOKUP_KINDS, PLANE_KINDS, SUPER_BLOCKS, TILE_ROWS, UNIT_COLS, WeightFormat
 
@@ -28,7 +31,7 @@ def tiled_format(format: WeightFormat, cols: int) -> WeightFormat:
     if format.kind in PLAIN_BLOCKS:
         bits, sym = PLAIN_BLOCKS[format.kind]
         return WeightFormat(kind="int", bits=bits, group=32, sym=sym, tiled=True)
-    found = WeightFormat(kind=format.kind, bits=format.bits, group=format.group, sym=format.sym, tiled=True)
+    found = dataclasses.replace(format, tiled=True)
     found.buffers(TILE_ROWS, cols)  # refuses groups that do not fit
     return found
 
@@ -52,6 +55,9 @@ def tile(packed: Packed, buffers: dict[str, np.ndarray] | None = None) -> Packed
         return packed
     if packed.layout != "row":
         raise SpecError("A matrix stored transposed has no tiles: its groups run along the outputs.")
+    module = codec_of(packed.format)
+    if module:
+        return module.tile(packed, buffers)
     rows, cols = packed.shape
     format = tiled_format(packed.format, cols)
     out = allocate(format, packed.shape) if buffers is None else buffers

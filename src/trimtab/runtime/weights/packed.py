@@ -17,6 +17,7 @@ NUMPY_DTYPES = {
     "fp16": np.dtype(np.float16),
     "bf16": np.dtype(np.uint16),
     "u8": np.dtype(np.uint8),
+    "i8": np.dtype(np.int8),
     "int32": np.dtype(np.int32),
     "int64": np.dtype(np.int64),
 }

@@ -15,11 +15,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-#: Our names of dtypes -> those of safetensors; int8 stands beside them for codes of others.
+from trimtab.spec.formats import ITEM_BYTES
+
+#: Our names of dtypes -> those of safetensors.
 SAFETENSORS_DTYPES = {
-    "fp32": "F32", "fp16": "F16", "bf16": "BF16", "u8": "U8", "int8": "I8", "int32": "I32", "int64": "I64",
+    "fp32": "F32", "fp16": "F16", "bf16": "BF16", "u8": "U8", "i8": "I8", "int32": "I32", "int64": "I64",
 }  # fmt: skip
-_WIDTHS = {"int64": 8, "fp32": 4, "int32": 4, "fp16": 2, "bf16": 2}
+assert set(SAFETENSORS_DTYPES) == set(ITEM_BYTES), "every buffer dtype has a name in the file"
 
 Progress = Callable[[str, Iterable[Any]], Iterator[Any]]
 
@@ -45,7 +47,7 @@ class Entry:
 
 def write_safetensors(path: Path, entries: Sequence[Entry], progress: Progress) -> None:
     """Write a safetensors file; the widest dtypes come first, so that every array is aligned to its elements."""
-    ordered = sorted(entries, key=lambda entry: -_WIDTHS.get(entry.dtype, 1))
+    ordered = sorted(entries, key=lambda entry: -ITEM_BYTES[entry.dtype])
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in ordered:
