@@ -25,6 +25,7 @@ VERBS = {
     "eval": "Quality alone: text, needles, or through the cache (kv).",
     "prepare": "Resolve every `auto` of a technique and keep what was found.",
     "train": "Learn what a technique needs, or a tiny model from scratch.",
+    "convert": "Save a model with techniques on it: safetensors, GGUF, or our own form.",
     "calibrate": "Fit a Stack to this machine.",
     "validate": "Check predictions against recorded hardware.",
     "fit-stack": "Fit kernel constants to recorded latencies.",
