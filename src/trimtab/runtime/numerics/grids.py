@@ -279,7 +279,7 @@ def tile(packed: Packed, buffers: dict[str, np.ndarray] | None = None) -> Packed
     pack_code_tiles(unpack_codes(packed.buffers["codes"], format.bits, cols), format.bits, out["codes"])
     out["scale"][...] = to_tiles(packed.buffers["scale"])
     if "step" in packed.buffers:
-        out["step"][...] = 0
+        out["step"][...] = to_tiles(packed.buffers["step"])[:, 0]
     if format.choice_bits:
         choice = to_tiles(unpack_codes(packed.buffers["choice"], format.choice_bits, cols // format.group))
         packed_choice = pack_codes(choice.reshape(-1, TILE_ROWS), format.choice_bits)

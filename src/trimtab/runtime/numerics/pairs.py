@@ -110,22 +110,51 @@ def pair_scales(
     rows, cols = values.shape
     groups = cols // format.group
     scale, error = np.empty((rows, groups), np.float32), np.full((rows, groups), np.inf)
-    normal, wide = format.tables
-    top = max(normal)
     for part in _parts(rows, cols):
-        w = values[part]
-        _check_finite(w, format)
-        w = w.reshape(-1, format.group)
-        mean, deviation = w.mean(axis=1, dtype=np.float64), w.std(axis=1, dtype=np.float64)
-        reach = np.abs(mean) + sigma * deviation  # max(|mean + s|, |mean - s|)
+        _check_finite(values[part], format)
+        w = values[part].reshape(-1, format.group)
+        reach = _reach(w.mean(axis=1, dtype=np.float64), w.std(axis=1, dtype=np.float64), sigma)
         best, least = np.empty(len(w), np.float32), np.full(len(w), np.inf)
         for percent in range(*search):
-            tried = (percent / 100 * reach / top).clip(LEAST_SCALE, LARGEST_SCALE).astype(np.float16)
-            found = _squared_errors(w, tried.astype(np.float32), normal, wide, both)
+            tried = _tried(percent, reach, format)
+            found = _squared_errors(w, tried, *format.tables, both)
             better = found < least
             best[better], least[better] = tried[better], found[better]
         scale[part], error[part] = best.reshape(-1, groups), least.reshape(-1, groups)
     return scale, error
+
+
+def pair_scale(
+    values: np.ndarray,
+    format: PairFormat,
+    *,
+    search: tuple[int, int, int] = SEARCH,
+    sigma: float = SIGMA,
+    both: str = "larger",
+) -> tuple[float, float]:
+    """As `pair_scales`, one scale for all of float32 [T, K]: the scale, a value of fp16, and the sum of squared errors."""
+    _check_finite(values, format)
+    reach = _reach(values.mean(dtype=np.float64), values.std(dtype=np.float64), sigma)
+    best, least = 0.0, np.inf
+    for percent in range(*search):
+        tried = _tried(percent, reach, format)
+        found = sum(
+            _squared_errors(values[part], np.broadcast_to(tried, len(values[part])), *format.tables, both).sum()
+            for part in _parts(*values.shape)
+        )
+        if found < least:
+            best, least = float(tried), float(found)
+    return best, least
+
+
+def _reach(mean: np.ndarray, deviation: np.ndarray, sigma: float) -> np.ndarray:
+    return np.abs(mean) + sigma * deviation  # max(|mean + s|, |mean - s|)
+
+
+def _tried(percent: int, reach: np.ndarray, format: PairFormat) -> np.ndarray:
+    """The scale float32 whose normal values end at `percent` of the reach, rounded to fp16."""
+    scale = (percent / 100 * reach / max(format.tables[0])).clip(LEAST_SCALE, LARGEST_SCALE)
+    return scale.astype(np.float16).astype(np.float32)
 
 
 def _squared_errors(w: np.ndarray, scale: np.ndarray, normal: Values, wide: Values, both: str) -> np.ndarray:
@@ -166,7 +195,7 @@ def _outliers(
     found = np.flatnonzero(sizes >= middle)
     places = np.unique(found >> 1)
     pairs = x.reshape(-1, 2)[places]
-    beyond = (pairs > middle) | (pairs <= -middle)  # half way it is the lower, so an outlier below zero only
+    beyond = (pairs > middle) | (pairs < -middle)  # half way it is the lower, so an outlier below zero only
     held = beyond.any(axis=1)
     places, pairs, beyond = places[held], np.abs(pairs[held]), beyond[held]
     first = beyond[:, 0] & (~beyond[:, 1] | (both == "left") | (pairs[:, 0] >= pairs[:, 1]))

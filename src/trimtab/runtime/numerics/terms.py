@@ -1,9 +1,10 @@
 """Weights as the terms that a bit-serial processing element adds, one a cycle, and the dot product it computes from them.
 
 A term is ``(-1)**sign * mantissa * 2**(exponent + significance)``, mantissa 0, 1 or 2. Values of small floats, special ones
-included, have at most two set bits: two terms, found by the leading one. Integers, and mantissas of 4 bits, are recoded in digits
--2..2 of radix 4 (Booth): 2 terms for 4 bits, 3 for 6, 4 for 8. Terms are exact, so the products of a group with float16 activations sum to what multiplying by the
-values gives. Sums of a group are exact integers in units of 2**-24, the least float16, and are rounded to float32 once.
+included, have at most two set bits: two terms, found by the leading one. Integers, and mantissas of 4 bits, are recoded in
+digits -2..2 of radix 4 (Booth): 2 terms for 4 bits, 3 for 6, 4 for 8. Terms are exact, so the products of a group with float16
+activations sum to what multiplying by the values gives. Sums of a group are exact integers in units of 2**-24, the least
+float16, and are rounded to float32 once.
 
 Legend: T tokens, N rows, K columns of a matrix, G groups of a row.
 
