@@ -12,8 +12,10 @@ import torch
 
 from trimtab.errors import SpecError
 from trimtab.runtime.numerics.grid import packed_grid
+from trimtab.runtime.numerics.grids import buffers_of, grid_scales, nearest_codes_of
 from trimtab.runtime.weights.packed import Packed
 from trimtab.spec.formats import WeightFormat
+from trimtab.spec.grids import GridFormat
 
 #: Shares of the range that a group's scale may span; the one with the smallest error is taken.
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
@@ -132,3 +134,38 @@ class IntRule:
     def packed(self) -> Packed:
         """The matrix as codes and scales."""
         return packed_grid(self.codes, self.scale, None if self.format.sym else self.minimum, self.format)
+
+
+class GridRule:
+    """Round to the tables of a grid whose scales are fixed where the sweep reaches the group.
+
+    Args:
+        format: by rows.
+        shape: (N, K).
+        order: int64 [K], columns in the order of the sweep; groups stand together.
+        shares: of the full range, tried as scales.
+    """
+
+    def __init__(self, format: GridFormat, shape: Sequence[int], order: torch.Tensor, shares: Sequence[float]) -> None:
+        rows, cols = shape
+        self.format, self.group, self.order, self.shares = format, format.group, order.tolist(), shares
+        self.codes = np.empty((rows, cols), np.uint8)
+        self.scale, self.choice = np.empty((rows, cols // self.group), np.float32), np.empty((rows, cols // self.group), np.uint8)
+        self.tables = np.array(format.tables, np.float32)
+
+    def start(self, j: int, w_Ng: torch.Tensor, cost_g: torch.Tensor) -> None:
+        cost = (cost_g / cost_g.mean().clamp_min(1e-30)).numpy()
+        w = np.ascontiguousarray(w_Ng.numpy())
+        self._scale, self._choice = grid_scales(w, self.format, cost, self.shares)
+        index = self.order[j] // self.group
+        self.scale[:, index], self.choice[:, index] = self._scale[:, 0], self._choice[:, 0]
+
+    def column(self, j: int, w_N: torch.Tensor) -> torch.Tensor:
+        w = np.ascontiguousarray(w_N.numpy())[:, None]
+        codes = nearest_codes_of(w, self._scale, self._choice, self.format)
+        self.codes[:, self.order[j]] = codes[:, 0]
+        return torch.from_numpy(self.tables[self._choice[:, 0], codes[:, 0]] * self._scale[:, 0])
+
+    def buffers(self) -> dict[str, np.ndarray]:
+        """The matrix as the format stores it."""
+        return buffers_of(self.codes, self.scale, self.choice, self.format)

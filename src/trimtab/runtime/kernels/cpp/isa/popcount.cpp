@@ -31,7 +31,11 @@ struct Scratch {
     }
 };
 
+#ifdef __AVX2__
 #define UNROLL _Pragma("GCC unroll 16")
+#else
+#define UNROLL  // the registers of a tile do not fit, and the code would be many times as long
+#endif
 
 inline IV popcounts(UV v) {
 #if defined(__AVX512VPOPCNTDQ__)
@@ -348,7 +352,7 @@ int64_t popcount_tile(const Tile<R, T>& at) {
                     const FV by = load<FV>(at.word_scale + r * at.padded() + first);
                     UNROLL for (int t = 0; t < T; ++t) {
                         FV& sum = (p ? high : low)[t * R + r];
-                        sum = fma_of(to_float(valid - acc[t * R + r] * 2), by, sum);
+                        sum = fused(to_float(valid - acc[t * R + r] * 2), by, sum);
                     }
                 }
             }
@@ -471,7 +475,7 @@ struct Bytes {
                     if constexpr (width == 2)
                         if (each % width)
                             for (int lane = 8; lane < 16; ++lane) by[lane] = 2 * words[1];
-                    UNROLL for (int t = 0; t < T; ++t) low[t * R + r] = fma_of(to_float(acc[t * R + r]), by, low[t * R + r]);
+                    UNROLL for (int t = 0; t < T; ++t) low[t * R + r] = fused(to_float(acc[t * R + r]), by, low[t * R + r]);
                 }
             }
             return at.finish(low, high, more);
