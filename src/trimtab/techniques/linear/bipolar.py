@@ -56,7 +56,7 @@ class Bipolar(Technique):
     wscale: str = param(
         "mse", "absmax: the range; mse: least squared error; gptq: errors made up for on text", "absmax, mse, gptq"
     )
-    ascale: str = param("absmax", "largest value of a token; percentile: the largest 1 % are cut", "absmax, percentile")
+    ascale: str = param("absmax", "largest value of a token; percentile: cut where it is best for normal inputs", "absmax, percentile")
     backend: str = param(
         "auto", "kernel of the product; auto takes what was faster when timed", "auto, cpu-popcnt, cpu-vnni, ref"
     )

@@ -143,10 +143,12 @@ inline V added_pairs(V a, V b) {
 }
 
 // The sum of the lanes of v[k] becomes lane k of the registers v[0], ...
-template <class V>
+template <int COUNT = tile, class V>
 inline void sum_lanes(V (&v)[tile]) {
-    UNROLL for (int count = tile; count > tile / lanes; count /= 2)
-        UNROLL for (int i = 0; i < count / 2; ++i) v[i] = added_pairs(v[2 * i], v[2 * i + 1]);
+    if constexpr (COUNT > tile / lanes) {
+        UNROLL for (int i = 0; i < COUNT / 2; ++i) v[i] = added_pairs(v[2 * i], v[2 * i + 1]);
+        sum_lanes<COUNT / 2>(v);
+    }
 }
 
 // Blocks [first, last) of the words of a row.
