@@ -128,7 +128,9 @@ def test_integers_are_exact_for_all_bits(isa: str, kernel: str) -> None:
             rows, tokens, cols = int(rng.integers(1, 40)), int(rng.integers(1, 7)), int(rng.integers(1, 1400))
             w, x = codes(bits, rows, cols, seed=bits), codes(abits, tokens, cols, seed=abits + 9)
             found = integers(pack_planes(w, bits, cols), bits, pack_planes(x, abits, cols), abits, cols, kernel)
-            np.testing.assert_array_equal(found, odd(x, abits) @ odd(w, bits).T, f"{bits} {abits} {rows} {tokens} {cols}")
+            np.testing.assert_array_equal(
+                found, odd(x, abits) @ odd(w, bits).T, f"{bits} {abits} {rows} {tokens} {cols}"
+            )
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 9])
@@ -164,7 +166,9 @@ def test_sums_beyond_32_bits(isa: str) -> None:
         x[1] = 0
         wanted = np.array([[255 * 255 * cols] * 3, [-255 * 255 * cols] * 3])
         planes = pack_planes(w, 8, cols)
-        packed = Packed(BipolarPlanes(bits=8, group=cols), (3, cols), {"planes": planes, "scale": np.ones((3, 1), np.float16)})
+        packed = Packed(
+            BipolarPlanes(bits=8, group=cols), (3, cols), {"planes": planes, "scale": np.ones((3, 1), np.float16)}
+        )
         for kernel in KERNELS:
             np.testing.assert_array_equal(integers(planes, 8, pack_planes(x, 8, cols), 8, cols, kernel), wanted)
             found = multiply(packed, BitSerial(abits=8, backend=kernel), np.where(x == 0, -255, 255).astype(np.float32))
@@ -192,7 +196,9 @@ def test_inputs_need_not_be_contiguous_and_broken_ones_are_seen(isa: str) -> Non
     x = values(96, 10, seed=1).T
     for kernel in KERNELS:
         product = BitSerial(abits=4, backend=kernel)
-        np.testing.assert_array_equal(multiply(packed, product, x[::2]), multiply(packed, product, x.copy()[::2].copy()))
+        np.testing.assert_array_equal(
+            multiply(packed, product, x[::2]), multiply(packed, product, x.copy()[::2].copy())
+        )
         bad = x.copy()
         bad[3, 50] = np.nan
         found = multiply(packed, product, bad)
@@ -246,7 +252,9 @@ def test_errors_on_gaussian_weights_are_below_those_of_symmetric_integers(bits: 
 
 def test_scales_of_least_error_are_searched_from_the_range_down(tiny_model: Any) -> None:
     spec = compose(tiny_model.spec, parse_all(["bipolar:wbits=2,abits=16,group=32"]))
-    found = parse_technique("bipolar:wbits=2,abits=16,group=32").convert(tiny_model.weights, tiny_model.spec, spec, None)
+    found = parse_technique("bipolar:wbits=2,abits=16,group=32").convert(
+        tiny_model.weights, tiny_model.spec, spec, None
+    )
     ranged = reencode(tiny_model.weights, spec)
     path = "layers.0.mlp.up_proj"
     w = decode(tiny_model.weights[path])
@@ -259,7 +267,9 @@ def test_scales_of_least_error_are_searched_from_the_range_down(tiny_model: Any)
 def test_the_sweep_makes_up_for_the_missing_zero() -> None:
     """Columns that are nearly copies of each other: an error in one can be undone in its neighbour."""
     rng = np.random.default_rng(0)
-    x = torch.from_numpy((rng.standard_normal((400, 8)) @ rng.standard_normal((8, 64)) + 0.1 * rng.standard_normal((400, 64))))
+    x = torch.from_numpy(
+        (rng.standard_normal((400, 8)) @ rng.standard_normal((8, 64)) + 0.1 * rng.standard_normal((400, 64)))
+    )
     h = x.T @ x / len(x)
     w = torch.from_numpy(values(32, 64))
     format = GridFormat(grid="bipolar", bits=2, group=32)
@@ -293,7 +303,9 @@ def test_gptq_calibrates_block_by_block(tiny_model: Any, tiny_materials: Any) ->
 @pytest.mark.parametrize("backend", [*KERNELS, "auto"])
 def test_a_layer_multiplies_codes_and_adds_its_bias(backend: str) -> None:
     format = BipolarPlanes(bits=3, group=64)
-    node = LinearSpec(n=24, k=64, bias=True, format=format, bias_format=FP32, product=BitSerial(abits=4, backend=backend))
+    node = LinearSpec(
+        n=24, k=64, bias=True, format=format, bias_format=FP32, product=BitSerial(abits=4, backend=backend)
+    )
     w, bias = encode(values(24, 64), format), values(24, seed=3)
     linear = Linear("x", node, Weights({"x": w, "x.bias": encode(bias, FP32)}))
     x = torch.from_numpy(values(64, 5, seed=2)).T

@@ -150,7 +150,10 @@ class GridRule:
         rows, cols = shape
         self.format, self.group, self.order, self.shares = format, format.group, order.tolist(), shares
         self.codes = np.empty((rows, cols), np.uint8)
-        self.scale, self.choice = np.empty((rows, cols // self.group), np.float32), np.empty((rows, cols // self.group), np.uint8)
+        self.scale, self.choice = (
+            np.empty((rows, cols // self.group), np.float32),
+            np.empty((rows, cols // self.group), np.uint8),
+        )
         self.tables = np.array(format.tables, np.float32)
 
     def start(self, j: int, w_Ng: torch.Tensor, cost_g: torch.Tensor) -> None:

@@ -50,7 +50,9 @@ def products_are_exact(bench: Bench) -> Outcome:
                             count += 1
     finally:
         use_isa("auto")
-    return Outcome(measured=f"{same} of {count} products identical ({', '.join(sets)})", met=same == count and count > 0)
+    return Outcome(
+        measured=f"{same} of {count} products identical ({', '.join(sets)})", met=same == count and count > 0
+    )
 
 
 def codes_come_back(bench: Bench) -> Outcome:
@@ -104,7 +106,9 @@ def errors_are_smaller(bench: Bench) -> Outcome:
         ranged, searched = ([of(grid, bits, shares) for grid in ("bipolar", "int")] for shares in ((1.0,), SHARES))
         ggml = error(encode(w, WeightFormat(kind="int", bits=bits, group=64)))
         met &= ranged[0] < ranged[1] and searched[0] < searched[1]
-        shown.append(f"{bits} bits: {ranged[0]:.4f} / {ranged[1]:.4f}, searched {searched[0]:.4f} / {searched[1]:.4f} (with -2^(n-1), as rtn: {ggml:.4f})")
+        shown.append(
+            f"{bits} bits: {ranged[0]:.4f} / {ranged[1]:.4f}, searched {searched[0]:.4f} / {searched[1]:.4f} (with -2^(n-1), as rtn: {ggml:.4f})"
+        )
     return Outcome(measured="; ".join(shown), met=met)
 
 
@@ -212,7 +216,10 @@ def _times(bench: Bench) -> dict[tuple[str, int], float]:
         rng, threads = np.random.default_rng(0), torch.get_num_threads()
         w = rng.standard_normal((SIZE, SIZE), dtype=np.float32)
         planes = {bits: encode(w, BipolarPlanes(bits=bits, group=SIZE)) for bits in (1, 2)}
-        floats, bytes_ = torch.from_numpy(w), torch.from_numpy(rng.integers(-127, 128, (SIZE, SIZE)).astype(np.int8)).t()
+        floats, bytes_ = (
+            torch.from_numpy(w),
+            torch.from_numpy(rng.integers(-127, 128, (SIZE, SIZE)).astype(np.int8)).t(),
+        )
         found: dict[tuple[str, int], float] = {}
         torch.set_num_threads(1)
         try:
@@ -220,7 +227,9 @@ def _times(bench: Bench) -> dict[tuple[str, int], float]:
                 x = rng.standard_normal((tokens, SIZE), dtype=np.float32)
                 x_t, x_8 = torch.from_numpy(x), torch.from_numpy(rng.integers(-127, 128, x.shape).astype(np.int8))
                 arms: dict[str, Callable[[], Any]] = {
-                    f"W{n}A{a} {kernel}": lambda n=n, a=a, kernel=kernel: multiply(planes[n], BitSerial(abits=a, backend=kernel), x)
+                    f"W{n}A{a} {kernel}": lambda n=n, a=a, kernel=kernel: multiply(
+                        planes[n], BitSerial(abits=a, backend=kernel), x
+                    )
                     for n, a in ((1, 1), (1, 2), (2, 2))
                     for kernel in KERNELS
                 }
@@ -313,7 +322,10 @@ def recovery_writes_less(bench: Bench) -> Outcome:
         packed, product = encode(w, BipolarPlanes(bits=bits, group=1536)), BitSerial(abits=abits, backend="cpu-popcnt")
         fused, written = metered(packed, product, x)
         parts, apart = metered(packed, product, x, fused=False)
-        met &= np.array_equal(fused, parts) and apart.product == bits * abits * written.product == bits * abits * fused.nbytes
+        met &= (
+            np.array_equal(fused, parts)
+            and apart.product == bits * abits * written.product == bits * abits * fused.nbytes
+        )
         shown.append(f"W{bits}A{abits} {apart.product} / {written.product} = {apart.product / written.product:g}")
     return Outcome(measured="; ".join(shown), met=met)
 
@@ -362,7 +374,9 @@ def predicted_inference(bench: Bench) -> Outcome:
         machine = load_machine(name)
         rows = [
             row
-            for row in predict(model="llama-2-7b", machine=name, workload=Workload(prompt=128, gen=2), stack="hf-eager").ops
+            for row in predict(
+                model="llama-2-7b", machine=name, workload=Workload(prompt=128, gen=2), stack="hf-eager"
+            ).ops
             if row.phase == "decode"
         ]
         linear = [row for row in rows if row.kind == "linear" and "lm_head" not in row.name]

@@ -113,7 +113,9 @@ def odd(codes: np.ndarray, bits: int) -> np.ndarray:
     return 2 * codes.astype(np.int64) - (2**bits - 1)
 
 
-def integers(planes: np.ndarray, bits: int, x: np.ndarray, abits: int, cols: int, backend: str = "cpu-popcnt") -> np.ndarray:
+def integers(
+    planes: np.ndarray, bits: int, x: np.ndarray, abits: int, cols: int, backend: str = "cpu-popcnt"
+) -> np.ndarray:
     """Sums of products of odd integers, int64 [T, N], from planes of one group, uint8 [N, bytes] and [T, bytes]."""
     out = np.empty((len(x), len(planes)), np.int64)
     _core.bit_integers(planes, bits, x, abits, cols, backend == "cpu-vnni", 1, out)
@@ -126,7 +128,11 @@ def kernel_of(packed: Packed, product: BitSerial, tokens: int) -> str:
         return product.backend
     assert isinstance(packed.format, BipolarPlanes)
     rows, cols = packed.shape
-    return "cpu-vnni" if tokens >= _bytes_from(packed.format, product.abits, min(rows, _ROWS), cols, _core.isa()) else "cpu-popcnt"
+    return (
+        "cpu-vnni"
+        if tokens >= _bytes_from(packed.format, product.abits, min(rows, _ROWS), cols, _core.isa())
+        else "cpu-popcnt"
+    )
 
 
 @functools.cache

@@ -52,11 +52,15 @@ class Bipolar(Technique):
 
     wbits: int = param(2, "bits of a weight", "1..8")
     abits: int = param(2, "bits of an activation; 16 = as it is", "1..8, 16")
-    group: int = param(0, "weights along the input that share a scale; 0 = a row", "0, multiples of 32 that divide the row")
+    group: int = param(
+        0, "weights along the input that share a scale; 0 = a row", "0, multiples of 32 that divide the row"
+    )
     wscale: str = param(
         "mse", "absmax: the range; mse: least squared error; gptq: errors made up for on text", "absmax, mse, gptq"
     )
-    ascale: str = param("absmax", "largest value of a token; percentile: cut where it is best for normal inputs", "absmax, percentile")
+    ascale: str = param(
+        "absmax", "largest value of a token; percentile: cut where it is best for normal inputs", "absmax, percentile"
+    )
     backend: str = param(
         "auto", "kernel of the product; auto takes what was faster when timed", "auto, cpu-popcnt, cpu-vnni, ref"
     )
@@ -136,7 +140,9 @@ class Bipolar(Technique):
         replaced = {}
         for path, node in weight_paths(new):
             w_NK, grid = decode(weights[path]), self.grid(node)
-            replaced[path] = self._held(node, w_NK.shape, encode_grid_with(w_NK, grid, *grid_scales(w_NK, grid, None, SHARES)))
+            replaced[path] = self._held(
+                node, w_NK.shape, encode_grid_with(w_NK, grid, *grid_scales(w_NK, grid, None, SHARES))
+            )
         return weights | replaced
 
     def _held(self, node: LinearSpec, shape: tuple[int, ...], buffers: dict[str, np.ndarray]) -> Packed:
