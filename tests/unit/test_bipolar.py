@@ -13,7 +13,7 @@ import torch
 
 from trimtab.errors import SpecError, UnsupportedModelError
 from trimtab.model.linear import Linear
-from trimtab.model.rounding import GridRule
+from trimtab.model.grid_rule import GridRule
 from trimtab.model.sweep import factor, sweep
 from trimtab.runtime.native import bitserial, lower
 from trimtab.runtime.native.bitserial import Written, code, integers, kernel_of, metered, multiply, odd, reference

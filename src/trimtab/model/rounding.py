@@ -12,13 +12,14 @@ import torch
 
 from trimtab.errors import SpecError
 from trimtab.runtime.numerics.grid import packed_grid
-from trimtab.runtime.numerics.grids import buffers_of, grid_scales, nearest_codes_of
 from trimtab.runtime.weights.packed import Packed
 from trimtab.spec.formats import WeightFormat
-from trimtab.spec.grids import GridFormat
 
 #: Shares of the range that a group's scale may span; the one with the smallest error is taken.
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
+
+#: Weights whose scales are searched for at a time.
+_CHUNK = 1 << 17
 
 
 def fit_scales(
@@ -31,7 +32,7 @@ def fit_scales(
 
     Args:
         w_Ng: weights of the group.
-        cost_g: what a squared error in each column costs.
+        cost_g: what a squared error in each column costs, [g] or [N, g].
         format: ``int``.
         shares: see above.
 
@@ -56,7 +57,7 @@ def fit_scales(
     w = w_Ng[None]
     codes = _codes(w, scale[..., None], None if minimum is None else minimum[..., None], format)
     value = codes - half if minimum is None else codes
-    cost = cost_g / cost_g.mean().clamp_min(1e-30)
+    cost = cost_g / cost_g.mean(-1, keepdim=True).clamp_min(1e-30)
     weighted = value * cost
     square = (weighted * value).sum(-1)
     cross = (weighted * w).sum(-1)
@@ -64,7 +65,7 @@ def fit_scales(
         fitted = torch.where(square > 0, cross / square.clamp_min(1e-30), scale)
         scale = _half(torch.stack((scale, fitted)).flatten(0, 1), format)
     else:
-        total, first, target = cost.sum(), weighted.sum(-1), (cost * w).sum(-1)
+        total, first, target = cost.sum(-1), weighted.sum(-1), (cost * w).sum(-1)
         determinant = square * total - first.square()
         flat = determinant <= 1e-6 * square * total
         determinant = determinant.masked_fill(flat, 1.0)
@@ -136,39 +137,31 @@ class IntRule:
         return packed_grid(self.codes, self.scale, None if self.format.sym else self.minimum, self.format)
 
 
-class GridRule:
-    """Round to the tables of a grid whose scales are fixed where the sweep reaches the group.
+def rounded(
+    w_NK: torch.Tensor, format: WeightFormat, cost_K: torch.Tensor | None = None, shares: tuple[float, ...] = SHARES
+) -> Packed:
+    """Round a matrix to the nearest points of an integer grid whose scales are searched for, without a sweep.
 
     Args:
-        format: by rows.
-        shape: (N, K).
-        order: int64 [K], columns in the order of the sweep; groups stand together.
-        shares: of the full range, tried as scales.
+        w_NK: float32 [N, K].
+        format: ``int``, by rows.
+        cost_K: what a squared error in each column costs; None = all alike.
+        shares: see `fit_scales`.
     """
-
-    def __init__(self, format: GridFormat, shape: Sequence[int], order: torch.Tensor, shares: Sequence[float]) -> None:
-        rows, cols = shape
-        self.format, self.group, self.order, self.shares = format, format.group, order.tolist(), shares
-        self.codes = np.empty((rows, cols), np.uint8)
-        self.scale, self.choice = (
-            np.empty((rows, cols // self.group), np.float32),
-            np.empty((rows, cols // self.group), np.uint8),
-        )
-        self.tables = np.array(format.tables, np.float32)
-
-    def start(self, j: int, w_Ng: torch.Tensor, cost_g: torch.Tensor) -> None:
-        cost = (cost_g / cost_g.mean().clamp_min(1e-30)).numpy()
-        w = np.ascontiguousarray(w_Ng.numpy())
-        self._scale, self._choice = grid_scales(w, self.format, cost, self.shares)
-        index = self.order[j] // self.group
-        self.scale[:, index], self.choice[:, index] = self._scale[:, 0], self._choice[:, 0]
-
-    def column(self, j: int, w_N: torch.Tensor) -> torch.Tensor:
-        w = np.ascontiguousarray(w_N.numpy())[:, None]
-        codes = nearest_codes_of(w, self._scale, self._choice, self.format)
-        self.codes[:, self.order[j]] = codes[:, 0]
-        return torch.from_numpy(self.tables[self._choice[:, 0], codes[:, 0]] * self._scale[:, 0])
-
-    def buffers(self) -> dict[str, np.ndarray]:
-        """The matrix as the format stores it."""
-        return buffers_of(self.codes, self.scale, self.choice, self.format)
+    rows, cols = w_NK.shape
+    groups = cols // format.group
+    w = w_NK.reshape(rows * groups, format.group)
+    cost = torch.ones(1, cols) if cost_K is None else cost_K[None]
+    cost = cost.expand(rows, cols).reshape(rows * groups, format.group)
+    codes = np.empty((len(w), format.group), np.uint8)
+    scales = {name: np.empty(len(w), np.float16) for name in ("scale", "minimum")}
+    step = max(1, _CHUNK // format.group)
+    for first in range(0, len(w), step):
+        part = slice(first, first + step)
+        scale, minimum = fit_scales(w[part], cost[part], format, shares)
+        codes[part] = _codes(w[part], scale, minimum, format).numpy()
+        scales["scale"][part] = scale[:, 0].numpy()
+        if minimum is not None:
+            scales["minimum"][part] = minimum[:, 0].numpy()
+    low = None if format.sym else scales["minimum"].reshape(rows, groups)
+    return packed_grid(codes.reshape(rows, cols), scales["scale"].reshape(rows, groups), low, format)

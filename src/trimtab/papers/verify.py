@@ -19,6 +19,7 @@ CHECKS = {
     34: "trimtab.papers.flashdecpp",
     39: "trimtab.papers.tmac",
     49: "trimtab.papers.kivi",
+    51: "trimtab.papers.shiftadd",
     52: "trimtab.papers.gemfilter",
     60: "trimtab.papers.cats",
     61: "trimtab.papers.scbench",

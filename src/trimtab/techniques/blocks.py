@@ -20,6 +20,7 @@ import numpy as np
 from trimtab.errors import CalibrationError, SpecError
 from trimtab.runtime.weights.packed import Packed, Weights, fingerprint
 from trimtab.spec import tree
+from trimtab.spec.formats import WeightFormat
 from trimtab.spec.leaves import LinearSpec
 from trimtab.spec.model import ModelSpec
 
@@ -146,16 +147,17 @@ class _Shelf:
                     buffers.setdefault(path, {})[name] = stored[key]
         found = {}
         for path, (rows, cols, layout) in shapes.items():
-            node: Any = self._node(path)
-            found[path] = Packed(node.format, (rows, cols), buffers[path], layout)
+            found[path] = Packed(self._format(path), (rows, cols), buffers[path], layout)
         return found
 
-    def _node(self, path: str) -> tree.Node:
-        """The node of a weight; experts share theirs."""
+    def _format(self, path: str) -> WeightFormat:
+        """The format of a weight; experts share a node, a bias is named after its own."""
+        path, bias = path.removesuffix(".bias"), path.endswith(".bias")
         if path not in self.nodes and ".experts." in path:
             head, _, rest = path.partition(".experts.")
             path = f"{head}.experts.{rest.partition('.')[2]}"
-        return self.nodes[path]
+        node: Any = self.nodes[path]
+        return getattr(node, "bias_format", node.format) if bias else node.format
 
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

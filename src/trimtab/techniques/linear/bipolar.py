@@ -154,7 +154,7 @@ class Bipolar(Technique):
 
     def _swept(self, weights: Weights, old: ModelSpec, new: ModelSpec, materials: Materials) -> Weights:
         from trimtab.model.calibration import Inputs
-        from trimtab.model.rounding import GridRule
+        from trimtab.model.grid_rule import GridRule
         from trimtab.model.sweep import factor, group_order, sweep
         from trimtab.model.tensors import float_matrix
 
