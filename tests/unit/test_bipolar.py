@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from trimtab.errors import SpecError, UnsupportedModelError
-from trimtab.model.linear import Linear
 from trimtab.model.grid_rule import GridRule
+from trimtab.model.linear import Linear
 from trimtab.model.sweep import factor, sweep
 from trimtab.runtime.native import bitserial, lower
 from trimtab.runtime.native.bitserial import Written, code, integers, kernel_of, metered, multiply, odd, reference
@@ -268,7 +268,7 @@ def test_the_sweep_makes_up_for_the_missing_zero() -> None:
     """Columns that are nearly copies of each other: an error in one can be undone in its neighbour."""
     rng = np.random.default_rng(0)
     x = torch.from_numpy(
-        (rng.standard_normal((400, 8)) @ rng.standard_normal((8, 64)) + 0.1 * rng.standard_normal((400, 64)))
+        rng.standard_normal((400, 8)) @ rng.standard_normal((8, 64)) + 0.1 * rng.standard_normal((400, 64))
     )
     h = x.T @ x / len(x)
     w = torch.from_numpy(values(32, 64))

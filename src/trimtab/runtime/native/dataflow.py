@@ -157,6 +157,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def processor() -> str:
+    """Name of the processor and how many of it there are: part of the key of timings."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -113,7 +113,8 @@ class Bipolar(Technique):
             check_floats(self.name, spec, path, node)
             if node.act != "none":
                 raise SpecError(
-                    f"bipolar: {path} of {spec.name} codes its input as {node.act}. Allowed: inputs in floats. Load the model in another dtype."
+                    f"bipolar: {path} of {spec.name} codes its input as {node.act}. Allowed: inputs in floats. "
+                    "Load the model in another dtype."
                 )
             try:
                 check_word_group(self.group or node.k, node.k)
