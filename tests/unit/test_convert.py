@@ -362,7 +362,9 @@ def test_formats_with_fields_of_their_own_are_saved_by_their_buffers(
     for target, out in (("safetensors", "o"), ("gguf", "o.gguf")):
         with pytest.raises(SpecError, match=r"layers\.0\.mlp\.up_proj.*can hold it: --to own"):
             save.prepare(one, tmp_path / out, target)
-    save.write(save.prepare(one, tmp_path / "o", "auto"), tmp_path / "o", {"trimtab": 1}, lambda label, items: iter(items))
+    save.write(
+        save.prepare(one, tmp_path / "o", "auto"), tmp_path / "o", {"trimtab": 1}, lambda label, items: iter(items)
+    )
     found = open_model(tmp_path / "o", "file")
     assert found.spec == spec and type(found.weights["layers.0.mlp.up_proj"].format) is type(format)
     assert_same(found.weights, weights)

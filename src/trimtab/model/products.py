@@ -16,7 +16,7 @@ from trimtab.runtime.kernels import IntRows, int_gemv, int_gemv_t
 from trimtab.runtime.numerics import decode
 from trimtab.runtime.weights.packed import Packed, Weights
 from trimtab.spec.leaves import LinearSpec
-from trimtab.spec.product import ExponentInteger, Lmul, LookupTable, Product, Rounded
+from trimtab.spec.product import BitSerial, ExponentInteger, Lmul, LookupTable, Product, Rounded
 
 #: Tokens up to which an integer matrix is multiplied in its packed form; above, decoding it once is cheaper.
 PACKED_TOKENS = 8
@@ -47,6 +47,7 @@ RULES: dict[type[Product], str] = {
     LookupTable: "trimtab.model.products:Lookup",
     Lmul: "trimtab.model.lmul:Approximate",
     Rounded: "trimtab.model.lmul:Approximate",
+    BitSerial: "trimtab.model.bitserial:BitSerialProduct",
     ExponentInteger: "trimtab.model.integers:ExponentIntegers",
 }
 

@@ -13,6 +13,7 @@ from trimtab.papers.claims import Bench, Line, Row, run_lines
 CHECKS = {
     1: "trimtab.papers.roofline",
     7: "trimtab.papers.idealized_runtime",
+    13: "trimtab.papers.bipolar",
     14: "trimtab.papers.frontier",
     16: "trimtab.papers.duoattention",
     29: "trimtab.papers.lmul",

@@ -11,6 +11,12 @@ TABLES = ("i8", "i16", "f32")
 #: ``lut`` looks partial sums up, ``vnni`` multiplies int8 codes; ``auto`` takes whichever was faster when timed.
 KERNELS = ("auto", "lut", "vnni")
 ISAS = ("auto", "scalar", "avx2", "avx512")
+#: Of bit-serial products.
+ACT_SCALES = ("absmax", "percentile")
+BACKENDS = ("auto", "cpu-popcnt", "cpu-vnni", "ref")
+#: Share of a normal distribution beyond the largest value of the evenly spaced grid without zero that codes it with the least squared
+#: error, by bits 1..8 (computed; for the grids see Max, Quantizing for minimum distortion, 1960).
+CLIPPED = (0.42494, 0.13530, 0.04026, 0.01194, 0.00354, 0.00105, 0.00030, 0.00009)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +177,50 @@ class Lmul(Product):
 def _check_acc(acc: str) -> None:
     if acc not in ACCUMULATORS:
         raise SpecError(f"acc={acc} is not possible. Allowed: {', '.join(ACCUMULATORS)}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BitSerial(Product):
+    """Bipolar codes times bipolar codes, plane by plane of bits: exact integers, scaled once at the end.
+
+    Every token is coded with one scale; the matrix must be in bipolar planes.
+
+    Args:
+        abits: bits of an activation, 1..8.
+        ascale: largest value of a token: ``absmax``, or ``percentile``, which cuts off the share `CLIPPED` of its magnitudes.
+        backend: ``cpu-popcnt`` counts bits, ``cpu-vnni`` multiplies the codes as bytes, ``ref`` decodes them and multiplies int64;
+            all give the same integers. ``auto`` takes the faster of the first two for the tokens at hand, timed once.
+
+    Raises:
+        SpecError: a value outside of these.
+
+    Source: Ma et al., arXiv 2409.17870, section 3.
+    """
+
+    abits: int = 8
+    ascale: str = "absmax"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.abits <= 8:
+            raise SpecError(
+                f"abits={self.abits} is not possible. Allowed: 1..8. Try abits={min(max(self.abits, 1), 8)}."
+            )
+        if self.ascale not in ACT_SCALES:
+            raise SpecError(f"ascale={self.ascale} is not possible. Allowed: {', '.join(ACT_SCALES)}.")
+        if self.backend == "triton":
+            raise SpecError(f"backend=triton needs a GPU kernel, and there is none. Allowed: {', '.join(BACKENDS)}.")
+        if self.backend not in BACKENDS:
+            raise SpecError(f"backend={self.backend} is not possible. Allowed: {', '.join(BACKENDS)}.")
+
+    @property
+    def codes_input(self) -> bool:
+        return True
+
+    @property
+    def clipped(self) -> float:
+        """Share of the magnitudes of a token above its largest value."""
+        return CLIPPED[self.abits - 1] if self.ascale == "percentile" else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
