@@ -41,6 +41,14 @@ CASES = {
         None,
         ("rtn:bits=1", "rtn:bits=9", "rtn:group=0", "rtn:group=37"),
     ),
+    "gptq": Case(
+        (
+            "gptq:bits=4,group=16,samples=512,window=128",
+            "gptq:bits=3,group=32,sym=false,order=none,samples=256,window=128",
+        ),
+        None,
+        ("gptq:bits=1", "gptq:group=0", "gptq:group=37", "gptq:damp=0", "gptq:tokens=x", "gptq:order=y"),
+    ),
     "cats": Case(
         ("cats:sparsity=0.5", "cats:sparsity=0.8,prefill_sparse=false"),
         "cats:sparsity=0",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trimtab.model.variant import Variant
 
 #: Rows of logits compared at once: a full window over a large vocabulary would hold gigabytes in float64.
-_ROWS = 128
+ROWS = 128
 
 
 @dataclass(slots=True)
@@ -49,8 +49,8 @@ class TokenScores:
             base_TV, variant_TV: logits after each position.
             next_T: the token that follows each position.
         """
-        for start in range(0, len(next_T), _ROWS):
-            rows = slice(start, start + _ROWS)
+        for start in range(0, len(next_T), ROWS):
+            rows = slice(start, start + ROWS)
             p = base_TV[rows].float().log_softmax(-1)
             q = variant_TV[rows].float().log_softmax(-1)
             at = next_T[rows, None]
@@ -129,8 +129,8 @@ def kl_divergence(p_log: torch.Tensor, q_log: torch.Tensor) -> torch.Tensor:
 def kl_nats(base_TV: torch.Tensor, variant_TV: torch.Tensor) -> float:
     """Mean KL(base || variant) in nats of logits [T, V]."""
     total = 0.0
-    for start in range(0, len(base_TV), _ROWS):
-        rows = slice(start, start + _ROWS)
+    for start in range(0, len(base_TV), ROWS):
+        rows = slice(start, start + ROWS)
         p, q = (logits[rows].float().log_softmax(-1) for logits in (base_TV, variant_TV))
         total += float(kl_divergence(p, q).sum())
     return total / len(base_TV)

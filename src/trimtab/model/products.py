@@ -16,7 +16,7 @@ from trimtab.runtime.kernels import IntRows, int_gemv, int_gemv_t
 from trimtab.runtime.numerics import decode
 from trimtab.runtime.weights.packed import Packed, Weights
 from trimtab.spec.leaves import LinearSpec
-from trimtab.spec.product import LookupTable, Product
+from trimtab.spec.product import ExponentInteger, LookupTable, Product
 
 #: Tokens up to which an integer matrix is multiplied in its packed form; above, decoding it once is cheaper.
 PACKED_TOKENS = 8
@@ -45,6 +45,7 @@ class Rule(Protocol):
 RULES: dict[type[Product], str] = {
     Product: "trimtab.model.products:Exact",
     LookupTable: "trimtab.model.products:Lookup",
+    ExponentInteger: "trimtab.model.integers:ExponentIntegers",
 }
 
 

@@ -28,8 +28,7 @@ class LinearSpec(Node):
             ``fp8``, ``int8`` or ``fp4``.
         kernels: which of `PRODUCT_KERNELS` may multiply; of several, the native program takes the one that is fastest for the
             tokens at hand. Results agree to the rounding of floats.
-        product: how the product is computed where that is not by the values of the matrix; needs rows on an integer grid of at
-            most 4 bits, or ternary ones.
+        product: how the product is computed where that is not by the values of the matrix; each kind has formats it needs.
     """
 
     n: int
@@ -52,7 +51,7 @@ class LinearSpec(Node):
             raise unknown("input format", self.act, ACT_KINDS)
         if self.product != EXACT and self.layout != "row":
             raise SpecError(
-                "A matrix stored transposed has no product by table lookup: its groups run along the outputs."
+                "A matrix stored transposed has only the product with its values: its groups run along the outputs."
             )
 
     @property
@@ -65,9 +64,9 @@ class LinearSpec(Node):
         return self.n * self.k + (self.n if self.bias else 0)
 
     def nbytes(self) -> int:
-        """Resident bytes: every buffer of the format plus the bias."""
+        """Resident bytes: every buffer of the format, the bias, and what the product keeps beside the matrix."""
         bias = self.bias_format.nbytes(1, self.n) if self.bias else 0
-        return self.format.nbytes(*self.stored_shape) + bias
+        return self.format.nbytes(*self.stored_shape) + bias + self.product.nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,16 @@ ISAS = ("auto", "scalar", "avx2", "avx512")
 class Product:
     """A product with the values of the matrix; its kernel is the one of the format."""
 
+    @property
+    def codes_input(self) -> bool:
+        """Whether activations are coded before they are multiplied, so that codes go into the product."""
+        return False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is stored beside each matrix for the product."""
+        return 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookupTable(Product):
@@ -62,6 +72,43 @@ class LookupTable(Product):
             raise SpecError(
                 f"threads={self.threads} is not possible. Allowed: 1..1024, or 0 for all this process may use."
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExponentInteger(Product):
+    """Outlier-victim pairs times outlier-victim pairs: integers shifted by exponents, summed in int32.
+
+    Activations are coded as pairs along the row with one scale for the matrix, the weight ``PATH.act_scale``, found on text.
+
+    Args:
+        bits: of an activation, 4 or 8.
+        normal: its normal values, as those of `spec.grids.PairFormat`.
+        both: which of two outliers in a pair is kept, ``larger`` or ``left``.
+
+    Raises:
+        SpecError: a value outside of these.
+
+    Source: Guo et al., OliVe, arXiv 2304.07493, section 4.
+    """
+
+    bits: int = 4
+    normal: str = "int"
+    both: str = "larger"
+
+    def __post_init__(self) -> None:
+        from trimtab.spec.grids import PairFormat
+
+        PairFormat(bits=self.bits, normal=self.normal, group=2)
+        if self.both not in ("larger", "left"):
+            raise SpecError(f"both={self.both} is not possible. Allowed: larger, left.")
+
+    @property
+    def codes_input(self) -> bool:
+        return True
+
+    @property
+    def nbytes(self) -> int:
+        return 4
 
 
 EXACT = Product()
