@@ -17,7 +17,7 @@ struct Lookup {
         memcpy(all, from, ENTRIES);
         table = load<BV>(all) - static_cast<uint8_t>(less);
     }
-    BV of(BV index) const { return as<BV>(_mm512_maskz_permutexvar_epi8(~__mmask64{0}, as<__m512i>(index), as<__m512i>(table))); }
+    BV of(BV index) const { return as<BV>(_mm512_maskz_permutexvar_epi8(~0ull, as<__m512i>(index), as<__m512i>(table))); }
 #elif defined(__AVX2__)
     BV table[ENTRIES / 16];  // 16 entries in each half of the register
     explicit Lookup(const uint8_t* from, int less = 0) {
