@@ -127,13 +127,48 @@ struct WidePairs {
 };
 
 inline void floats_of(const WidePairs&, BV codes, int, FV (&v)[4]) {
-    const UV all = as<UV>(codes), outlier = as<UV>(outliers(codes, victim(8)));
+    const BV magnitude = codes & static_cast<uint8_t>(127), sign = as<BV>(as<CV>(codes) < 0);
+    const UV normal = as<UV>((magnitude ^ sign) - sign), all = as<UV>(codes);
+    const UV outlier = as<UV>(outliers(codes, victim(8)) & as<BV>(magnitude != 0));  // a magnitude of 0 is 0
+#pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-        const UV code = (all >> (8 * j)) & 255u, magnitude = code & 127u;
-        // 1.mantissa times 2^(exponent + 7); a magnitude of 0 is 0.
-        const UV large = ((magnitude << 20) + ((127u + 7u) << 23)) & as<UV>(magnitude != 0u);
-        const UV which = as<UV>(as<IV>(outlier << (24 - 8 * j)) >> 24), normal = as<UV>(to_float(as<IV>(magnitude)));
-        v[j] = as<FV>((which & large) | (~which & normal) | (code & 128u) << 24);
+        const UV code = all << (24 - 8 * j);
+        // 1.mantissa times 2^(exponent + 7)
+        const UV large = (((code >> 4) & (127u << 20)) + ((127u + 7u) << 23)) | (code & (1u << 31));
+        const UV small = as<UV>(to_float(as<IV>(normal << (24 - 8 * j)) >> 24));
+        v[j] = as<FV>(as<IV>(outlier << (24 - 8 * j)) < 0 ? large : small);
+    }
+}
+
+// One tile of them times T tokens.
+template <int T>
+void dot_wide(const Tiles& w, int64_t tile, const Input& in, int64_t t0, bool once, float* out) {
+    const uint8_t* data = w.data + tile * w.data_bytes();
+    const WidePairs value(w);
+    for (int part = 0; part < parts; ++part) {
+        FV total[T];
+        for (int t = 0; t < T; ++t) total[t] = FV{};
+        for (int64_t g = 0; g < w.groups(); ++g) {
+            FV sum[T][4], scale = {}, minimum = {};
+            scales_of(w, tile, g, part, scale, minimum);
+            for (int t = 0; t < T; ++t)
+                for (int j = 0; j < 4; ++j) sum[t][j] = FV{};
+            for (int64_t k = g * w.group; k < (g + 1) * w.group; k += 4) {
+                const uint8_t* four = data + k * 16 + part * 4 * lanes;
+                if (part == 0) prefetch(four + ahead, once);
+                FV v[4];
+                floats_of(value, load<BV>(four), part, v);
+#pragma GCC unroll 2
+                for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; ++j) {
+                        sum[t][j] = fused(v[j], splat_f(in.x[(t0 + t) * in.stride + k + j]), sum[t][j]);
+                        keep(sum[t][j]);
+                    }
+            }
+            for (int t = 0; t < T; ++t) total[t] = fused(scale, (sum[t][0] + sum[t][1]) + (sum[t][2] + sum[t][3]), total[t]);
+        }
+        for (int t = 0; t < T; ++t) store_f(out + t * 16 + part * lanes, total[t]);
     }
 }
 
@@ -164,8 +199,14 @@ inline void with_integers(const Tiles& w, F&& f) {
 
 }  // namespace
 
-// As dot_tile, or as dot_each, of grids and pairs with integers.
+// As dot_tile, or as dot_each, of grids and pairs.
 void dot_grid(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, bool each, float* out) {
+    if (!w.integers()) {
+        int64_t t = 0;
+        for (; !each && t + 2 <= tokens; t += 2) dot_wide<2>(w, tile, in, t0 + t, tokens == 2, out + t * 16);
+        for (; t < tokens; ++t) dot_wide<1>(w, tile, in, t0 + t, tokens == 1, out + t * 16);
+        return;
+    }
     with_integers(w, [&](auto type) {
         using Value = typename decltype(type)::type;
         auto dot = [&](auto size, int64_t t) {

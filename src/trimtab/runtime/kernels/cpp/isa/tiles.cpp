@@ -188,7 +188,7 @@ void dot_decoded(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int6
 
 void dot_tile(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out) {
     if (w.lookup()) return lookup_tile(w, tile, in, t0, tokens, out);
-    if (w.coded() && !w.integers()) return dot_decoded(w, tile, in, t0, tokens, out);
+    if (w.coded() && !w.integers() && tokens > 4) return dot_decoded(w, tile, in, t0, tokens, out);  // decoding pays
     switch (w.coding) {
         case Coding::f32: return dot_floats<Coding::f32>(w, tile, in, t0, tokens, out);
         case Coding::f16: return dot_floats<Coding::f16>(w, tile, in, t0, tokens, out);
@@ -208,7 +208,7 @@ void dot_each(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t
         for (int64_t t = 0; t < tokens; ++t) dot_tokens<1>(w, tile, in, t0 + t, tokens == 1, out + t * 16);
         return add_twice(w, tile, in, t0, tokens, out);
     }
-    if (w.coded() && w.integers()) return dot_grid(w, tile, in, t0, tokens, true, out);
+    if (w.coded()) return dot_grid(w, tile, in, t0, tokens, true, out);
     for (int64_t t = 0; t < tokens; ++t) dot_tile(w, tile, in, t0 + t, 1, out + t * 16);
 }
 
