@@ -76,7 +76,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--gen", type=int, default=17)
     parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
-    parser.add_argument("--formats", default="*", help="only formats that match one of these patterns, e.g. 'int*;bitmod4'")
+    parser.add_argument(
+        "--formats", default="*", help="only formats that match one of these patterns, e.g. 'int*;bitmod4'"
+    )
     parser.add_argument("--json", type=Path, default=HERE / "results" / "formats.json")
     options = parser.parse_args()
     result: dict[str, Any] = about() | {"isa": kernels.isa(), "rounds": options.rounds, "gen": options.gen, "runs": []}

@@ -122,8 +122,8 @@ def test_the_three_kernels_of_a_product(isa: str, form: WeightFormat) -> None:
 def test_instruction_sets_agree(form: WeightFormat) -> None:
     """To the bit where values fit a byte without a sign; the others lose what stands for zero in another order."""
     packed, x, found = drawn(form, 33, 192), inputs(3, 192), []
-    for isa in kernels.isas():
-        kernels.use_isa(isa)
+    for isa in _core.isas():
+        kernels.use_isa("scalar" if isa == "baseline" else isa)
         found.append(product(packed, x))
     kernels.use_isa("auto")
     for other in found[1:]:
