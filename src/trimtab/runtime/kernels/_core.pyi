@@ -58,6 +58,9 @@ def tiles(
     entry: int = 0,
     table_group: int = 0,
     fast_average: bool = False,
+    bipolar: bool = False,
+    values: np.ndarray | None = None,
+    choice: np.ndarray | None = None,
 ) -> Tiles: ...
 def pack_tiles(codes: np.ndarray, bits: int, out: np.ndarray) -> None: ...
 def unpack_tiles(packed: np.ndarray, bits: int, out: np.ndarray) -> None: ...

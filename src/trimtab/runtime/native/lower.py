@@ -112,8 +112,6 @@ def _missing(path: str, node: Node) -> str:
             return ""  # refused in words of its own
         if node.product != EXACT:
             return f"A product by {type(node.product).__name__}"
-        if node.format.kind in ("grid", "pair"):
-            return f"A matrix in {node.format}"
         try:
             tiles_of(node.format, node.product, node.n, node.k)
         except SpecError:

@@ -44,7 +44,8 @@ struct BoundTiles {
 
 BoundTiles make_tiles(int coding, int scales, int bits, int64_t rows, int64_t cols, int64_t group, Bytes data,
                       std::optional<Bytes> scale, std::optional<Bytes> minimum, std::optional<Bytes> sub, int entry,
-                      int64_t table_group, bool fast_average) {
+                      int64_t table_group, bool fast_average, bool bipolar, std::optional<Array<const int32_t, 2>> values,
+                      std::optional<Bytes> choice) {
     BoundTiles b;
     b.tiles.coding = static_cast<Coding>(coding), b.tiles.scales = static_cast<Scales>(scales);
     b.tiles.bits = bits, b.tiles.rows = rows, b.tiles.cols = cols, b.tiles.group = group;
@@ -54,6 +55,12 @@ BoundTiles make_tiles(int coding, int scales, int bits, int64_t rows, int64_t co
     if (scale) b.tiles.scale = reinterpret_cast<const uint16_t*>(scale->data()), b.keep.push_back(nb::cast(*scale));
     if (minimum) b.tiles.minimum = reinterpret_cast<const uint16_t*>(minimum->data()), b.keep.push_back(nb::cast(*minimum));
     if (sub) b.tiles.sub = sub->data(), b.keep.push_back(nb::cast(*sub));
+    if (choice) b.tiles.choice = choice->data(), b.keep.push_back(nb::cast(*choice));
+    b.tiles.bipolar = bipolar;
+    if (values) {
+        if (static_cast<int64_t>(values->shape(1)) != int64_t{1} << bits) throw std::invalid_argument("A table has 2^bits values.");
+        b.tiles.grid = Grid::of(values->data(), static_cast<int>(values->shape(0)), bits, b.tiles.coding == Coding::pairs);
+    }
     return b;
 }
 
@@ -147,7 +154,8 @@ void bind_native(nb::module_& m) {
         .def_prop_ro("tile_bytes", [](const BoundTiles& b) { return b.tiles.tile_bytes() * b.tiles.tiles(); });
     m.def("tiles", &make_tiles, nb::arg("coding"), nb::arg("scales"), nb::arg("bits"), nb::arg("rows"), nb::arg("cols"),
           nb::arg("group"), nb::arg("data"), nb::arg("scale").none(), nb::arg("minimum").none(), nb::arg("sub").none(),
-          nb::arg("entry") = 0, nb::arg("table_group") = 0, nb::arg("fast_average") = false);
+          nb::arg("entry") = 0, nb::arg("table_group") = 0, nb::arg("fast_average") = false,
+          nb::arg("bipolar") = false, nb::arg("values").none() = nb::none(), nb::arg("choice").none() = nb::none());
     m.def("pack_tiles", packing<uint8_t, int>(&pack_tiles));
     m.def("unpack_tiles", unpacking<uint8_t, int>(&unpack_tiles));
     m.def("pack_planes", packing<uint8_t, int, bool>(&pack_planes));
