@@ -35,6 +35,13 @@ def float_tensor(packed: Packed) -> torch.Tensor:
     return as_tensor(packed.buffers["data"], packed.format.kind)
 
 
+def float_matrix(packed: Packed) -> torch.Tensor:
+    """W as float32 [N, K], whatever it is stored as; not to be written to."""
+    from trimtab.runtime.numerics import matrix
+
+    return as_tensor(matrix(packed), "fp32")
+
+
 #: Rows up to which torch multiplies 16-bit matrices at the speed of memory on any processor.
 _FEW_ROWS = 4
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from trimtab.errors import SpecError
+from trimtab.runtime.weights.packed import Packed
 from trimtab.spec.formats import WeightFormat
 
 #: Elements encoded or decoded at a time.
@@ -44,6 +45,16 @@ def encode_grid(values: np.ndarray, format: WeightFormat) -> dict[str, np.ndarra
         codes[part] = pack_codes(points.reshape(-1, cols), format.bits)
     found = {"codes": codes, "scale": scale, "minimum": minimum}
     return {name: found[name] for name in names}
+
+
+def packed_grid(codes: np.ndarray, scale: np.ndarray, minimum: np.ndarray | None, format: WeightFormat) -> Packed:
+    """A matrix of given codes uint8 [rows, cols], scale and minimum fp16 [rows, groups], stored by rows."""
+    from trimtab.runtime.kernels import pack_codes
+
+    buffers = {"codes": pack_codes(np.ascontiguousarray(codes), format.bits), "scale": scale}
+    if minimum is not None:
+        buffers["minimum"] = minimum
+    return Packed(format, (codes.shape[0], codes.shape[1]), buffers)
 
 
 def nearest_points(w: np.ndarray, format: WeightFormat) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

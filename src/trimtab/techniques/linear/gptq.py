@@ -1,0 +1,118 @@
+"""gptq: round weights column by column, each column's error made up for by the columns after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from trimtab.errors import SpecError
+from trimtab.spec.formats import WeightFormat
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.tree import Edit
+from trimtab.techniques.base import Stage, Technique, param
+from trimtab.techniques.blocks import change_blocks, check_floats, matrices, weight_paths, windows_of
+
+if TYPE_CHECKING:
+    from trimtab.model.calibration import Inputs
+    from trimtab.runtime.weights.packed import Packed, Weights
+    from trimtab.techniques.materials import Materials
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gptq(Technique):
+    """Post-training quantization with second-order error compensation.
+
+    Exact: bytes, as `rtn` at the same bits. Approximated: the weights; the outputs on calibration text are what is kept close.
+    Unlike the paper: every calibration token weighs the same whatever its length (`tokens=unitnorm`), because the first token
+    of a text is hundreds of times longer than the rest in Llama-like models and would be all that is fitted; scales are searched
+    for; groups are worked off in the order of their inputs' weight; a block is calibrated on the already rounded ones before it,
+    matrix by matrix.
+
+    Source: Frantar et al., GPTQ, ICLR 2023, arXiv 2210.17323.
+    """
+
+    name: ClassVar[str] = "gptq"
+    summary: ClassVar[str] = "weights on a group-wise integer grid, errors compensated on calibration text"
+    stage: ClassVar[Stage] = Stage.WEIGHTS
+    needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
+
+    bits: int = param(4, "bits of one code", "2..8")
+    group: int = param(64, "weights along the input that share a scale; must divide every row", "a divisor of the row length")
+    sym: bool = param(True, "true: scale only; false: scale and minimum", "true, false")
+    damp: float = param(0.01, "share of the mean diagonal added to the Hessian", "above 0, up to 1")
+    tokens: str = param("unitnorm", "weight of a token in the Hessian", "unitnorm, cap, plain")
+    order: str = param("act", "act: groups with the largest inputs first; none: as they come", "act, none")
+    search: bool = param(True, "search for scales; false: the range of the group", "true, false")
+    samples: int = param(12288, "calibration tokens", "1 or more; 12288 is good for rows of up to 2048")
+    window: int = param(256, "tokens of a calibration text", "2..context")
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise SpecError(
+                f"gptq: bits={self.bits} is not possible. Allowed: 2..8. Try bits={min(max(self.bits, 2), 8)}."
+            )
+        if self.group < 1:
+            raise SpecError(f"gptq: group={self.group} is not possible. Allowed: 1 or more. Try group=64.")
+        if not 0 < self.damp <= 1:
+            raise SpecError(f"gptq: damp={self.damp} is not possible. Allowed: above 0, up to 1. Try damp=0.01.")
+        for what, asked, allowed in (
+            ("tokens", self.tokens, ("unitnorm", "cap", "plain")),
+            ("order", self.order, ("act", "none")),
+        ):
+            if asked not in allowed:
+                raise SpecError(f"gptq: {what}={asked} is not possible. Allowed: {', '.join(allowed)}.")
+        if self.samples < 1 or self.window < 2:
+            raise SpecError(
+                f"gptq: samples={self.samples}, window={self.window} is not possible. Try samples=12288, window=256."
+            )
+
+    @property
+    def format(self) -> WeightFormat:
+        """The format every linear of the layers gets."""
+        return WeightFormat(kind="int", bits=self.bits, group=self.group, sym=self.sym)
+
+    def check(self, spec: ModelSpec) -> None:
+        """Refuse a group that divides no row, and matrices that are rounded or stored transposed."""
+        for path, node in matrices(spec):
+            check_floats(self.name, spec, path, node)
+            try:
+                self.format.buffers(*node.stored_shape)
+            except SpecError as error:
+                raise SpecError(f"gptq: {path} of {spec.name}: {error}") from None
+
+    def edits(self, spec: ModelSpec) -> Iterable[Edit]:
+        """Every linear inside the layers."""
+        for path, _ in matrices(spec):
+            yield Edit(path, "format", self.format)
+
+    def convert(self, weights: Weights, old: ModelSpec, new: ModelSpec, materials: Materials) -> Weights:
+        """Sweep every matrix on the calibration text, block by block."""
+        from trimtab.model.calibration import Inputs
+        from trimtab.model.rounding import SHARES, IntRule
+        from trimtab.model.sweep import factor, group_order, sweep
+        from trimtab.model.tensors import float_matrix
+
+        paths = {path for path, _ in weight_paths(new)}
+
+        def change(found: Mapping[str, Inputs], now: Weights) -> dict[str, Packed]:
+            replaced = {}
+            for path, inputs in found.items():
+                w_NK = float_matrix(now[path])
+                k = w_NK.shape[1]
+
+                def factored(inputs: Inputs = inputs, k: int = k):
+                    h = inputs.hessian
+                    order = group_order(h.diagonal(), self.group) if self.order == "act" else None
+                    return factor(h, self.damp, order)
+
+                how = inputs.once("factor", factored)
+                rule = IntRule(self.format, tuple(w_NK.shape), how.order, SHARES if self.search else (1.0,))
+                sweep(w_NK, how, rule)
+                replaced[path] = rule.packed()
+            return replaced
+
+        windows = windows_of(self.name, materials, self.samples, self.window)
+        return change_blocks(
+            str(self), weights, old, new, materials, windows, paths.__contains__, lambda path: Inputs(self.tokens), change
+        )
