@@ -23,6 +23,7 @@ VERBS = {
     "run": "Generate text.",
     "measure": "Predicted beside measured, quality included.",
     "eval": "Quality alone: text, needles, or through the cache (kv).",
+    "study": "What a model looks like inside: outliers.",
     "prepare": "Resolve every `auto` of a technique and keep what was found.",
     "train": "Learn what a technique needs, the model's weights frozen.",
     "calibrate": "Fit a Stack to this machine.",

@@ -52,7 +52,7 @@ class LinearSpec(Node):
             raise unknown("input format", self.act, ACT_KINDS)
         if self.product != EXACT and self.layout != "row":
             raise SpecError(
-                "A matrix stored transposed has no product by table lookup: its groups run along the outputs."
+                "A matrix stored transposed has no product by table lookup or in int8: its groups run along the outputs."
             )
 
     @property
@@ -65,9 +65,9 @@ class LinearSpec(Node):
         return self.n * self.k + (self.n if self.bias else 0)
 
     def nbytes(self) -> int:
-        """Resident bytes: every buffer of the format plus the bias."""
+        """Resident bytes: every buffer of the format, what the product keeps beside it, and the bias."""
         bias = self.bias_format.nbytes(1, self.n) if self.bias else 0
-        return self.format.nbytes(*self.stored_shape) + bias
+        return self.format.nbytes(*self.stored_shape) + self.product.side_nbytes(self.n, self.k) + bias
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "isa/simd.h"
-#include "native/native.h"
+
 
 namespace trimtab::TRIMTAB_ISA {
 namespace {
@@ -70,13 +70,16 @@ float code(const float* x, int64_t cols, const uint8_t* mask, int8_t* codes, int
 
 // Sums that pass 2^31 on their way come back within it: unsigned numbers wrap.
 inline int32_t total_of(UV v) {
-    uint32_t sum = 0;
-#if defined(__AVX512F__)
-    sum = static_cast<uint32_t>(_mm512_reduce_add_epi32(as<__m512i>(v)));
+#if defined(__AVX2__)
+    if constexpr (lanes == 16) v += turned<lanes / 2>(v);
+    v += turned<4>(v);
+    v += turned<2>(v);
+    return static_cast<int32_t>((v + turned<1>(v))[0]);
 #else
+    uint32_t sum = 0;
     for (int i = 0; i < lanes; ++i) sum += v[i];
-#endif
     return static_cast<int32_t>(sum);
+#endif
 }
 
 #if defined(__AVX512VNNI__)

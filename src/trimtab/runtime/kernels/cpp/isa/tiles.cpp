@@ -582,10 +582,8 @@ void attend_head(const AttendHead& a);  // attend_heads.cpp
 void bound(const float* keys, int64_t count, int64_t width, uint16_t* bounds);  // pieces.cpp
 void promise(const float* negative, const float* positive, const uint16_t* bounds, int64_t pieces, int64_t width, float* out);
 
-extern const Int8Kernels int8_table;  // int8.cpp
-
 extern const TileKernels tile_table;
 const TileKernels tile_table = {dot_tile, norm, quantize, tabulate, decode_tile, activate, rotate, dot_each, dot_decoded,
-                                encode_page, decode_page, attend_head, bound, promise, &int8_table};
+                                encode_page, decode_page, attend_head, bound, promise};
 
 }  // namespace trimtab::TRIMTAB_ISA

@@ -68,7 +68,7 @@ struct Int8Kernel : Kernel {
                 k.norm(norm, row, x);
             else
                 std::memcpy(x, row, static_cast<size_t>(4 * width));
-            if (searches()) k.int8->find(x, width, how.threshold, seen);
+            if (searches()) int8_kernels().find(x, width, how.threshold, seen);
         }
         std::memcpy(mask, seen, static_cast<size_t>(width));
         if (!own && searches()) {  // a column is an outlier whoever saw it
@@ -80,7 +80,7 @@ struct Int8Kernel : Kernel {
         for (int64_t j = 0; j < width; ++j)
             if (mask[j]) in.listed[in.count++] = static_cast<int32_t>(j);
         for (int64_t t = first; t < last; ++t)
-            in.scale[t] = k.int8->code(in.x + t * width, width, mask, in.codes + t * padded, in.sums + t);
+            in.scale[t] = int8_kernels().code(in.x + t * width, width, mask, in.codes + t * padded, in.sums + t);
         if (!own) worker.wait();
 
         const size_t by = store == Store::gated ? 2 : 1;
@@ -133,14 +133,14 @@ struct Int8Kernel : Kernel {
 
     // Makes the outlier columns of a tile; returns the bytes read of it in all.
     int64_t read(const Int8Product& p, const Coded& in, int64_t n0, int64_t count, float* panel) const {
-        if (in.count) tile_kernels().int8->take(p.w, n0, in.listed, in.count, how.listed, panel);
+        if (in.count) int8_kernels().take(p.w, n0, in.listed, in.count, how.listed, panel);
         const bool coded = in.count < cols();
         return count * ((coded ? cols() + 4 : 0) + in.count * (p.w.columns ? 2 : 1) + (p.bias ? 4 : 0));
     }
 
     void dot(const Int8Product& p, const Coded& in, const float* panel, int64_t n0, int64_t count, int64_t t0, int64_t here,
              float* out) const {
-        const Int8Kernels& k = *tile_kernels().int8;
+        const Int8Kernels& k = int8_kernels();
         if (in.count < cols()) {
             alignas(64) int32_t sums[token_block * tile_rows];
             alignas(64) float scale[tile_rows] = {};
@@ -187,7 +187,7 @@ void int8_product(const int8_t* w, int64_t rows, int64_t cols, const int8_t* cod
             const int64_t count = std::min<int64_t>(tile_rows, end - n0);
             for (int64_t t0 = 0; t0 < tokens; t0 += token_block) {
                 const int64_t here = std::min(token_block, tokens - t0);
-                tile_kernels().int8->dot(w + n0 * cols, count, cols, padded.data() + t0 * stride, sums.data() + t0, here, part);
+                int8_kernels().dot(w + n0 * cols, count, cols, padded.data() + t0 * stride, sums.data() + t0, here, part);
                 for (int64_t t = 0; t < here; ++t)
                     std::memcpy(out + (t0 + t) * rows + n0, part + t * tile_rows, static_cast<size_t>(count) * 4);
             }

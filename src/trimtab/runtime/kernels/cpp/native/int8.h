@@ -14,6 +14,10 @@ namespace trimtab {
 constexpr int64_t code_cols = 64;
 constexpr int64_t padded_codes(int64_t cols) { return (cols + code_cols - 1) / code_cols * code_cols; }
 
+// Of the instruction set in use.
+struct Int8Kernels;
+const Int8Kernels& int8_kernels();
+
 struct Int8Rows {
     const int8_t* data = nullptr;  // [N, K], -127 .. 127
     const float* scale = nullptr;  // [N] what a unit of a row stands for

@@ -70,8 +70,6 @@ struct AttendHead {
     float* out = nullptr;                // [queries, H] out: sum of exp(...) * v
 };
 
-struct Int8Kernels;
-
 struct TileKernels {
     // out [tokens, 16] = rows of `tile` times tokens t0 .. t0 + tokens - 1 of the input.
     void (*dot_tile)(const Tiles& w, int64_t tile, const Input& in, int64_t t0, int64_t tokens, float* out);
@@ -99,7 +97,6 @@ struct TileKernels {
     void (*bound)(const float* keys, int64_t count, int64_t width, uint16_t* bounds);
     // The largest products that bounds [pieces, 2, H] allow with a query, given as its negative and its positive part.
     void (*promise)(const float* negative, const float* positive, const uint16_t* bounds, int64_t pieces, int64_t width, float* out);
-    const Int8Kernels* int8;  // native/int8.h
 };
 
 const TileKernels& tile_kernels();  // of the instruction set in use
