@@ -24,7 +24,7 @@ from trimtab.model.outliers import Columns, smallest_threshold
 from trimtab.model.transforms import scale_columns, scale_everywhere
 from trimtab.model.variant import Model, Variant
 from trimtab.runtime.engine.generate import Session
-from trimtab.runtime.kernels import _core, int8_product, use_isa
+from trimtab.runtime.kernels import int8_product
 from trimtab.runtime.native import lower
 from trimtab.runtime.numerics import decode, encode
 from trimtab.runtime.step import Recorder
@@ -37,13 +37,6 @@ from trimtab.spec.vector import RowInt8Format
 from trimtab.techniques.apply import applied, derive
 from trimtab.techniques.base import compose
 from trimtab.techniques.registry import parse_all, parse_technique, spec_string
-
-
-@pytest.fixture(params=[name for name in ("scalar", "avx2", "avx512") if name in ("scalar", *_core.isas())])
-def isa(request: pytest.FixtureRequest) -> Any:
-    use_isa(request.param)
-    yield request.param
-    use_isa("auto")
 
 
 def _codes(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -211,7 +204,8 @@ def test_coarser_scales_are_worse_and_zero_points_help_where_inputs_are_one_side
         return float((found - wanted).square().sum() / wanted.square().sum())
 
     assert error(x) < error(x, granularity="row") < error(x, granularity="tensor")
-    assert error(x.abs(), zeropoint=True) < 0.7 * error(x.abs())
+    # The step of the input halves; the error of the weights stays.
+    assert error(x.abs(), zeropoint=True) < 0.85 * error(x.abs())
     assert error(x.abs(), zeropoint=True, granularity="tensor") < error(x.abs(), granularity="tensor")
 
 
@@ -356,7 +350,7 @@ def test_what_only_compares_has_no_kernel(tiny_model: Any, tiny_materials: Any) 
         with pytest.raises(UnsupportedModelError, match="int8"):
             lower(model.spec, model.weights)
     mixed = compose(tiny_model.spec, parse_all(["llm-int8"]))
-    mixed = mixed.edit([Edit("layers.0.self_attn.k_proj", "product", Int8Vector(threshold=3))], by="test")
+    mixed = mixed.edit([Edit("layers.0.self_attn.k_proj", "product", Int8Vector(threshold=3))], by="llm-int8")
     model = Model(derive(tiny_model.variant, parse_all(["llm-int8"]), tiny_materials))
     with pytest.raises(UnsupportedModelError, match="share an input"):
         lower(mixed, model.weights)

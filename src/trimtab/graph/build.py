@@ -78,7 +78,7 @@ def filter_graph(spec: ModelSpec) -> Graph:
         raise SpecError(f"The token filter needs grouped-query attention in layer {chosen.layer}. Name another layer.")
     attend = next(index for index, op in enumerate(ops) if op.name == f"{path}.self_attn.attend")
     q, k = ops[attend].reads[:2]
-    ops = [op for op in ops[:attend] if op.name != f"{path}.self_attn.v_proj"]
+    ops = [op for op in ops[:attend] if not op.name.startswith(f"{path}.self_attn.v_proj")]
     return Graph(
         (*ops, Op("flow.score", "score", attention, (q, k), (Value("flow.score", 1, spec.act_dtype),), spec.flow))
     )
