@@ -114,14 +114,17 @@ class _Builder:
         return self.emit(path, kind, node, (x,), node.n, owner, rows)
 
     def coded(self, path: str, node: LinearSpec, x: Value, rows: str) -> Value:
-        """A product in int8: codes of the input, sums, what they stand for, and what is added in floats."""
+        """A product in int8: outlier columns found, codes of the rest, sums, what they stand for, and the outliers added."""
+        product = node.product
+        assert isinstance(product, Int8Vector)
         codes, sums = Value(f"{path}.quantize", node.k, "i8", rows), Value(path, node.n, "int32", rows)
+        columns: tuple[Value, ...] = ()
+        if product.decomposes:
+            columns = (self.emit(f"{path}.find", "find", node, (x,), product.outliers_expected(node.k), rows=rows),)
         self.ops.append(Op(codes.name, "quantize", node, (x,), (codes,)))
         self.ops.append(Op(path, "linear", node, (codes,), (sums,)))
         y = self.emit(f"{path}.dequantize", "dequantize", node, (sums,), node.n, rows=rows)
-        if isinstance(node.product, Int8Vector) and node.product.decomposes:
-            y = self.emit(f"{path}.outliers", "outliers", node, (x, y), node.n, rows=rows)
-        return y
+        return self.emit(f"{path}.outliers", "outliers", node, (*columns, y), node.n, rows=rows) if columns else y
 
     def norm(self, path: str, node: Node | None, x: Value) -> Value:
         """A norm, or nothing where the model has none."""

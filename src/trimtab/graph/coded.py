@@ -32,11 +32,14 @@ def product_counts(op: Op, step: StepShape) -> Counts:
     return Counts(flops=2 * rows * node.n * node.k * used, weight_read=np.where(used, nbytes, 0)[()])
 
 
+def find(op: Op, step: StepShape, how: Any) -> Counts:
+    """A look at every value of the input before any of it can be coded."""
+    return Counts(vector_flops=2 * step.rows(op.reads[0].rows) * op.reads[0].width)
+
+
 def quantize(op: Op, step: StepShape, how: Any) -> Counts:
-    """The input is read twice, for its largest value and for the codes."""
-    read = op.reads[0]
-    rows = step.rows(read.rows)
-    return Counts(vector_flops=DEQUANT * rows * read.width, act_read=rows * read.row_bytes)
+    """The largest value of a row, then its codes."""
+    return Counts(vector_flops=DEQUANT * step.rows(op.reads[0].rows) * op.reads[0].width)
 
 
 def dequantize(op: Op, step: StepShape, how: Any) -> Counts:
@@ -48,13 +51,22 @@ def dequantize(op: Op, step: StepShape, how: Any) -> Counts:
 
 
 def outliers(op: Op, step: StepShape, how: Any) -> Counts:
-    """Columns observed, or as many as are expected, in 16-bit numbers or read once more from the codes."""
+    """Columns observed, or as many as are expected, in 16-bit numbers or read once more from the codes.
+
+    Their product is a matrix of its own, written and read again to be added.
+    """
     node: Any = op.node
     product: Int8Vector = node.product
     rows = step.rows(op.writes[0].rows)
     found = _outliers(product, node.k, op.name, step)
     item = 2 if product.columns_kept(node.k) else 1
-    return Counts(flops=2 * rows * node.n * found, weight_read=np.where(rows > 0, item * node.n * found, 0)[()])
+    between = rows * op.writes[0].row_bytes
+    return Counts(
+        flops=2 * rows * node.n * found,
+        weight_read=np.where(rows > 0, item * node.n * found, 0)[()],
+        act_read=between,
+        act_written=between,
+    )
 
 
 def _outliers(product: Int8Vector, k: int, name: str, step: StepShape) -> int:

@@ -33,7 +33,7 @@ from trimtab.graph.attention import (
     score_elements,
     within_chunks,
 )
-from trimtab.graph.coded import dequantize, is_coded, outliers, product_counts, quantize
+from trimtab.graph.coded import dequantize, find, is_coded, outliers, product_counts, quantize
 from trimtab.graph.ops import Counts, Group, IntArray, Kernel, Op, StepShape, group
 from trimtab.graph.routing import busiest_rank, distinct_experts
 from trimtab.spec.formats import ITEM_BYTES
@@ -363,6 +363,7 @@ def _whole(value: Any) -> Any:
 _TABLE: dict[str, Callable[[Op, StepShape, How], Counts]] = {
     "embed": _embed,
     "linear": _linear,
+    "find": find,
     "quantize": quantize,
     "dequantize": dequantize,
     "outliers": outliers,

@@ -108,9 +108,11 @@ class VectorInt8(Exact):
         return codes.float() * as_tensor(self.packed.buffers["scale"], "fp32").T
 
     def meter(self, record: Recorder, path: str, flops: int, bias_nbytes: int) -> None:
-        """Four ops: codes of the input, the product in int8, its scaling, and the outlier columns."""
+        """The search for outlier columns, codes of the rest, the product in int8, its scaling, and the product of the outliers."""
         (n, k), count = self.packed.shape, self.found
         used = count < k
+        if self.product.decomposes:
+            record.op(f"{path}.find")
         record.op(f"{path}.quantize")
         record.op(path, flops=flops * used, weight_read=self.packed.nbytes * used)
         record.op(f"{path}.dequantize", weight_read=bias_nbytes)

@@ -37,12 +37,12 @@ def one_input(nodes: Mapping[str, LinearSpec]) -> Int8Vector | None:
 
 def int8_name(name: str, matrices: set[str], product: Int8Vector) -> str:
     """A kernel's name with the ops that stand around each of its matrices, as `graph.build` names them."""
-    behind = "+dequantize+outliers" if product.decomposes else "+dequantize"
+    before, behind = ("find+quantize", "dequantize+outliers") if product.decomposes else ("quantize", "dequantize")
     first, *rest = name.split("+")
     path, _, last = first.rpartition(".")
     if last in matrices:  # nothing stands before the product
-        first = f"{first}.quantize+{last}{behind}"
-    return "+".join([first, *(f"quantize+{part}{behind}" if part in matrices else part for part in rest)])
+        first = f"{first}.{before}+{last}+{behind}"
+    return "+".join([first, *(f"{before}+{part}+{behind}" if part in matrices else part for part in rest)])
 
 
 def int8_matrix(
