@@ -15,6 +15,7 @@ CHECKS = {
     7: "trimtab.papers.idealized_runtime",
     14: "trimtab.papers.frontier",
     16: "trimtab.papers.duoattention",
+    32: "trimtab.papers.llm_int8",
     34: "trimtab.papers.flashdecpp",
     39: "trimtab.papers.tmac",
     49: "trimtab.papers.kivi",
