@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "native/int8.h"
 #include "native/native.h"
 
 namespace trimtab {
@@ -25,6 +26,7 @@ struct Words {
 struct Isa {
     const char* name;
     const TileKernels* table;
+    const Int8Kernels* int8;
     const Words* words;
 };
 const std::vector<Isa>& isas();
