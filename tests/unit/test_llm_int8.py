@@ -19,9 +19,9 @@ from trimtab.graph.build import build
 from trimtab.graph.count import count
 from trimtab.graph.fuse import fuse
 from trimtab.graph.ops import StepShape
+from trimtab.model.folding import fold
 from trimtab.model.int8 import VectorInt8, coded, outlier_columns
 from trimtab.model.outliers import Columns, smallest_threshold
-from trimtab.model.transforms import scale_columns, scale_everywhere
 from trimtab.model.variant import Model, Variant
 from trimtab.runtime.engine.generate import Session
 from trimtab.runtime.kernels import int8_product
@@ -356,44 +356,23 @@ def test_what_only_compares_has_no_kernel(tiny_model: Any, tiny_materials: Any) 
         lower(mixed, model.weights)
 
 
-# --------------------------------------------------------------------------------------------- outliers and transforms
+# ----------------------------------------------------------------------------------------------------------- outliers
 
 
-def test_scaling_columns_changes_nothing(tiny_model: Any) -> None:
-    ids = [list(range(20))]
-    before = tiny_model.logits(ids)
-    factors = np.ones(tiny_model.spec.hidden_size, np.float32)
-    factors[[1, 5]] = 30, 0.25
-    scaled = scale_everywhere(tiny_model.spec, tiny_model.weights, factors)
-    changed = [path for path in scaled if scaled[path] is not tiny_model.weights[path]]
-    assert len(changed) == 7 * len(tiny_model.spec.layers)
-    after = Model(Variant(tiny_model.spec, scaled)).logits(ids)
-    np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4)
-
-
-def test_scaling_refuses_what_it_would_break(tiny_model: Any, tiny_materials: Any) -> None:
-    spec, weights = tiny_model.spec, tiny_model.weights
-    ones = np.ones(spec.hidden_size, np.float32)
-    for norm, factors, message in (
-        ("norm", ones, "no norm of"),
-        ("layers.0.mlp", ones, "no norm of"),
-        ("layers.0.input_layernorm", ones[1:], "finite factors"),
-        ("layers.0.input_layernorm", 0 * ones, "finite factors"),
-    ):
-        with pytest.raises(SpecError, match=message):
-            scale_columns(spec, weights, norm, factors)
-    rounded = derive(tiny_model.variant, parse_all(["llm-int8"]), tiny_materials)
-    with pytest.raises(SpecError, match="int8"):
-        scale_columns(spec, rounded.weights, "layers.0.input_layernorm", ones)
+def _planted(model: Any, dimension: int, factor: float) -> Variant:
+    weights, scale = model.weights, np.ones(model.spec.hidden_size, np.float32)
+    scale[dimension] = 1 / factor
+    for index, layer in enumerate(model.spec.layers):
+        for stage in (0, 2):
+            weights = weights | fold(layer, f"layers.{index}", weights, stage, scale)
+    return Variant(model.spec, weights)
 
 
 def test_a_planted_dimension_is_reported(tiny_model: Any) -> None:
     from trimtab.measure.outliers import outlier_report
 
     pieces = list(np.random.default_rng(0).integers(0, 97, (3, 24)))
-    factors = np.ones(tiny_model.spec.hidden_size, np.float32)
-    factors[7] = 300
-    planted = Variant(tiny_model.spec, scale_everywhere(tiny_model.spec, tiny_model.weights, factors))
+    planted = _planted(tiny_model, 7, 300)
     before, after = outlier_report(tiny_model.variant, pieces), outlier_report(planted, pieces)
     found = {(d.block, d.dimension): d for d in after.dimensions}
     new = set(found) - {(d.block, d.dimension) for d in before.dimensions}

@@ -41,6 +41,42 @@ CASES = {
         None,
         ("rtn:bits=1", "rtn:bits=9", "rtn:group=0", "rtn:group=37"),
     ),
+    "gptq": Case(
+        (
+            "gptq:bits=4,group=16,samples=512,window=128",
+            "gptq:bits=3,group=32,sym=false,order=none,samples=256,window=128",
+        ),
+        None,
+        ("gptq:bits=1", "gptq:group=0", "gptq:group=37", "gptq:damp=0", "gptq:tokens=x", "gptq:order=y"),
+    ),
+    "awq": Case(
+        (
+            "awq:bits=4,group=16,samples=512,window=128",
+            "awq:bits=3,group=32,sym=true,search=false,samples=256,window=128",
+        ),
+        None,
+        ("awq:bits=9", "awq:group=-1", "awq:group=37", "awq:tokens=x", "awq:samples=0"),
+    ),
+    "shiftadd": Case(
+        (
+            "shiftadd:bits=2,group=16,samples=512,window=128",
+            "shiftadd:bits=3,mode=acc,group=-1,apot=2,samples=256,window=128",
+        ),
+        None,
+        (
+            "shiftadd:bits=0",
+            "shiftadd:bits=5",
+            "shiftadd:bits=2.5",
+            "shiftadd:group=12",
+            "shiftadd:group=0",
+            "shiftadd:apot=0",
+            "shiftadd:mode=x",
+            "shiftadd:rounds=-1",
+            "shiftadd:mix=2:0.5|3:0.2",
+            "shiftadd:mix=2",
+            "shiftadd:damp=2",
+        ),
+    ),
     "cats": Case(
         ("cats:sparsity=0.5", "cats:sparsity=0.8,prefill_sparse=false"),
         "cats:sparsity=0",

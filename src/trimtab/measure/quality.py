@@ -17,11 +17,14 @@ import numpy as np
 import torch
 
 from trimtab.errors import CalibrationError
+from trimtab.model.divergence import kl_divergence, kl_nats
 from trimtab.runtime.step import IntArray, Step
 from trimtab.spec.report import Figure
 
 if TYPE_CHECKING:
     from trimtab.model.variant import Variant
+
+__all__ = ["Quality", "TokenScores", "evaluate_text", "kl_divergence", "kl_nats", "standard_error", "windows"]
 
 #: Rows of logits compared at once: a full window over a large vocabulary would hold gigabytes in float64.
 _ROWS = 128
@@ -119,21 +122,6 @@ class Quality:
             "ppl_base": figure(self.ppl_base, 0.0, ""),
             "top1_agreement": figure(self.top1_agreement, self.top1_se, ""),
         }
-
-
-def kl_divergence(p_log: torch.Tensor, q_log: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) in nats of log-probabilities over the last axis; summed in float64."""
-    return (p_log.exp() * (p_log - q_log)).sum(-1, dtype=torch.float64).clamp_min(0)
-
-
-def kl_nats(base_TV: torch.Tensor, variant_TV: torch.Tensor) -> float:
-    """Mean KL(base || variant) in nats of logits [T, V]."""
-    total = 0.0
-    for start in range(0, len(base_TV), _ROWS):
-        rows = slice(start, start + _ROWS)
-        p, q = (logits[rows].float().log_softmax(-1) for logits in (base_TV, variant_TV))
-        total += float(kl_divergence(p, q).sum())
-    return total / len(base_TV)
 
 
 def standard_error(values: np.ndarray) -> float:

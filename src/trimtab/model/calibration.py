@@ -204,7 +204,9 @@ class Blocks:
         if hidden is None:
             with torch.inference_mode():
                 embed = Decoder(spec, weights).embed
-                hidden = [embed(torch.from_numpy(np.concatenate(pack)), self._step(i)) for i, pack in enumerate(self.packs)]
+                hidden = [
+                    embed(torch.from_numpy(np.concatenate(pack)), self._step(i)) for i, pack in enumerate(self.packs)
+                ]
         self.hidden = hidden
 
     def _step(self, pack: int) -> Step:
@@ -217,7 +219,7 @@ class Blocks:
         weights: Weights,
         wanted: Callable[[str], bool],
         observe: Callable[[str], Observer],
-        change: Callable[[Mapping[str, Observer]], Mapping[str, Packed]],
+        change: Callable[[Mapping[str, Any], Weights], Mapping[str, Packed]],
     ) -> Weights:
         """Take the windows through block `index`, changing its matrices stage by stage.
 
@@ -226,7 +228,8 @@ class Blocks:
             weights: as they are now.
             wanted: paths of the matrices to observe.
             observe: makes the observer of a path.
-            change: from the observers of a stage, by path, to what replaces its matrices (norms may be replaced too).
+            change: from the observers of a stage, by path, and the weights by then to what replaces its matrices; norms may be
+                replaced too.
 
         Returns:
             The weights with everything `change` returned.
@@ -234,7 +237,7 @@ class Blocks:
         for stage in range(len(STAGES)):
             here = self._stage(index, weights, stage, wanted, observe)
             if here:
-                weights = weights | change(here)
+                weights = weights | change(here, weights)
         layer = self._layer(index, weights)
         for pack, h_TD in enumerate(self.hidden):
             self.hidden[pack] = run_blocks([layer], h_TD, self._step(pack), None)

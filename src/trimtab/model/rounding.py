@@ -5,6 +5,8 @@ Legend: N outputs, K inputs of a matrix, G groups of a row, g columns of a group
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -15,6 +17,9 @@ from trimtab.spec.formats import WeightFormat
 
 #: Shares of the range that a group's scale may span; the one with the smallest error is taken.
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
+
+#: Weights whose scales are searched for at a time.
+_CHUNK = 1 << 17
 
 
 def fit_scales(
@@ -27,7 +32,7 @@ def fit_scales(
 
     Args:
         w_Ng: weights of the group.
-        cost_g: what a squared error in each column costs.
+        cost_g: what a squared error in each column costs, [g] or [N, g].
         format: ``int``.
         shares: see above.
 
@@ -52,7 +57,7 @@ def fit_scales(
     w = w_Ng[None]
     codes = _codes(w, scale[..., None], None if minimum is None else minimum[..., None], format)
     value = codes - half if minimum is None else codes
-    cost = cost_g / cost_g.mean().clamp_min(1e-30)
+    cost = cost_g / cost_g.mean(-1, keepdim=True).clamp_min(1e-30)
     weighted = value * cost
     square = (weighted * value).sum(-1)
     cross = (weighted * w).sum(-1)
@@ -60,7 +65,7 @@ def fit_scales(
         fitted = torch.where(square > 0, cross / square.clamp_min(1e-30), scale)
         scale = _half(torch.stack((scale, fitted)).flatten(0, 1), format)
     else:
-        total, first, target = cost.sum(), weighted.sum(-1), (cost * w).sum(-1)
+        total, first, target = cost.sum(-1), weighted.sum(-1), (cost * w).sum(-1)
         determinant = square * total - first.square()
         flat = determinant <= 1e-6 * square * total
         determinant = determinant.masked_fill(flat, 1.0)
@@ -80,13 +85,13 @@ def fit_scales(
 def _half(values: torch.Tensor, format: WeightFormat) -> torch.Tensor:
     rounded = values.half().float()
     if not torch.isfinite(rounded).all():
-        raise SpecError(f"{format}: a group of weights is beyond what an fp16 scale can express. Keep this matrix in floats.")
+        raise SpecError(
+            f"{format}: a group of weights is beyond what an fp16 scale can express. Keep this matrix in floats."
+        )
     return rounded
 
 
-def _codes(
-    w: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None, format: WeightFormat
-) -> torch.Tensor:
+def _codes(w: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None, format: WeightFormat) -> torch.Tensor:
     """Nearest codes as floats; a scale of 0 gives the code of 0 (symmetric) or of the minimum."""
     inverse = torch.where(scale != 0, 1.0 / scale, 0.0)
     if minimum is None:
@@ -105,7 +110,7 @@ class IntRule:
     """
 
     def __init__(
-        self, format: WeightFormat, shape: tuple[int, int], order: torch.Tensor, shares: tuple[float, ...] = SHARES
+        self, format: WeightFormat, shape: Sequence[int], order: torch.Tensor, shares: tuple[float, ...] = SHARES
     ) -> None:
         rows, cols = shape
         self.format, self.group, self.order, self.shares = format, format.group, order.tolist(), shares
@@ -130,3 +135,33 @@ class IntRule:
     def packed(self) -> Packed:
         """The matrix as codes and scales."""
         return packed_grid(self.codes, self.scale, None if self.format.sym else self.minimum, self.format)
+
+
+def rounded(
+    w_NK: torch.Tensor, format: WeightFormat, cost_K: torch.Tensor | None = None, shares: tuple[float, ...] = SHARES
+) -> Packed:
+    """Round a matrix to the nearest points of an integer grid whose scales are searched for, without a sweep.
+
+    Args:
+        w_NK: float32 [N, K].
+        format: ``int``, by rows.
+        cost_K: what a squared error in each column costs; None = all alike.
+        shares: see `fit_scales`.
+    """
+    rows, cols = w_NK.shape
+    groups = cols // format.group
+    w = w_NK.reshape(rows * groups, format.group)
+    cost = torch.ones(1, cols) if cost_K is None else cost_K[None]
+    cost = cost.expand(rows, cols).reshape(rows * groups, format.group)
+    codes = np.empty((len(w), format.group), np.uint8)
+    scales = {name: np.empty(len(w), np.float16) for name in ("scale", "minimum")}
+    step = max(1, _CHUNK // format.group)
+    for first in range(0, len(w), step):
+        part = slice(first, first + step)
+        scale, minimum = fit_scales(w[part], cost[part], format, shares)
+        codes[part] = _codes(w[part], scale, minimum, format).numpy()
+        scales["scale"][part] = scale[:, 0].numpy()
+        if minimum is not None:
+            scales["minimum"][part] = minimum[:, 0].numpy()
+    low = None if format.sym else scales["minimum"].reshape(rows, groups)
+    return packed_grid(codes.reshape(rows, cols), scales["scale"].reshape(rows, groups), low, format)

@@ -35,7 +35,8 @@ class Rule(Protocol):
 
     def start(self, j: int, w_Ng: torch.Tensor, cost_g: torch.Tensor) -> None:
         """Called where a group begins, with the columns of the group as the sweep has left them so far [N, group], and what a
-        squared error in each of them costs: the rule fixes the scales of the group."""
+        squared error in each of them costs: the rule fixes the scales of the group.
+        """
         ...
 
     def column(self, j: int, w_N: torch.Tensor) -> torch.Tensor:

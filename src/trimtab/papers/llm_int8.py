@@ -125,13 +125,20 @@ def auto_leaves_one_percent(bench: Bench) -> Outcome:
 
 
 def _planted(bench: Bench) -> Variant:
-    from trimtab.model.transforms import scale_everywhere
+    """The model with outliers in the outputs of every norm, and with what they mean."""
+    from trimtab.model.folding import fold
     from trimtab.model.variant import Variant
 
-    model = bench.model
-    factors = np.ones(model.spec.hidden_size, np.float32)
-    factors[list(PLANTED)] = FACTOR
-    return bench.once("llm-int8.planted", lambda: Variant(model.spec, scale_everywhere(model.spec, model.weights, factors)))
+    def compute() -> Variant:
+        spec, weights = bench.model.spec, bench.model.weights
+        scale = np.ones(spec.hidden_size, np.float32)
+        scale[list(PLANTED)] = 1 / FACTOR
+        for index, layer in enumerate(spec.layers):
+            for stage in (0, 2):
+                weights = weights | fold(layer, f"layers.{index}", weights, stage, scale)
+        return Variant(spec, weights)
+
+    return bench.once("llm-int8.planted", compute)
 
 
 def survives_outliers(bench: Bench) -> Outcome:

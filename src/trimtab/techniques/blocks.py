@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trimtab.errors import CalibrationError
+from trimtab.errors import CalibrationError, SpecError
 from trimtab.runtime.weights.packed import Packed, Weights, fingerprint
 from trimtab.spec import tree
+from trimtab.spec.formats import WeightFormat
 from trimtab.spec.leaves import LinearSpec
 from trimtab.spec.model import ModelSpec
 
@@ -56,7 +57,7 @@ def change_blocks(
     windows: list[np.ndarray],
     wanted: Callable[[str], bool],
     observe: Callable[[str], Observer],
-    change: Callable[[Mapping[str, Observer], Weights], Mapping[str, Packed]],
+    change: Callable[[Mapping[str, Any], Weights], Mapping[str, Packed]],
 ) -> Weights:
     """Take calibration windows through the model and change its matrices on the way.
 
@@ -80,7 +81,9 @@ def change_blocks(
 
     count = len(old.layers)
     texts = hashlib.sha256(b"".join(np.asarray(window, np.int64).tobytes() + b"|" for window in windows)).hexdigest()
-    digest = hashlib.sha256(json.dumps([key, fingerprint(weights), old.hash, new.hash, texts]).encode()).hexdigest()[:24]
+    digest = hashlib.sha256(json.dumps([key, fingerprint(weights), old.hash, new.hash, texts]).encode()).hexdigest()[
+        :24
+    ]
     shelf = _Shelf(None if materials.cache is None else materials.cache / f"blocks-{digest}", new)
     before, hidden = shelf.finished(count)
     changed = weights
@@ -90,7 +93,7 @@ def change_blocks(
         return changed
     blocks = Blocks(old, weights, windows, None if hidden is None else [torch.from_numpy(h) for h in hidden])
     for index in materials.progress(key.partition(":")[0], range(len(before), count)):
-        after = blocks.visit(index, changed, wanted, observe, lambda found: change(found, changed))
+        after = blocks.visit(index, changed, wanted, observe, change)
         replaced = {path: packed for path, packed in after.items() if packed is not changed[path]}
         changed = after
         shelf.keep(index, replaced, [h.float().numpy() for h in blocks.hidden] if index + 1 < count else [])
@@ -127,7 +130,9 @@ class _Shelf:
         states = {f"{pack:04}": h for pack, h in enumerate(hidden)}
         if states:
             _write(self.folder / f"hidden-{index}.npz", states)
-        buffers = {f"{path}|{name}": buffer for path, packed in replaced.items() for name, buffer in packed.buffers.items()}
+        buffers = {
+            f"{path}|{name}": buffer for path, packed in replaced.items() for name, buffer in packed.buffers.items()
+        }
         shapes = json.dumps({path: [*packed.shape, packed.layout] for path, packed in replaced.items()})
         _write(self.folder / f"block-{index}.npz", buffers | {"shapes": np.frombuffer(shapes.encode(), np.uint8)})
         (self.folder / f"hidden-{index - 1}.npz").unlink(missing_ok=True)
@@ -142,16 +147,17 @@ class _Shelf:
                     buffers.setdefault(path, {})[name] = stored[key]
         found = {}
         for path, (rows, cols, layout) in shapes.items():
-            node: Any = self._node(path)
-            found[path] = Packed(node.format, (rows, cols), buffers[path], layout)
+            found[path] = Packed(self._format(path), (rows, cols), buffers[path], layout)
         return found
 
-    def _node(self, path: str) -> tree.Node:
-        """The node of a weight; experts share theirs."""
+    def _format(self, path: str) -> WeightFormat:
+        """The format of a weight; experts share a node, a bias is named after its own."""
+        path, bias = path.removesuffix(".bias"), path.endswith(".bias")
         if path not in self.nodes and ".experts." in path:
             head, _, rest = path.partition(".experts.")
             path = f"{head}.experts.{rest.partition('.')[2]}"
-        return self.nodes[path]
+        node: Any = self.nodes[path]
+        return getattr(node, "bias_format", node.format) if bias else node.format
 
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -185,7 +191,11 @@ def weight_paths(spec: ModelSpec) -> Iterable[tuple[str, LinearSpec]]:
     """As `matrices`, by the paths of their weights: experts one by one."""
     from trimtab.techniques.apply import linear_weights
 
-    return ((path, node) for path, node in linear_weights(spec) if path.startswith("layers.") and not path.endswith("router"))
+    return (
+        (path, node)
+        for path, node in linear_weights(spec)
+        if path.startswith("layers.") and not path.endswith("router")
+    )
 
 
 def check_floats(name: str, spec: ModelSpec, path: str, node: LinearSpec) -> None:

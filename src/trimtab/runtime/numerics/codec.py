@@ -19,7 +19,7 @@ from trimtab.spec.formats import GGUF_BLOCKS, LOOKUP_KINDS, SCALED_KINDS, Weight
 
 #: Kinds whose codec is a module of its own: ``encode(values, format) -> buffers``, ``decode(packed, out)``, and for the layout of
 #: the native program ``tile(packed, buffers | None) -> Packed``. `values` and `out` are float32 [rows, cols].
-MODULES = {"grid": "grids", "pair": "pairs", "int8": "vectors"}
+MODULES = {"grid": "grids", "pair": "pairs", "int8": "vectors", "bcq": "bcq"}
 
 
 def codec_of(format: WeightFormat) -> ModuleType | None:

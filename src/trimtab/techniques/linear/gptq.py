@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import numpy as np
 
 from trimtab.errors import SpecError
+from trimtab.runtime.weights.packed import fingerprint
 from trimtab.spec.formats import WeightFormat
+from trimtab.spec.leaves import LinearSpec
 from trimtab.spec.model import ModelSpec
 from trimtab.spec.tree import Edit
+from trimtab.techniques import allocation
+from trimtab.techniques.allocation import Budget, groups
 from trimtab.techniques.base import Stage, Technique, param
 from trimtab.techniques.blocks import change_blocks, check_floats, matrices, weight_paths, windows_of
 
 if TYPE_CHECKING:
     from trimtab.model.calibration import Inputs
+    from trimtab.model.variant import Model
     from trimtab.runtime.weights.packed import Packed, Weights
     from trimtab.techniques.materials import Materials
+
+#: What `bits=auto` chooses from.
+CHOICES = (2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +48,18 @@ class Gptq(Technique):
     stage: ClassVar[Stage] = Stage.WEIGHTS
     needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
 
-    bits: int = param(4, "bits of one code", "2..8")
-    group: int = param(64, "weights along the input that share a scale; must divide every row", "a divisor of the row length")
+    bits: int | tuple[int, ...] | str = param(
+        4,
+        "bits of one code; auto: what `budget` allows each group of matrices",
+        "2..8, one for each group of matrices (a|b|c), auto",
+    )
+    budget: str = param(
+        "3.5", "with bits=auto: average bits, bytes, or time or energy of a token", "3.5, 60MB, 9ms, 0.05J"
+    )
+    on: str = param("", "machine of a budget of time or energy; empty: this one", "a machine id")
+    group: int = param(
+        64, "weights along the input that share a scale; must divide every row", "a divisor of the row length"
+    )
     sym: bool = param(True, "true: scale only; false: scale and minimum", "true, false")
     damp: float = param(0.01, "share of the mean diagonal added to the Hessian", "above 0, up to 1")
     tokens: str = param("unitnorm", "weight of a token in the Hessian", "unitnorm, cap, plain")
@@ -48,10 +69,16 @@ class Gptq(Technique):
     window: int = param(256, "tokens of a calibration text", "2..context")
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise SpecError(
-                f"gptq: bits={self.bits} is not possible. Allowed: 2..8. Try bits={min(max(self.bits, 2), 8)}."
-            )
+        if self.bits != "auto":
+            for bits in self.bits if isinstance(self.bits, tuple) else (self.bits,):
+                if not isinstance(bits, int) or not 2 <= bits <= 8:
+                    raise SpecError(
+                        f"gptq: bits={bits} is not possible. Allowed: 2..8, one for each group of matrices (a|b|c), auto."
+                    )
+        try:
+            Budget.of(self.budget)
+        except SpecError as error:
+            raise SpecError(f"gptq: {error}") from None
         if self.group < 1:
             raise SpecError(f"gptq: group={self.group} is not possible. Allowed: 1 or more. Try group=64.")
         if not 0 < self.damp <= 1:
@@ -67,24 +94,54 @@ class Gptq(Technique):
                 f"gptq: samples={self.samples}, window={self.window} is not possible. Try samples=12288, window=256."
             )
 
+    def form(self, node: LinearSpec, bits: int) -> WeightFormat:
+        """The format of a matrix of `bits` bits."""
+        del node
+        return WeightFormat(kind="int", bits=bits, group=self.group, sym=self.sym)
+
     @property
-    def format(self) -> WeightFormat:
-        """The format every linear of the layers gets."""
-        return WeightFormat(kind="int", bits=self.bits, group=self.group, sym=self.sym)
+    def unresolved(self) -> bool:
+        return self.bits == "auto"
 
     def check(self, spec: ModelSpec) -> None:
         """Refuse a group that divides no row, and matrices that are rounded or stored transposed."""
         for path, node in matrices(spec):
             check_floats(self.name, spec, path, node)
             try:
-                self.format.buffers(*node.stored_shape)
+                self.form(node, 4).buffers(*node.stored_shape)
             except SpecError as error:
                 raise SpecError(f"gptq: {path} of {spec.name}: {error}") from None
 
     def edits(self, spec: ModelSpec) -> Iterable[Edit]:
-        """Every linear inside the layers."""
-        for path, _ in matrices(spec):
-            yield Edit(path, "format", self.format)
+        """Every linear inside the layers. `bits=auto` stands for the average asked for, rounded down, until it is resolved."""
+        bits = self.bits
+        if isinstance(bits, str):
+            budget = Budget.of(self.budget)
+            bits = min(max(int(budget.value), 2), 8) if budget.kind == "bits" else 4
+        return allocation.edits(spec, bits if isinstance(bits, tuple) else (bits,) * len(groups(spec)), self.form)
+
+    def resolve(self, model: Model, materials: Materials) -> Self:
+        """Allot the bits of `bits=auto` by measured sensitivities."""
+        if not self.unresolved:
+            return self
+        from trimtab.model.rounding import rounded
+        from trimtab.model.tensors import float_matrix
+
+        spec, weights = model.spec, model.weights
+        nodes = dict(matrices(spec))
+        self.check(spec)
+
+        def harm() -> list[list[float]]:
+            def probe(path: str, bits: int) -> Packed:
+                return rounded(float_matrix(weights[path]), self.form(nodes[path], bits))
+
+            return allocation.sensitivities(model.variant, CHOICES, probe, materials).tolist()
+
+        key = [fingerprint(weights), spec.hash, self.group, self.sym, CHOICES]
+        found = np.array(materials.cached("sensitivity", key, harm))
+        costs, limit = allocation.costs(spec, CHOICES, self.form, Budget.of(self.budget), self.on)
+        chosen = allocation.allot(found, costs, limit)
+        return dataclasses.replace(self, bits=tuple(CHOICES[index] for index in chosen))
 
     def convert(self, weights: Weights, old: ModelSpec, new: ModelSpec, materials: Materials) -> Weights:
         """Sweep every matrix on the calibration text, block by block."""
@@ -93,7 +150,7 @@ class Gptq(Technique):
         from trimtab.model.sweep import factor, group_order, sweep
         from trimtab.model.tensors import float_matrix
 
-        paths = {path for path, _ in weight_paths(new)}
+        forms = {path: node.format for path, node in weight_paths(new)}
 
         def change(found: Mapping[str, Inputs], now: Weights) -> dict[str, Packed]:
             replaced = {}
@@ -107,12 +164,20 @@ class Gptq(Technique):
                     return factor(h, self.damp, order)
 
                 how = inputs.once("factor", factored)
-                rule = IntRule(self.format, tuple(w_NK.shape), how.order, SHARES if self.search else (1.0,))
+                rule = IntRule(forms[path], w_NK.shape, how.order, SHARES if self.search else (1.0,))
                 sweep(w_NK, how, rule)
                 replaced[path] = rule.packed()
             return replaced
 
         windows = windows_of(self.name, materials, self.samples, self.window)
         return change_blocks(
-            str(self), weights, old, new, materials, windows, paths.__contains__, lambda path: Inputs(self.tokens), change
+            str(self),
+            weights,
+            old,
+            new,
+            materials,
+            windows,
+            forms.__contains__,
+            lambda path: Inputs(self.tokens),
+            change,
         )

@@ -1,0 +1,248 @@
+"""Binary coding of groups of weights, and its codec.
+
+Legend: R groups, g weights of a group, q bits, N rows, K columns of a matrix.
+Source: You et al., ShiftAddLLM, arXiv 2406.05981, sections 3 and 4.1.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+from trimtab.errors import SpecError
+from trimtab.runtime.weights.packed import Packed
+from trimtab.spec.bcq import CHUNK, BcqFormat
+from trimtab.spec.formats import WeightFormat
+
+#: Exponents a scale can have: 7 bits, and code 0 is no term.
+_BIAS, _LEAST, _MOST = 64, -63, 63
+#: Groups coded at a time, in weights.
+_PART = 1 << 18
+#: Shares of the range that even levels to begin with may span.
+EVEN = (0.95, 0.8)
+
+
+def bcq(
+    w_Rg: np.ndarray,
+    bits: int,
+    apot: int = 3,
+    rounds: int = 50,
+    *,
+    nearest: bool = True,
+    cost_Rg: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Code groups of weights; the best of all rounds is kept.
+
+    Args:
+        w_Rg: float32.
+        bits: q.
+        apot: powers of two of a scale; 0 leaves scales as they are (plain binary coding).
+        rounds: of refitting scales and choosing signs anew.
+        nearest: signs of the nearest level; False: greedily, one bit after the other.
+        cost_Rg: what a squared error costs; None = all alike.
+
+    Returns:
+        signs bool [R, g, q] (True = +1) and scales float32 [R, q], descending.
+
+    Raises:
+        SpecError: a weight that is not finite.
+    """
+    if not np.isfinite(w_Rg).all():
+        raise SpecError("a weight is not finite. The weights of this model are broken.")
+    found = [np.empty((*w_Rg.shape, bits), bool), np.empty((len(w_Rg), bits), np.float32)]
+    step = max(1, _PART // w_Rg.shape[1])
+    for start in range(0, len(w_Rg), step):
+        part = slice(start, start + step)
+        cost = None if cost_Rg is None else cost_Rg[part]
+        found[0][part], found[1][part] = _coded(w_Rg[part], bits, apot, rounds, nearest, cost)
+    return found[0], found[1]
+
+
+def _coded(
+    w: np.ndarray, bits: int, apot: int, rounds: int, nearest: bool, cost: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    sums = _Sums(w, cost) if nearest else None
+    best, least = np.empty((len(w), bits), np.float32), np.full(len(w), np.inf)
+    for scales in _starts(w.astype(np.float32), bits, cost):
+        scales = powers_of_two(scales, apot)
+        for turn in range(rounds + 1):
+            gram, cross = sums.moments(scales) if sums else _moments(w, _greedy(w, scales), cost)
+            # The error less the sum of squares of the weights, which is the same for all.
+            left = np.einsum("rij,ri,rj->r", gram, scales, scales) - 2 * np.einsum("ri,ri->r", cross, scales)
+            better = left < least - 1e-12 * np.abs(left)
+            if turn and not better.any():
+                break
+            best[better], least[better] = scales[better], left[better]
+            scales = powers_of_two(_solved(gram, cross), apot)
+    return (signs_of(w, best) if nearest else _greedy(w, best)), best
+
+
+class _Sums:
+    """Groups sorted, with running sums: what every level of a code stands for follows from where its interval ends.
+
+    A round then costs as much as there are levels, not weights.
+    """
+
+    def __init__(self, w: np.ndarray, cost: np.ndarray | None) -> None:
+        order = w.argsort(1)
+        ordered = np.take_along_axis(w, order, 1).astype(np.float64)
+        weight = np.ones_like(ordered) if cost is None else np.take_along_axis(cost, order, 1).astype(np.float64)
+        zero = np.zeros((len(w), 1))
+        self.count = np.concatenate([zero, weight.cumsum(1)], 1)
+        self.total = np.concatenate([zero, (weight * ordered).cumsum(1)], 1)
+        # One search over all groups: each lies in an interval of its own.
+        self.reach = np.maximum(np.abs(w).max(1, keepdims=True), 1e-30).astype(np.float64)
+        self.start = 4.0 * np.arange(len(w))[:, None]
+        self.keys = (ordered / self.reach + self.start).reshape(-1)
+        self.size = w.shape[1]
+
+    def moments(self, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(B^T C B [R, q, q], B^T C w [R, q]) for the signs of the levels nearest to the weights, C the costs."""
+        levels, patterns = levels_of(scales)
+        middle = (levels[:, 1:] + levels[:, :-1]).astype(np.float64) / 2
+        places = np.clip(middle / self.reach, -1.5, 1.5) + self.start
+        ends = np.searchsorted(self.keys, places.reshape(-1), side="right").reshape(places.shape)
+        ends -= np.arange(len(ends))[:, None] * self.size
+        last = np.full((len(ends), 1), self.size)
+        ends = np.concatenate([np.zeros_like(last), ends, last], 1)
+        count = np.diff(np.take_along_axis(self.count, ends, 1), axis=1)
+        total = np.diff(np.take_along_axis(self.total, ends, 1), axis=1)
+        b = np.where(patterns, 1.0, -1.0)
+        return np.einsum("rl,rli,rlj->rij", count, b, b), np.einsum("rl,rli->ri", total, b)
+
+
+def _moments(w: np.ndarray, signs: np.ndarray, cost: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    b = np.where(signs, 1.0, -1.0)
+    weighted = b if cost is None else b * cost[..., None]
+    return np.einsum("rgi,rgj->rij", weighted, b), np.einsum("rgi,rg->ri", weighted, w)
+
+
+def _solved(gram: np.ndarray, cross: np.ndarray) -> np.ndarray:
+    """Scales that fit given signs best, positive and descending [R, q]."""
+    # Two planes alike would leave it singular; a little of its trace decides for sharing their scale.
+    q = gram.shape[-1]
+    gram = gram + np.eye(q) * (1e-6 * np.trace(gram, axis1=1, axis2=2)[:, None, None] / q + 1e-30)
+    found = np.linalg.solve(gram, cross[..., None])[..., 0]
+    return -np.sort(-np.abs(found), axis=1).astype(np.float32)
+
+
+def _starts(w: np.ndarray, bits: int, cost: np.ndarray | None) -> Iterator[np.ndarray]:
+    """Scales [R, q] to begin with: of greedy signs, and of even levels over most of the range, which are closer from 3 bits on."""
+    rest, scales = w, np.empty((len(w), bits), np.float32)
+    for i in range(bits):
+        scales[:, i] = np.abs(rest).mean(1) if cost is None else _mean(np.abs(rest), cost)
+        rest = rest - np.where(rest >= 0, 1, -1) * scales[:, None, i]
+    yield scales
+    if bits >= 3:
+        powers = 2.0 ** np.arange(bits - 1, -1, -1)
+        for share in EVEN:
+            yield (np.abs(w).max(1)[:, None] * share * powers / powers.sum()).astype(np.float32)
+
+
+def _mean(values: np.ndarray, cost: np.ndarray) -> np.ndarray:
+    return (values * cost).sum(1) / np.maximum(cost.sum(1), 1e-30)
+
+
+def powers_of_two(scales: np.ndarray, terms: int) -> np.ndarray:
+    """Scales as sums of `terms` signed powers of two, each the nearest (of logarithms) to what is left; 0 terms: unchanged."""
+    return terms_of(scales, terms)[1] if terms else scales
+
+
+def terms_of(scales: np.ndarray, terms: int) -> tuple[np.ndarray, np.ndarray]:
+    """The terms of scales as codes uint8 [..., terms] (see `BcqFormat.buffers`) and their sum float32 [...].
+
+    Largest terms first; a term that has nothing left to stand for is code 0.
+    """
+    left = scales.astype(np.float64)
+    codes = np.zeros((*scales.shape, terms), np.uint8)
+    total = np.zeros_like(left)
+    for t in range(terms):
+        size = np.abs(left)
+        exponent = np.rint(np.log2(np.maximum(size, 2.0 ** (_LEAST - 2)))).astype(int)
+        none = (size == 0) | (exponent < _LEAST)
+        exponent = np.clip(exponent, _LEAST, _MOST)
+        term = np.where(none, 0.0, np.copysign(np.ldexp(1.0, exponent), left))
+        codes[..., t] = np.where(none, 0, (exponent + _BIAS) | (np.signbit(left) << 7))
+        left, total = left - term, total + term
+    return codes, total.astype(np.float32)
+
+
+def scales_of(codes: np.ndarray) -> np.ndarray:
+    """The scales that codes of terms [..., terms] stand for, float32 [...]."""
+    exponent = (codes & 127).astype(int) - _BIAS
+    values = np.where(codes & 127, np.ldexp(1.0, exponent), 0.0) * np.where(codes >> 7, -1.0, 1.0)
+    return values.sum(-1).astype(np.float32)
+
+
+def levels_of(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ascending levels float32 [R, 2^q] of scales [R, q], and the signs of each, bool [R, 2^q, q]."""
+    patterns = np.array(list(itertools.product((False, True), repeat=scales.shape[1])))
+    values = np.where(patterns, 1, -1).astype(np.float32) @ scales.T  # [2^q, R]
+    order = values.argsort(0, kind="stable").T
+    return np.take_along_axis(values.T, order, 1), patterns[order]
+
+
+def signs_of(w: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Signs of the level nearest to every weight, bool [R, g, q]."""
+    levels, patterns = levels_of(scales)
+    middle = (levels[:, 1:] + levels[:, :-1]) / 2
+    index = (w[:, :, None] > middle[:, None, :]).sum(-1)
+    return np.take_along_axis(patterns, index[..., None], 1)
+
+
+def _greedy(w: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    rest = w.copy()
+    signs = np.empty((*w.shape, scales.shape[1]), bool)
+    for i in range(scales.shape[1]):
+        signs[..., i] = rest >= 0
+        rest = rest - np.where(signs[..., i], 1, -1) * scales[:, None, i]
+    return signs
+
+
+def values_of(signs: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Weights that signs [R, g, q] and scales [R, q] stand for, float32 [R, g]."""
+    return np.einsum("rgi,ri->rg", np.where(signs, np.float32(1), np.float32(-1)), scales)
+
+
+# ------------------------------------------------------------------------------------------------------------ the codec
+
+
+def encode(values: np.ndarray, format: WeightFormat) -> dict[str, np.ndarray]:
+    """Code float32 [N, K] group by group, without looking at inputs."""
+    assert isinstance(format, BcqFormat)
+    rows, cols = values.shape
+    step, wide = format.scale_rows(rows), format.scale_cols
+    signs = np.empty((rows, cols, format.bits), bool)
+    codes = np.empty(format.buffers(rows, cols)[1].shape, np.uint8)
+    for block, first in enumerate(range(0, rows, step)):
+        part = values[first : first + step]  # [n, K] -> one group per column block
+        groups = part.reshape(len(part), cols // wide, wide).transpose(1, 0, 2).reshape(cols // wide, -1)
+        found, scales = bcq(groups, format.bits, format.apot)
+        codes[block] = terms_of(scales, format.apot)[0]
+        by_row = found.reshape(cols // wide, len(part), wide, format.bits).transpose(1, 0, 2, 3)
+        signs[first : first + step] = by_row.reshape(len(part), cols, format.bits)
+    return {"signs": pack_signs(signs), "scales": codes}
+
+
+def pack_signs(signs: np.ndarray) -> np.ndarray:
+    """Signs bool [N, K, q] as planes of bits, uint8 [q, N, K / 8]."""
+    return np.packbits(signs.transpose(2, 0, 1), axis=-1, bitorder="little")
+
+
+def decode(packed: Packed, out: np.ndarray) -> None:
+    """Values into `out`, float32 [N, K]."""
+    format = packed.format
+    assert isinstance(format, BcqFormat)
+    rows, cols = packed.shape
+    scales = scales_of(packed.buffers["scales"])  # [row blocks, column blocks, q]
+    wide = np.repeat(np.repeat(scales, format.scale_rows(rows), 0)[:rows], format.scale_cols, 1)
+    out[...] = 0
+    for i in range(format.bits):
+        bits = np.unpackbits(packed.buffers["signs"][i], axis=-1, bitorder="little")
+        out += np.where(bits, wide[..., i], -wide[..., i])
+    assert out.shape == (rows, cols)
+
+
+assert CHUNK == 8, "a chunk of signs is a byte"

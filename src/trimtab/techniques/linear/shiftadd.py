@@ -1,0 +1,212 @@
+"""shiftadd: weights as signs times powers of two, multiplied by table look-up, addition and shifts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import numpy as np
+
+from trimtab.errors import SpecError
+from trimtab.runtime.weights.packed import fingerprint
+from trimtab.spec.bcq import CHUNK, BcqFormat
+from trimtab.spec.leaves import LinearSpec
+from trimtab.spec.model import ModelSpec
+from trimtab.spec.tree import Edit
+from trimtab.techniques import allocation
+from trimtab.techniques.allocation import Budget, groups
+from trimtab.techniques.base import Stage, Technique, param
+from trimtab.techniques.blocks import change_blocks, check_floats, matrices, weight_paths, windows_of
+
+if TYPE_CHECKING:
+    from trimtab.model.calibration import Inputs
+    from trimtab.model.variant import Model
+    from trimtab.runtime.weights.packed import Packed, Weights
+    from trimtab.techniques.materials import Materials
+
+#: What an average between them is allotted from.
+CHOICES = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shiftadd(Technique):
+    """Post-training reparameterization without multiplications.
+
+    Exact: bytes (signs in planes of bits, scales as powers of two). Approximated: the weights, coded inside a sweep that makes up
+    for every column's error in later ones. Unlike the paper: every calibration token weighs the same (`tokens=unitnorm`); coding
+    starts from even levels too, which halves nothing at 2 bits and a sixth of the error at 3; an average of bits is allotted by
+    an integer program over measured sensitivities; ``acc`` is stored in planes as well, without random rotations.
+
+    Source: You et al., ShiftAddLLM, NeurIPS 2024, arXiv 2406.05981.
+    """
+
+    name: ClassVar[str] = "shiftadd"
+    summary: ClassVar[str] = "weights of 1 to 4 bits as signs and powers of two: look-ups, additions and shifts"
+    stage: ClassVar[Stage] = Stage.WEIGHTS
+    needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
+    paper: ClassVar[int | None] = 51
+
+    bits: int | float | tuple[int, ...] = param(
+        3,
+        "bits of a weight, or their average with alloc=auto",
+        "1..4, one for each group of matrices (a|b|c); 1.0..4.0 with alloc=auto",
+    )
+    mode: str = param("lat", "lat: 8 columns share scales; acc: one column does", "lat, acc")
+    group: int = param(
+        128, "weights that share scales; -1: an eighth of the rows (lat) or all (acc)", "multiples of 8, -1"
+    )
+    apot: int = param(3, "powers of two of a scale", "1..4")
+    rounds: int = param(50, "of refitting scales", "0..100")
+    bst: bool = param(True, "true: signs of the nearest level; false: one after the other", "true, false")
+    act_order: bool = param(True, "columns with the largest inputs first", "true, false")
+    damp: float = param(0.01, "share of the mean diagonal added to the Hessian", "above 0, up to 1")
+    alloc: str = param("none", "auto: bits by sensitivity", "none, auto")
+    mix: str = param("", "shares of the weights by bits, for alloc=auto", "2:0.8|3:0.2")
+    tokens: str = param("unitnorm", "weight of a token in the Hessian", "unitnorm, cap, plain")
+    samples: int = param(12288, "calibration tokens", "1 or more")
+    window: int = param(256, "tokens of a calibration text", "2..context")
+
+    def __post_init__(self) -> None:
+        for bits in self.bits if isinstance(self.bits, tuple) else (self.bits,):
+            whole = isinstance(bits, int)
+            if not 1 <= bits <= 4 or not (whole or self.alloc == "auto"):
+                raise SpecError(
+                    f"shiftadd: bits={bits} is not possible. Allowed: 1..4, one for each group of matrices (a|b|c); averages such as 2.2 "
+                    "with alloc=auto."
+                )
+        for what, asked, allowed in (
+            ("mode", self.mode, ("lat", "acc")),
+            ("alloc", self.alloc, ("none", "auto")),
+            ("tokens", self.tokens, ("unitnorm", "cap", "plain")),
+        ):
+            if asked not in allowed:
+                raise SpecError(f"shiftadd: {what}={asked} is not possible. Allowed: {', '.join(allowed)}.")
+        if self.group == 0 or self.group < -1:
+            raise SpecError(
+                f"shiftadd: group={self.group} is not possible. Allowed: multiples of 8, -1. Try group=128."
+            )
+        if not 0 <= self.rounds <= 100:
+            raise SpecError(f"shiftadd: rounds={self.rounds} is not possible. Allowed: 0..100. Try rounds=50.")
+        if not 0 < self.damp <= 1:
+            raise SpecError(f"shiftadd: damp={self.damp} is not possible. Allowed: above 0, up to 1. Try damp=0.01.")
+        if self.samples < 1 or self.window < 2:
+            raise SpecError(
+                f"shiftadd: samples={self.samples}, window={self.window} is not possible. Allowed: 1 or more, 2 or more. "
+                "Try samples=12288, window=256."
+            )
+        if self.mix:
+            self._mixed()
+        try:
+            BcqFormat(bits=1, group=max(self.group, 0), apot=self.apot, mode=self.mode)
+        except SpecError as error:
+            raise SpecError(f"shiftadd: {error}") from None
+
+    def _mixed(self) -> float:
+        """Average bits of `mix`."""
+        try:
+            shares = {
+                int(bits): float(share) for bits, _, share in (part.partition(":") for part in self.mix.split("|"))
+            }
+        except ValueError:
+            shares = {}
+        if (
+            not shares
+            or not set(shares) <= set(CHOICES)
+            or abs(sum(shares.values()) - 1) > 1e-6
+            or min(shares.values()) < 0
+        ):
+            raise SpecError(
+                f"shiftadd: mix={self.mix} is not possible. Allowed: shares of 1..4 bits that sum to 1, such as 2:0.8|3:0.2."
+            )
+        return sum(bits * share for bits, share in shares.items())
+
+    @property
+    def average(self) -> float:
+        """Bits of a weight on average, as asked for."""
+        if self.mix:
+            return self._mixed()
+        return float(np.mean(self.bits)) if isinstance(self.bits, tuple) else float(self.bits)
+
+    def form(self, node: LinearSpec, bits: int) -> BcqFormat:
+        """The format of a matrix of `bits` bits."""
+        del node
+        return BcqFormat(bits=bits, group=max(self.group, 0), apot=self.apot, mode=self.mode)
+
+    @property
+    def unresolved(self) -> bool:
+        return self.alloc == "auto" and not isinstance(self.bits, tuple)
+
+    def check(self, spec: ModelSpec) -> None:
+        """Refuse rows that are no multiple of 8, and matrices that are rounded or stored transposed."""
+        for path, node in matrices(spec):
+            check_floats(self.name, spec, path, node)
+            if node.k % CHUNK:
+                raise SpecError(
+                    f"shiftadd: {path} of {spec.name} has rows of {node.k}. Allowed: multiples of {CHUNK}. Use gptq or rtn."
+                )
+
+    def edits(self, spec: ModelSpec) -> Iterable[Edit]:
+        """Every linear inside the layers. An average stands for its whole bits until it is resolved."""
+        bits = self.bits if isinstance(self.bits, tuple) else (int(self.average),) * len(groups(spec))
+        return allocation.edits(spec, bits, self.form)
+
+    def resolve(self, model: Model, materials: Materials) -> Self:
+        """Allot an average of bits by measured sensitivities."""
+        if not self.unresolved:
+            return self
+        from trimtab.runtime.numerics import encode, matrix
+
+        spec, weights, nodes = model.spec, model.weights, dict(matrices(model.spec))
+        self.check(spec)
+
+        def harm() -> list[list[float]]:
+            def probe(path: str, bits: int) -> Packed:
+                return encode(matrix(weights[path]), self.form(nodes[path], bits))
+
+            return allocation.sensitivities(model.variant, CHOICES, probe, materials).tolist()
+
+        key = [fingerprint(weights), spec.hash, self.mode, self.group, self.apot, CHOICES]
+        found = np.array(materials.cached("sensitivity-bcq", key, harm))
+        costs, limit = allocation.costs(spec, CHOICES, self.form, Budget("bits", self.average), "")
+        chosen = allocation.allot(found, costs, limit)
+        return dataclasses.replace(self, bits=tuple(CHOICES[index] for index in chosen), mix="")
+
+    def convert(self, weights: Weights, old: ModelSpec, new: ModelSpec, materials: Materials) -> Weights:
+        """Sweep every matrix on the calibration text, block by block."""
+        from trimtab.model.binary import BinaryRule
+        from trimtab.model.calibration import Inputs
+        from trimtab.model.sweep import factor, group_order, sweep
+        from trimtab.model.tensors import float_matrix
+
+        forms = {path: node.format for path, node in weight_paths(new)}
+
+        def change(found: Mapping[str, Inputs], now: Weights) -> dict[str, Packed]:
+            replaced = {}
+            for path, inputs in found.items():
+                form, w_NK = forms[path], float_matrix(now[path])
+                assert isinstance(form, BcqFormat)
+
+                def factored(inputs: Inputs = inputs, wide: int = form.scale_cols):
+                    h = inputs.hessian
+                    return factor(h, self.damp, group_order(h.diagonal(), wide) if self.act_order else None)
+
+                how = inputs.once("factor", factored)
+                rule = BinaryRule(form, (w_NK.shape[0], w_NK.shape[1]), how.order, self.rounds, self.bst)
+                sweep(w_NK, how, rule)
+                replaced[path] = rule.packed()
+            return replaced
+
+        windows = windows_of(self.name, materials, self.samples, self.window)
+        return change_blocks(
+            str(self),
+            weights,
+            old,
+            new,
+            materials,
+            windows,
+            forms.__contains__,
+            lambda path: Inputs(self.tokens),
+            change,
+        )
