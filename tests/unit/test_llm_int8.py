@@ -43,7 +43,9 @@ def _codes(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.integers(-127, 128, shape).astype(np.int8)
 
 
-@pytest.mark.parametrize(("t", "n", "k"), [(1, 1, 1), (3, 5, 63), (1, 16, 64), (70, 33, 576), (7, 19, 1536), (2, 2, 133_000)])
+@pytest.mark.parametrize(
+    ("t", "n", "k"), [(1, 1, 1), (3, 5, 63), (1, 16, 64), (70, 33, 576), (7, 19, 1536), (2, 2, 133_000)]
+)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_products_are_those_of_int64(isa: str, t: int, n: int, k: int, threads: int) -> None:
     rng = np.random.default_rng(k)
@@ -66,7 +68,9 @@ def test_product_refuses_other_shapes() -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(rows=st.integers(1, 9), cols=st.integers(1, 70), seed=st.integers(0, 9), shared=st.sampled_from(["row", "tensor"]))
+@given(
+    rows=st.integers(1, 9), cols=st.integers(1, 70), seed=st.integers(0, 9), shared=st.sampled_from(["row", "tensor"])
+)
 def test_weights_are_rounded_to_the_nearest_code(rows: int, cols: int, seed: int, shared: str) -> None:
     w = np.random.default_rng(seed).standard_normal((rows, cols), np.float32)
     w[0] = 0
@@ -220,7 +224,9 @@ def test_int8_has_no_gradient() -> None:
 DEQUANT = "llm-int8:outlier_source=dequant"
 
 
-@pytest.mark.parametrize("setting", ["llm-int8", DEQUANT, "llm-int8:decompose=false", "llm-int8:include=mlp,threshold=0.5"])
+@pytest.mark.parametrize(
+    "setting", ["llm-int8", DEQUANT, "llm-int8:decompose=false", "llm-int8:include=mlp,threshold=0.5"]
+)
 def test_bytes_are_those_of_the_spec(tiny_model: Any, tiny_materials: Any, setting: str) -> None:
     model = Model(derive(tiny_model.variant, parse_all([setting]), tiny_materials))
     assert model.weights.nbytes == model.spec.weight_nbytes()

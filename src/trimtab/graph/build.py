@@ -107,7 +107,13 @@ class _Builder:
         return value
 
     def linear(
-        self, path: str, node: LinearSpec, x: Value, owner: Node | None = None, kind: str = "linear", rows: str = "tokens"
+        self,
+        path: str,
+        node: LinearSpec,
+        x: Value,
+        owner: Node | None = None,
+        kind: str = "linear",
+        rows: str = "tokens",
     ) -> Value:
         if is_coded(node) and kind == "linear":
             return self.coded(path, node, x, rows)

@@ -117,7 +117,10 @@ def outlier_report(
     apart = np.array([each.share for each in matrices])
     dimensions = [
         dimension
-        for block, inputs in (("attention", _inputs(variant, found, "attention")), ("ffn", _inputs(variant, found, "ffn")))
+        for block, inputs in (
+            ("attention", _inputs(variant, found, "attention")),
+            ("ffn", _inputs(variant, found, "ffn")),
+        )
         for dimension in emergent(block, inputs)
     ]
     return OutlierReport(

@@ -50,7 +50,9 @@ class Columns:
         x = x_TK.float().numpy()
         size = np.abs(x)
         if not np.isfinite(size).all():
-            raise CalibrationError("An input of a matrix is not finite (NaN or infinite): the weights of this model are broken.")
+            raise CalibrationError(
+                "An input of a matrix is not finite (NaN or infinite): the weights of this model are broken."
+            )
         self.peaks.append(size.max(axis=0))
         large = size >= self.threshold
         self.hits = large.sum(axis=0) + (self.hits if self.count else 0)
@@ -79,7 +81,11 @@ class Columns:
 
 
 def columns_of(
-    spec: ModelSpec, weights: Weights, windows: Sequence[IntArray], threshold: float = THRESHOLD, progress: object = None
+    spec: ModelSpec,
+    weights: Weights,
+    windows: Sequence[IntArray],
+    threshold: float = THRESHOLD,
+    progress: object = None,
 ) -> dict[str, Columns]:
     """The inputs of every matrix of the layers, by path, on token windows; matrices with one input share one object."""
     found = observed(spec, weights, windows, lambda path: Columns(threshold), progress)  # type: ignore[arg-type]

@@ -115,12 +115,15 @@ def auto_leaves_one_percent(bench: Bench) -> Outcome:
     from trimtab.measure.outliers import outlier_report
     from trimtab.techniques.registry import parse_technique
 
-    resolved: Any = parse_technique("llm-int8:threshold=auto,outlier_source=dequant").resolve(bench.model, _materials(bench))
+    resolved: Any = parse_technique("llm-int8:threshold=auto,outlier_source=dequant").resolve(
+        bench.model, _materials(bench)
+    )
     kl = _quality(bench, str(resolved))[2]
     windows = [window for text in TEXTS for window in _windows(bench, text, 2, 512)]
     apart = 1 - outlier_report(bench.model.variant, windows, resolved.threshold).in_int8
     return Outcome(
-        measured=f"threshold {resolved.threshold:g}: {apart:.2%} of held-out multiply-adds in 16 bits, KL {kl:.4f}", met=apart <= 0.015
+        measured=f"threshold {resolved.threshold:g}: {apart:.2%} of held-out multiply-adds in 16 bits, KL {kl:.4f}",
+        met=apart <= 0.015,
     )
 
 
@@ -255,7 +258,9 @@ def decoding_is_fast(bench: Bench) -> Outcome:
         shown.append(f"{n} x {k}: {mine * 1e3:.2f} ms, {other / mine:.2f}x ({low:.2f}-{high:.2f}) of torch fp32")
         predicted.append(f"{expected * 1e3:.2f} ms ({expected / mine - 1:+.0%})")
     return Outcome(
-        predicted=", ".join(predicted), measured="; ".join(shown) + f" (2 threads, load {os.getloadavg()[0]:.1f})", met=met
+        predicted=", ".join(predicted),
+        measured="; ".join(shown) + f" (2 threads, load {os.getloadavg()[0]:.1f})",
+        met=met,
     )
 
 
@@ -269,7 +274,8 @@ def outliers_are_reported(bench: Bench) -> Outcome:
     wanted = {(block, dimension) for block in ("attention", "ffn") for dimension in PLANTED}
     most = max(plain.matrices, key=lambda each: each.share)
     dims = ", ".join(
-        f"{d.dimension} ({d.block}: {d.layers:.0%} of layers, {d.positions:.0%} of positions)" for d in plain.dimensions[:4]
+        f"{d.dimension} ({d.block}: {d.layers:.0%} of layers, {d.positions:.0%} of positions)"
+        for d in plain.dimensions[:4]
     )
     return Outcome(
         measured=f"{len(plain.dimensions)} emergent outliers{': ' + dims if dims else ''}; most columns {most.columns:.0f} of "
@@ -306,7 +312,8 @@ def predicted_memory(bench: Bench) -> Outcome:
 
     small = compose(spec, parse_all([DEQUANT])).weight_nbytes() / spec.weight_nbytes()
     return Outcome(
-        predicted=", ".join(f"{name} {ratio:.4f}" for name, ratio in ratios.items()) + f"; all of SmolLM2-135M {small:.3f} (0.605)",
+        predicted=", ".join(f"{name} {ratio:.4f}" for name, ratio in ratios.items())
+        + f"; all of SmolLM2-135M {small:.3f} (0.605)",
         met=all(abs(ratio / 0.5 - 1) <= 0.01 for ratio in ratios.values()) and abs(small - 0.605) < 0.005,
     )
 
@@ -321,7 +328,9 @@ def predicted_devices(bench: Bench) -> Outcome:
     def fewest(techniques: tuple[str, ...], layouts: list[Parallel]) -> int:
         for parallel in layouts:
             work = Workload(batch=1, prompt=512, gen=128)
-            plan = make_plan("bloom-176b", "a100", work, techniques, dtype="float16", kv_dtype="float16", parallel=parallel)
+            plan = make_plan(
+                "bloom-176b", "a100", work, techniques, dtype="float16", kv_dtype="float16", parallel=parallel
+            )
             if fit(plan, context=640).rows[0].batch:
                 return parallel.devices
         return 0
@@ -385,7 +394,9 @@ def predicted_speed(bench: Bench) -> Outcome:
     found = {width: _speed_ratio(width, 1024) for width in widths}
     shown = ", ".join(f"d={width}: {first:.2f} ({every:.2f})" for width, (first, every) in found.items())
     met = all(found[2048][i] < 1 < found[6656][i] and 1.6 <= found[12288][i] <= 2.0 for i in (0, 1))
-    return Outcome(predicted=f"{shown}: 4d x d (all of a layer)", measured="1.8x at 12288, below 1 up to 6.7B (paper)", met=met)
+    return Outcome(
+        predicted=f"{shown}: 4d x d (all of a layer)", measured="1.8x at 12288, below 1 up to 6.7B (paper)", met=met
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -421,10 +432,13 @@ def refuses_bad_input(bench: Bench) -> Outcome:
             case()
             missed.append(name)
         except TrimtabError as error:
-            if not all(word in str(error) for word in words) or (name.startswith("threshold") and not isinstance(error, ValueError)):
+            if not all(word in str(error) for word in words) or (
+                name.startswith("threshold") and not isinstance(error, ValueError)
+            ):
                 missed.append(name)
     return Outcome(
-        measured=f"{len(cases) - len(missed)} of {len(cases)} refused{f'; wrong: {missed}' if missed else ''}", met=not missed
+        measured=f"{len(cases) - len(missed)} of {len(cases)} refused{f'; wrong: {missed}' if missed else ''}",
+        met=not missed,
     )
 
 

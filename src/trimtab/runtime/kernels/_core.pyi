@@ -63,7 +63,6 @@ def multiply(
 def time_products(
     w: list[Tiles], x: np.ndarray, threads: int, flows: list[tuple[int, int]], repeats: int
 ) -> list[list[float]]: ...
-
 def int8_product(w: np.ndarray, x: np.ndarray, threads: int, out: np.ndarray) -> None: ...
 
 #: Rows int8 [N, K], what a unit of each stands for, and fp16 columns [columns, N] as their bits.

@@ -39,7 +39,7 @@ def int8_name(name: str, matrices: set[str], product: Int8Vector) -> str:
     """A kernel's name with the ops that stand around each of its matrices, as `graph.build` names them."""
     before, behind = ("find+quantize", "dequantize+outliers") if product.decomposes else ("quantize", "dequantize")
     first, *rest = name.split("+")
-    path, _, last = first.rpartition(".")
+    last = first.rpartition(".")[2]
     if last in matrices:  # nothing stands before the product
         first = f"{first}.{before}+{last}+{behind}"
     return "+".join([first, *(f"{before}+{part}+{behind}" if part in matrices else part for part in rest)])

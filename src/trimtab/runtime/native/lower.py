@@ -300,7 +300,13 @@ class _Builder:
         self.program.norm_add(f"{norm_path}+{add}", side, made, h)
 
     def linear(
-        self, name: str, source: int, norm: _core.Norm | None, parts: dict[str, tuple[LinearSpec, tuple]], store: int, act: int
+        self,
+        name: str,
+        source: int,
+        norm: _core.Norm | None,
+        parts: dict[str, tuple[LinearSpec, tuple]],
+        store: int,
+        act: int,
     ) -> None:
         """Products of one input: paths -> nodes, and what `product` made of each."""
         made = [product for _, product in parts.values()]
@@ -313,9 +319,7 @@ class _Builder:
         self.program.int8_linear(name, source, norm, [each[:6] for each in made], how.threshold, columns, store, act)
         self.coded[name] = tuple(parts) if how.decomposes else ()
 
-    def product(
-        self, path: str, node: LinearSpec, values: int, column: int, tied: _core.Tiles | None = None
-    ) -> tuple:
+    def product(self, path: str, node: LinearSpec, values: int, column: int, tied: _core.Tiles | None = None) -> tuple:
         """A matrix, or the embedding it is tied to, and where its product goes."""
         to = (values, column, self.bias(path, node), 1.0, 0.0)
         if isinstance(node.product, Int8Vector):

@@ -61,7 +61,8 @@ def save(path: Path, spec: ModelSpec, threshold: float, columns: Mapping[str, tu
     """Write columns for ``llm-int8:outliers=static:FILE``."""
     stored = {path: list(found) for path, found in columns.items()}
     write_atomically(
-        path, json.dumps({"model": spec.name, "layers": spec.num_hidden_layers, "threshold": threshold, "columns": stored})
+        path,
+        json.dumps({"model": spec.name, "layers": spec.num_hidden_layers, "threshold": threshold, "columns": stored}),
     )
 
 

@@ -52,13 +52,17 @@ class LLMInt8(Technique):
     stage: ClassVar[Stage] = Stage.WEIGHTS
     paper: ClassVar[int | None] = 32
 
-    threshold: float | Literal["auto"] = param(6.0, "magnitude from which an input column is an outlier", "above 0, inf or auto")
+    threshold: float | Literal["auto"] = param(
+        6.0, "magnitude from which an input column is an outlier", "above 0, inf or auto"
+    )
     decompose: bool = param(True, "false: no outlier columns, plain int8", "true, false")
     outlier_source: str = param("fp", "outliers meet 16-bit originals, or what the int8 codes stand for", "fp, dequant")
     outliers: str = param(
         "dynamic", "found in every call, or on calibration text", "dynamic, static, static:FILE of `study outliers`"
     )
-    granularity: str = param("vector", "what shares a scale: rows of both, rows of the input, nothing", "vector, row, tensor")
+    granularity: str = param(
+        "vector", "what shares a scale: rows of both, rows of the input, nothing", "vector, row, tensor"
+    )
     zeropoint: bool = param(False, "inputs between minimum and maximum: to compare with", "true, false")
     include: str = param("linears", "which matrices of the layers", "linears, attention, mlp")
     lm_head: bool = param(False, "true: lm_head too, where it is not tied to the embedding", "true, false")
@@ -76,7 +80,9 @@ class LLMInt8(Technique):
         ):
             if asked not in allowed:
                 raise SpecError(f"llm-int8: {what}={asked} is not possible. Allowed: {', '.join(allowed)}.")
-        if self.outliers not in ("dynamic", "static") and not (self.outliers.startswith("static:") and self.outliers[7:]):
+        if self.outliers not in ("dynamic", "static") and not (
+            self.outliers.startswith("static:") and self.outliers[7:]
+        ):
             raise SpecError(
                 f"llm-int8: outliers={self.outliers} is not possible. Allowed: dynamic, static, or static:FILE. Try outliers=dynamic."
             )
@@ -98,16 +104,24 @@ class LLMInt8(Technique):
     def check(self, spec: ModelSpec) -> None:
         """Refuse matrices that are no floats, or whose product is another one already, and a model without a matrix for it."""
         if self.lm_head and spec.tie_word_embeddings:
-            raise SpecError(f"llm-int8: lm_head=true: the head of {spec.name} is its embedding. Allowed: lm_head=false.")
+            raise SpecError(
+                f"llm-int8: lm_head=true: the head of {spec.name} is its embedding. Allowed: lm_head=false."
+            )
         chosen = list(self._linears(spec))
         if not chosen:
-            raise SpecError(f"llm-int8: {spec.name} has no matrix that include={self.include} names outside of experts.")
+            raise SpecError(
+                f"llm-int8: {spec.name} has no matrix that include={self.include} names outside of experts."
+            )
         for path, node in chosen:
             where = f"llm-int8: {path} of {spec.name}"
             if node.product != EXACT or node.act != "none":
-                raise SpecError(f"{where} has a product of its own already ({_named(node)}), which int8 cannot replace. Drop one.")
+                raise SpecError(
+                    f"{where} has a product of its own already ({_named(node)}), which int8 cannot replace. Drop one."
+                )
             if not node.format.is_float and node.format.kind not in GGUF_BLOCKS:
-                raise SpecError(f"{where} is already quantized (format {node.format}). Start from floats: dtype=float32.")
+                raise SpecError(
+                    f"{where} is already quantized (format {node.format}). Start from floats: dtype=float32."
+                )
             if node.layout != "row":
                 raise SpecError(f"{where} is stored transposed. Drop what stores it so.")
 
@@ -164,7 +178,11 @@ class LLMInt8(Technique):
         elif self.outliers == "static":
             columns = tuple(range(min(Int8Vector().expected, k)))
         return Int8Vector(
-            threshold=threshold, source=self.outlier_source, columns=columns, granularity=self.granularity, zeropoint=self.zeropoint
+            threshold=threshold,
+            source=self.outlier_source,
+            columns=columns,
+            granularity=self.granularity,
+            zeropoint=self.zeropoint,
         )
 
     def _linears(self, spec: ModelSpec) -> Iterable[tuple[str, LinearSpec]]:
