@@ -23,6 +23,7 @@ VERBS = {
     "run": "Generate text.",
     "measure": "Predicted beside measured, quality included.",
     "eval": "Quality alone: text, needles, or through the cache (kv).",
+    "study": "What a model looks like inside: outliers.",
     "prepare": "Resolve every `auto` of a technique and keep what was found.",
     "train": "Learn what a technique needs, or a tiny model from scratch.",
     "convert": "Save a model with techniques on it: safetensors, GGUF, or our own form.",

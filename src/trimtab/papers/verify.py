@@ -17,6 +17,7 @@ CHECKS = {
     14: "trimtab.papers.frontier",
     16: "trimtab.papers.duoattention",
     29: "trimtab.papers.lmul",
+    32: "trimtab.papers.llm_int8",
     34: "trimtab.papers.flashdecpp",
     39: "trimtab.papers.tmac",
     43: "trimtab.papers.bitmod",

@@ -64,9 +64,9 @@ class LinearSpec(Node):
         return self.n * self.k + (self.n if self.bias else 0)
 
     def nbytes(self) -> int:
-        """Resident bytes: every buffer of the format, the bias, and what the product keeps beside the matrix."""
+        """Resident bytes: every buffer of the format, what the product keeps beside it, and the bias."""
         bias = self.bias_format.nbytes(1, self.n) if self.bias else 0
-        return self.format.nbytes(*self.stored_shape) + bias + self.product.nbytes
+        return self.format.nbytes(*self.stored_shape) + self.product.side_nbytes(self.n, self.k) + bias
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,6 +47,8 @@ def tiles_of(format: WeightFormat, product: Product, rows: int, cols: int) -> We
     Raises:
         SpecError: the format has no tiles, or none that the product can use.
     """
+    if format.kind == "int8":  # multiplied as its rows lie
+        return format
     if not isinstance(product, LookupTable):
         return format if format.kind in LOOKUP_KINDS else tiled_format(format, cols)
     if format.kind == "ternary":

@@ -5,6 +5,7 @@ Legend: B rows, T new tokens of all rows, R rows of logits, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,16 @@ class NativeProgram:
     """
 
     def __init__(
-        self, spec: ModelSpec, core: _core.Program, arena: Arena, logits: int, weight_bytes: int, kept: list[np.ndarray]
+        self,
+        spec: ModelSpec,
+        core: _core.Program,
+        arena: Arena,
+        logits: int,
+        weight_bytes: int,
+        kept: list[np.ndarray],
+        coded: Mapping[str, tuple[str, ...]],
     ) -> None:
-        self.spec, self.weight_bytes = spec, weight_bytes
+        self.spec, self.weight_bytes, self._coded = spec, weight_bytes, coded
         self._core, self._arena, self._logits, self._kept = core, arena, logits, kept
         self._watched = 0
 
@@ -120,6 +128,9 @@ class NativeProgram:
             path = f"{'.'.join(name.split('.')[:2])}.mlp"
             record.observe(f"{path}.active_rows", rows)
             record.observe(f"{path}.active_pairs", pairs)
+        for name, count in self._core.outliers():
+            for path in self._coded[name]:
+                record.observe(f"{path}.outliers", count)
 
     def metered(self) -> list[tuple[Any, ...]]:
         """(name, weight bytes, KV bytes read, written, FLOPs, seconds) of every kernel in the last pass."""

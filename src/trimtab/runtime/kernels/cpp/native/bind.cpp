@@ -98,6 +98,9 @@ int64_t multiply(const BoundTiles& w, Array<const float, 2> x, int threads, Arra
     return program.kernels()[0]->weight_read;
 }
 
+// W [N, K] of int8 rows, and the fp16 columns by which outliers are multiplied, where there are such.
+using Int8Tuple = std::tuple<Array<const int8_t, 2>, Floats, std::optional<Array<const uint16_t, 2>>>;
+
 double seconds_since(std::chrono::steady_clock::time_point start) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
@@ -165,6 +168,11 @@ void bind_native(nb::module_& m) {
     m.def("multiply", &multiply, nb::arg("w"), nb::arg("x"), nb::arg("threads"), nb::arg("y"),
           nb::arg("twice_from") = -1.0f, nb::arg("flat") = 1, nb::arg("decoded") = int64_t{1} << 40);
     m.def("time_products", &time_products);
+    m.def("int8_product", [](Array<const int8_t, 2> w, Array<const int8_t, 2> x, int threads, Array<int32_t, 2> out) {
+        nb::gil_scoped_release release;
+        int8_product(w.data(), static_cast<int64_t>(w.shape(0)), static_cast<int64_t>(w.shape(1)), x.data(),
+                     static_cast<int64_t>(x.shape(0)), threads, out.data());
+    });
     nb::class_<Norm>(m, "Norm");
     nb::class_<Bound>(m, "Program")
         .def(nb::init<int>(), nb::arg("threads"))
@@ -204,6 +212,29 @@ void bind_native(nb::module_& m) {
                  b.program.linear(name, source, norm, std::move(made), static_cast<Store>(store), static_cast<Act>(act));
              },
              nb::arg("name"), nb::arg("source"), nb::arg("norm").none(), nb::arg("products"), nb::arg("store"), nb::arg("act"))
+        .def("int8_linear",
+             [](Bound& b, const std::string& name, int source, const Norm* norm,
+                const std::vector<std::tuple<Int8Tuple, int, int64_t, std::optional<Floats>, float, float>>& products, float threshold,
+                std::optional<std::vector<int32_t>> columns, int store, int act) {
+                 std::vector<Int8Product> made;
+                 for (const auto& [matrix, values, column, bias, factor, softcap] : products) {
+                     const auto& [data, scale, halves] = matrix;
+                     Int8Product product;
+                     product.w.data = data.data(), product.w.scale = scale.data();
+                     product.w.rows = static_cast<int64_t>(data.shape(0)), product.w.cols = static_cast<int64_t>(data.shape(1));
+                     b.keep.push_back(nb::cast(data)), b.keep.push_back(nb::cast(scale));
+                     if (halves) product.w.columns = halves->data(), b.keep.push_back(nb::cast(*halves));
+                     product.values = values, product.column = column, product.bias = b.floats(bias);
+                     product.factor = factor, product.softcap = softcap;
+                     made.push_back(product);
+                 }
+                 Outliers how;
+                 how.threshold = threshold, how.listed = columns.has_value();
+                 if (columns) how.columns = *columns;
+                 b.program.int8_linear(name, source, norm, std::move(made), std::move(how), static_cast<Store>(store), static_cast<Act>(act));
+             },
+             nb::arg("name"), nb::arg("source"), nb::arg("norm").none(), nb::arg("products"), nb::arg("threshold"),
+             nb::arg("columns").none(), nb::arg("store"), nb::arg("act"))
         .def("gate_first",
              [](Bound& b, const std::string& name, int source, int values, const Norm& norm, const BoundTiles& gate,
                 const BoundRows& up, const BoundRows& down_t, int act, float threshold, int64_t max_tokens, bool prefill) {
@@ -297,6 +328,13 @@ void bind_native(nb::module_& m) {
                  std::vector<std::tuple<std::string, int64_t, int64_t>> found;
                  for (const auto& k : b.program.kernels())
                      if (k->active_rows >= 0) found.emplace_back(k->name, k->active_rows, k->active_pairs);
+                 return found;
+             })
+        .def("outliers",
+             [](const Bound& b) {
+                 std::vector<std::pair<std::string, int64_t>> found;
+                 for (const auto& k : b.program.kernels())
+                     if (k->outliers >= 0) found.emplace_back(k->name, k->outliers);
                  return found;
              })
         .def_prop_ro("recomputed", [](const Bound& b) { return b.program.recomputed.load(); })

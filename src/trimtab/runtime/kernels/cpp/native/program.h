@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "native/int8.h"
 #include "native/native.h"
 #include "workers.h"
 
@@ -67,6 +68,7 @@ struct Kernel {
     std::string name;
     std::atomic<int64_t> weight_read{0}, kv_read{0}, kv_written{0}, flops{0};  // of the last step, all workers
     std::atomic<int64_t> active_rows{-1}, active_pairs{0};  // neurons some token needed, pairs of both; -1: not counted here
+    std::atomic<int64_t> outliers{-1};                      // columns of the input apart from its int8 codes; -1: it has none
     double seconds = 0;  // of worker 0 in the last step, if timed
     virtual ~Kernel() = default;
     virtual int64_t scratch_bytes(int64_t /*tokens*/) const { return 0; }  // of all workers together
@@ -148,6 +150,9 @@ class Program {
     // Products of one input, which is normed first where there is a norm. gated: they come in pairs (gate, up). twice_from: see Input.
     void linear(const std::string& name, int source, const Norm* norm, std::vector<Product> products, Store store, Act act,
                 float twice_from = -1);
+    // The same with matrices of int8 rows, outlier columns apart.
+    void int8_linear(const std::string& name, int source, const Norm* norm, std::vector<Int8Product> products, Outliers how,
+                     Store store, Act act);
     void gate_first(const std::string& name, GateFirstFFN ffn);
     void norm_add(const std::string& name, int source, const Norm& norm, int values);
     // `forms` is by KV head.
