@@ -13,8 +13,8 @@ from trimtab.predict.memory import Footprint
 from trimtab.runtime.engine.generate import Session
 from trimtab.runtime.native import lower
 from trimtab.spec.configs import spec_from_config
-from trimtab.spec.model import ModelSpec
 from trimtab.spec.machine import load_stack
+from trimtab.spec.model import ModelSpec
 from trimtab.spec.workload import Workload
 from trimtab.techniques.base import compose
 from trimtab.techniques.registry import parse_all
