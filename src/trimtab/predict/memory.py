@@ -143,12 +143,14 @@ class Footprint:
         peak, together = end.reserved * batch, self._together(batch, prompt)
         for which in range(len(layers[0][1])):
             passes = [layers[i][1][which] for i in stage]
-            done, left = 0, sum(each.before for each in passes)
+            done, left, found = 0, sum(each.before for each in passes), set()
             for each in passes:
                 left -= each.before
-                running = (done + each.whole + left) * together + each.moving
-                peak = np.maximum(peak, running + (batch - together) * end.reserved)
+                found.add((done + each.whole + left, each.moving))
                 done += each.after
+            # All sequences, and one more whose tokens move: the layer with most of either.
+            for running, moving in {max(found), max(found, key=sum)}:
+                peak = np.maximum(peak, running * together + moving + (batch - together) * end.reserved)
         return peak
 
     def _last_passes(self, prompt: int) -> list[tuple[int, int]]:
