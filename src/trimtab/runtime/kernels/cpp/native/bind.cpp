@@ -301,7 +301,7 @@ void bind_native(nb::module_& m) {
         .def("run",
              [](Bound& b, Array<const int64_t, 1> ids, Array<const int64_t, 1> starts, Array<const int64_t, 1> past,
                 Array<const int64_t, 1> reach, Array<const int64_t, 1> logits_rows, Array<const int64_t, 4> records, int values,
-                bool timed, Array<float, 2> out, std::optional<Array<const int64_t, 1>> whole) {
+                bool timed, Array<float, 2> out, std::optional<Array<const int64_t, 1>> whole, int64_t first, int64_t end) {
                  Step step;
                  step.tokens = static_cast<int64_t>(ids.shape(0)), step.rows = static_cast<int64_t>(past.shape(0));
                  step.logits = static_cast<int64_t>(logits_rows.shape(0));
@@ -311,11 +311,12 @@ void bind_native(nb::module_& m) {
                  float* to = out.data();
                  const size_t bytes = out.nbytes();
                  nb::gil_scoped_release release;
-                 b.program.run(step, reach.data(), timed);
-                 if (bytes) memcpy(to, b.program.values(values).data, bytes);
+                 b.program.run(step, reach.data(), timed, first, end);
+                 if (bytes && end < 0) memcpy(to, b.program.values(values).data, bytes);
              },
              nb::arg("ids"), nb::arg("starts"), nb::arg("past"), nb::arg("reach"), nb::arg("logits_rows"), nb::arg("records"), nb::arg("values"),
-             nb::arg("timed"), nb::arg("out"), nb::arg("whole").none() = nb::none())
+             nb::arg("timed"), nb::arg("out"), nb::arg("whole").none() = nb::none(), nb::arg("first") = 0, nb::arg("end") = -1)
+        .def_prop_ro("attends", [](const Bound& b) { return b.program.attends(); })
         .def("metered",
              [](const Bound& b) {
                  std::vector<std::tuple<std::string, int64_t, int64_t, int64_t, int64_t, double>> found;
