@@ -43,7 +43,7 @@ def register(group: typer.Typer) -> None:
         threads: Annotated[int, typer.Option(help="Threads; 0 = as many as this process may use.")] = 0,
         json: Json = False,
     ) -> None:
-        """Train a tiny Llama from scratch in float32: about 4 minutes on 2 cores. The folder opens as any model."""
+        """Train a tiny Llama from scratch in float32; `--minutes 4` makes it fit. The folder opens as any model."""
         from trimtab.errors import SpecError
         from trimtab.measure.texts import read_text
         from trimtab.train.tiny import TinyConfig, folder_of, steps_within, train_tiny, whole_folder
