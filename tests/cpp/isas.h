@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "lmul.h"
+#include "native/int8.h"
 #include "native/native.h"
 
 namespace trimtab {
@@ -27,6 +28,7 @@ struct Isa {
     const char* name;
     const TileKernels* table;
     const LmulKernels* lmul;
+    const Int8Kernels* int8;
     const Words* words;
 };
 const std::vector<Isa>& isas();

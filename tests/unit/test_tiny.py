@@ -252,6 +252,11 @@ def test_bad_input(tiny_model: Model) -> None:
         fit(tiny_model.spec, tiny_model.weights, np.zeros(2000), Fit(steps=1, window=600))
     with pytest.raises(SpecError, match="Lower the learning rate"):
         fit(tiny_model.spec, tiny_model.weights, np.arange(60), Fit(steps=9, batch=1, window=8, lr=1e30, warmup=0))
-    spec = tiny_model.spec
-    assert np.std(decode(initial_weights(spec, 0)["layers.0.mlp.up_proj"])) == pytest.approx(0.02, rel=0.05)
-    assert np.std(decode(initial_weights(spec, 0)["layers.0.mlp.down_proj"])) == pytest.approx(0.02 / 6**0.5, rel=0.05)
+
+
+def test_weights_before_training(tiny_model: Model) -> None:
+    found = initial_weights(tiny_model.spec, 0)
+    wanted = {"embed_tokens": 0.02, "layers.0.mlp.up_proj": 96**-0.5, "layers.0.mlp.down_proj": (160 * 6) ** -0.5}
+    for path, spread in wanted.items():
+        assert np.std(decode(found[path])) == pytest.approx(spread, rel=0.05), path
+    assert (decode(found["norm"]) == 1).all()

@@ -44,8 +44,8 @@ class Linear(nn.Module):
         x_TK = tapped(step, "linear", self.names[index], x_TK)
         y_TN = rule(x_TK, self.bias(index, x_TK.dtype))
         if step.record is not None:
-            read = rule.nbytes + (0 if bias is None else bias.nbytes)
-            step.record.op(self.path, flops=2 * x_TK.numel() * y_TN.shape[-1], weight_read=read)
+            flops, extra = 2 * x_TK.numel() * y_TN.shape[-1], 0 if bias is None else bias.nbytes
+            rule.meter(step.record, self.path, flops, extra)
         return y_TN
 
     def bias(self, index: int, dtype: torch.dtype) -> torch.Tensor | None:

@@ -28,8 +28,7 @@ class LinearSpec(Node):
             ``fp8``, ``int8`` or ``fp4``.
         kernels: which of `PRODUCT_KERNELS` may multiply; of several, the native program takes the one that is fastest for the
             tokens at hand. Results agree to the rounding of floats.
-        product: how the product is computed where that is not by the values of the matrix: see `spec.product`. Table lookup
-            needs rows on an integer grid of at most 4 bits, or ternary ones.
+        product: how the product is computed where that is not by the values of the matrix; each kind has formats it needs.
     """
 
     n: int
@@ -65,9 +64,9 @@ class LinearSpec(Node):
         return self.n * self.k + (self.n if self.bias else 0)
 
     def nbytes(self) -> int:
-        """Resident bytes: every buffer of the format plus the bias."""
+        """Resident bytes: every buffer of the format, what the product keeps beside it, and the bias."""
         bias = self.bias_format.nbytes(1, self.n) if self.bias else 0
-        return self.format.nbytes(*self.stored_shape) + bias
+        return self.format.nbytes(*self.stored_shape) + self.product.side_nbytes(self.n, self.k) + bias
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

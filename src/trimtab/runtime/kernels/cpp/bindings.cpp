@@ -147,10 +147,12 @@ void lmul_round(const RuleTuple& rule, Array<const float, 1> x, Array<float, 1> 
 
 namespace trimtab {
 void bind_native(nb::module_& m);  // native/bind.cpp
+void bind_bits(nb::module_& m);    // popcount.cpp
 }
 
 NB_MODULE(_core, m) {
     trimtab::bind_native(m);
+    trimtab::bind_bits(m);
     nb::class_<BoundRows>(m, "Rows");
     m.def("f32_rows", [](Array<const float, 2> data) { return floats<float>(Kind::f32, data); });
     m.def("bf16_rows", [](Array<const uint16_t, 2> data) { return floats<uint16_t>(Kind::bf16, data); });
