@@ -123,14 +123,17 @@ TEST(lmul_sums) {
                 rule.sum = sum, rule.sum_bits = rule.mantissa;
                 const int64_t tokens = random.between(1, 9), terms = random.between(1, 20), outputs = random.between(1, 70);
                 const bool by_row = random.coin(), special = random.below(4) == 0;
-                const std::vector<float> x = numbers(random, tokens * terms, 4, special), w = numbers(random, terms * outputs, 4, special);
+                const std::vector<float> x = numbers(random, tokens * terms, 4, special);
+                const std::vector<float> w = numbers(random, terms * outputs, 4, special);
                 const int64_t w_row = by_row ? terms : 1, w_col = by_row ? 1 : outputs;
                 std::vector<int32_t> scratch(static_cast<size_t>(isa.lmul->scratch(tokens, terms)));
                 std::vector<float> y(static_cast<size_t>(tokens * outputs));
-                const int64_t half = outputs / 2 / lmul_outputs * lmul_outputs;  // as two workers would
-                for (int64_t first : {int64_t{0}, half})
-                    isa.lmul->matmul(rule, x.data(), tokens, terms, w.data(), w_row, w_col, first, first ? outputs : half ? half : outputs,
-                                     scratch.data(), y.data(), outputs);
+                const int64_t half = outputs / 2 / lmul_outputs * lmul_outputs;  // as two workers would, or one
+                for (int64_t first : {int64_t{0}, half}) {
+                    const int64_t last = first || !half ? outputs : half;
+                    isa.lmul->matmul(rule, x.data(), tokens, terms, w.data(), w_row, w_col, first, last, scratch.data(),
+                                     y.data(), outputs);
+                }
                 for (int64_t t = 0; t < tokens; ++t)
                     for (int64_t n = 0; n < outputs; ++n) {
                         float wanted = 0;

@@ -133,7 +133,8 @@ void lmul_matmul(const RuleTuple& rule, Array<const float, 2> x, Array<const flo
     parallel_ranges(outputs, lmul_outputs, threads, [&](int64_t first, int64_t last) {
         const LmulKernels& k = lmul_kernels();
         std::vector<int32_t> scratch(static_cast<size_t>(k.scratch(tokens, terms)));
-        k.matmul(made, x.data(), tokens, terms, w.data(), w_row, w_col, first, last, scratch.data(), y.data(), outputs);
+        k.matmul(made, x.data(), tokens, terms, w.data(), w_row, w_col, first, last, scratch.data(), y.data(),
+                 outputs);
     });
 }
 

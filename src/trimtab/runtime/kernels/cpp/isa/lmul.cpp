@@ -95,7 +95,8 @@ inline Term term_of(const AddRule& rule, int32_t word) {
     const int32_t field = word & INT32_MAX;
     const auto wrapped = [](uint32_t v) { return static_cast<int32_t>(v); };
     return {wrapped(static_cast<uint32_t>(field) + static_cast<uint32_t>(rule.offset) + (1u << 31)),
-            wrapped(static_cast<uint32_t>(moved) + (static_cast<uint32_t>(word) & (1u << 31))), field ? rule.low - moved : INT32_MAX};
+            wrapped(static_cast<uint32_t>(moved) + (static_cast<uint32_t>(word) & (1u << 31))),
+            field ? rule.low - moved : INT32_MAX};
 }
 
 // `count` tokens times one tile of w, packed [K, vectors * lanes]; sums in the order of k.
@@ -142,7 +143,8 @@ void operands(const AddRule& rule, const float* from, int64_t count, int32_t* to
 }
 
 // Rows [n, n + width) of w as operands [K, width]; outputs behind `last` are zero.
-void pack(const AddRule& rule, const float* w, int64_t terms, int64_t w_row, int64_t w_col, int64_t n, int64_t last, int32_t* row, int32_t* to) {
+void pack(const AddRule& rule, const float* w, int64_t terms, int64_t w_row, int64_t w_col, int64_t n, int64_t last,
+          int32_t* row, int32_t* to) {
     const int64_t there = lesser(width, last - n);
     if (w_col == 1) {
         for (int64_t j = 0; j < width; ++j) {
