@@ -88,7 +88,7 @@ void check_matrix(const Isa& isa, const Plain& p, Random& random, Fill how, cons
     }
     // Every addition rounds by at most half an ulp of what has been added up. Integers are added up exactly inside a
     // scale.
-    const double roundings = static_cast<double>(made.in.ints && !all ? 8 * made.acts() + 16 : w.cols + 8);
+    const double roundings = static_cast<double>((made.in.ints ? 8 * made.acts() + 16 : 0) + (!made.in.ints || all ? w.cols + 8 : 0));
     std::vector<double> expected(static_cast<size_t>(most_tokens * w.rows)), room(expected.size());
     for (int64_t t = 0; t < most_tokens; ++t)
         for (int64_t n = 0; n < w.rows; ++n) {

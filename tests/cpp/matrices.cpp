@@ -219,7 +219,8 @@ Plain grid_matrix(Random& random, const std::vector<int32_t>& values, int tables
                                                                    p.sub[static_cast<size_t>(at)]
                                                              : half_value(p.scale[static_cast<size_t>(at)]);
             p.value.push_back(scale * value);
-            p.magnitude.push_back(scale * 2 * (t.integers() ? largest : std::fabs(value)));  // what stands for 0 is added up too
+            // Bytes reach twice the largest value, and what stands for 0 is added up as well.
+            p.magnitude.push_back(scale * (t.integers() ? 3 * largest : std::fabs(value)));
         }
     }
     p.choice = std::move(choice);
