@@ -242,7 +242,7 @@ def test_bytes_are_those_of_the_spec(tiny_model: Any, tiny_materials: Any, setti
 
 
 def test_static_columns_come_from_text(tiny_model: Any, tiny_materials: Any, tmp_path: Path) -> None:
-    materials = dataclasses.replace(tiny_materials, cache=tmp_path)
+    materials, before = dataclasses.replace(tiny_materials, cache=tmp_path), tiny_model.weights
     with applied(tiny_model, "llm-int8:outliers=static,threshold=2.5", materials=materials) as model:
         nodes = dict(model.spec.linears())
         found = {path: node.product.columns for path, node in nodes.items() if isinstance(node.product, Int8Vector)}
@@ -250,6 +250,10 @@ def test_static_columns_come_from_text(tiny_model: Any, tiny_materials: Any, tmp
         assert model.weights.nbytes == model.spec.weight_nbytes()
         kept = {path: model.weights[f"{path}.outliers"].shape[0] for path in found if found[path]}
         assert kept == {path: len(columns) for path, columns in found.items() if columns}
+        for path, columns in found.items():
+            if columns:  # fp16 keeps 11 bits
+                original = decode(before[path])[:, list(columns)].T
+                np.testing.assert_allclose(decode(model.weights[f"{path}.outliers"]), original, rtol=1e-3, atol=1e-6)
         assert len(list(tmp_path.glob("llm-int8-columns-*.json"))) == 1
     file = next(tmp_path.glob("*.json"))
     named = f"llm-int8:threshold=2.5,outliers=static:{file}"
