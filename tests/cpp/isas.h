@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "lmul.h"
 #include "native/int8.h"
 #include "native/native.h"
 
@@ -26,6 +27,7 @@ struct Words {
 struct Isa {
     const char* name;
     const TileKernels* table;
+    const LmulKernels* lmul;
     const Int8Kernels* int8;
     const Words* words;
 };

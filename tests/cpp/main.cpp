@@ -17,6 +17,7 @@ namespace trimtab {
 #define TRIMTAB_TABLES(isa)              \
     namespace isa {                      \
     extern const TileKernels tile_table; \
+    extern const LmulKernels lmul_table; \
     extern const Int8Kernels int8_table; \
     extern const Words words;            \
     }
@@ -31,14 +32,14 @@ const Int8Kernels* current_int8 = &baseline::int8_table;
 
 const std::vector<Isa>& isas() {
     static const std::vector<Isa> all = {
-        {"baseline", &baseline::tile_table, &baseline::int8_table, &baseline::words},
+        {"baseline", &baseline::tile_table, &baseline::lmul_table, &baseline::int8_table, &baseline::words},
 #ifdef TRIMTAB_HAS_AVX2
-        {"avx2", &avx2::tile_table, &avx2::int8_table, &avx2::words},
+        {"avx2", &avx2::tile_table, &avx2::lmul_table, &avx2::int8_table, &avx2::words},
 #endif
 #ifdef TRIMTAB_EMULATED_AVX512
-        {"avx512 (emulated)", &avx512::tile_table, &avx512::int8_table, &avx512::words},
+        {"avx512 (emulated)", &avx512::tile_table, &avx512::lmul_table, &avx512::int8_table, &avx512::words},
 #elif defined(TRIMTAB_HAS_AVX512)
-        {"avx512", &avx512::tile_table, &avx512::int8_table, &avx512::words},
+        {"avx512", &avx512::tile_table, &avx512::lmul_table, &avx512::int8_table, &avx512::words},
 #endif
     };
     return all;

@@ -126,12 +126,16 @@ def _matrix(node: LinearSpec, rows: IntArray) -> Counts:
 
 def _decoding(node: LinearSpec) -> int:
     """Vector FLOPs that turn a packed matrix into floats; none where its codes go into the product."""
-    return 0 if node.format.is_float or node.act != "none" else DEQUANT * node.n * node.k
+    return 0 if node.format.is_float or _coded(node) else DEQUANT * node.n * node.k
 
 
 def _coding(node: LinearSpec, rows: Any) -> Any:
     """Vector FLOPs that code the inputs of a product and scale its outputs."""
-    return 0 if node.act == "none" else rows * (DEQUANT * node.k + node.n)
+    return rows * (DEQUANT * node.k + node.n) if _coded(node) else 0
+
+
+def _coded(node: LinearSpec) -> bool:
+    return node.act != "none" or node.product.codes_input
 
 
 def _norm(op: Op, step: StepShape, how: How) -> Counts:

@@ -17,7 +17,7 @@ from trimtab.runtime.numerics import decode
 from trimtab.runtime.step import Recorder
 from trimtab.runtime.weights.packed import Packed, Weights
 from trimtab.spec.leaves import LinearSpec
-from trimtab.spec.product import Int8Vector, LookupTable, Product
+from trimtab.spec.product import BitSerial, ExponentInteger, Int8Vector, Lmul, LookupTable, Product, Rounded
 
 #: Tokens up to which an integer matrix is multiplied in its packed form; above, decoding it once is cheaper.
 PACKED_TOKENS = 8
@@ -50,6 +50,10 @@ class Rule(Protocol):
 RULES: dict[type[Product], str] = {
     Product: "trimtab.model.products:Exact",
     LookupTable: "trimtab.model.products:Lookup",
+    Lmul: "trimtab.model.lmul:Approximate",
+    Rounded: "trimtab.model.lmul:Approximate",
+    BitSerial: "trimtab.model.bitserial:BitSerialProduct",
+    ExponentInteger: "trimtab.model.integers:ExponentIntegers",
     Int8Vector: "trimtab.model.int8:VectorInt8",
 }
 

@@ -275,7 +275,7 @@ def variants_of(op: Op) -> tuple[str, ...]:
     form = getattr(op.node, "format", None)
     kind = getattr(form, "kind", None)
     if form is not None and form.tiled:  # the native program: its speed depends on the width of a code
-        return (f"int{form.bits}" if form.kind == "int" else form.kind, dtype)
+        return (f"int{form.bits}" if form.kind in ("int", "grid", "pair") else form.kind, dtype)
     return (dtype,) if kind in (None, "fp32", "bf16", "fp16", "fp8") or dtype != op.dtype else (kind, dtype)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trimtab.errors import SpecError, unknown
-from trimtab.spec.formats import Buffer, WeightFormat, check_group
+from trimtab.spec.formats import TILE_ROWS, Buffer, WeightFormat
 
 #: Columns whose signs of one row are a byte, and one index of a table of sums.
 CHUNK = 8
@@ -66,18 +66,23 @@ class BcqFormat(WeightFormat):
         return CHUNK if self.mode == "lat" else 1
 
     def buffers(self, rows: int, cols: int) -> tuple[Buffer, ...]:
-        """``signs`` u8 [bits, rows, cols / 8], bit s of a byte is column 8 c + s, 1 for +1. ``scales`` u8 [row blocks, column blocks,
-        bits, apot]: a sign (bit 7) and an exponent plus 64 (bits 0..6); 0 is no term. The last block of rows may be shorter.
+        """``signs`` u8 [bits, rows, cols / 8], in tiles [tiles, cols / 8, bits, 16]: bit s of a byte is column 8 c + s, 1 for +1.
+        ``scales`` u8 [row blocks, column blocks, bits, apot]: a sign (bit 7) and an exponent plus 64 (bits 0..6); 0 is no term.
+        The last block of rows may be shorter.
 
         Raises:
             SpecError: the row is no multiple of 8.
         """
-        check_group(CHUNK, cols)
+        if cols % CHUNK:
+            raise SpecError(f"{self} codes {CHUNK} columns at a time: a row of {cols} is no multiple of {CHUNK}.")
         blocks = -(-rows // self.scale_rows(rows))
+        signs = (self.bits, rows, cols // CHUNK)
+        if self.tiled:
+            signs = (-(-rows // TILE_ROWS), cols // CHUNK, self.bits, TILE_ROWS)
         return (
-            Buffer("signs", "u8", (self.bits, rows, cols // CHUNK)),
+            Buffer("signs", "u8", signs),
             Buffer("scales", "u8", (blocks, cols // self.scale_cols, self.bits, self.apot)),
         )
 
     def __str__(self) -> str:
-        return f"bcq{self.bits}-g{self.group or 'row'}-{self.mode}-apot{self.apot}"
+        return f"bcq{self.bits}-g{self.group or 'row'}-{self.mode}-apot{self.apot}{'-tiled' if self.tiled else ''}"

@@ -222,6 +222,11 @@ class PairFormat(WeightFormat):
         return 1 << (self.bits - 1)
 
     @property
+    def abfloat(self) -> tuple[int, int, int]:
+        """Exponent bits, mantissa bits and bias of an outlier; see `ABFLOATS`."""
+        return ABFLOATS[self.normal, self.bits]
+
+    @property
     def tables(self) -> tuple[Values, Values]:
         """(normal, outlier) values by code."""
         return PAIR_NORMALS[self.normal, self.bits], outliers(self.normal, self.bits)

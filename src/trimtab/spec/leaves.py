@@ -28,8 +28,7 @@ class LinearSpec(Node):
             ``fp8``, ``int8`` or ``fp4``.
         kernels: which of `PRODUCT_KERNELS` may multiply; of several, the native program takes the one that is fastest for the
             tokens at hand. Results agree to the rounding of floats.
-        product: how the product is computed where that is not by the values of the matrix; needs rows on an integer grid of at
-            most 4 bits, or ternary ones.
+        product: how the product is computed where that is not by the values of the matrix; each kind has formats it needs.
     """
 
     n: int
@@ -52,7 +51,7 @@ class LinearSpec(Node):
             raise unknown("input format", self.act, ACT_KINDS)
         if self.product != EXACT and self.layout != "row":
             raise SpecError(
-                "A matrix stored transposed has no product by table lookup or in int8: its groups run along the outputs."
+                "A matrix stored transposed is multiplied by its values alone: other products read it by rows."
             )
 
     @property
@@ -93,7 +92,7 @@ class EmbeddingSpec(Node):
 class NormSpec(Node):
     """RMSNorm (``kind="rms"``) or LayerNorm (``kind="layer"``) over `size` elements; `unit_offset`: scale by 1 + w.
 
-    `weight`: False for a norm without parameters.
+    `weight`: False for a norm without parameters. `product`: how the input is scaled, by its own norm and by the weights.
     """
 
     size: int
@@ -103,6 +102,7 @@ class NormSpec(Node):
     unit_offset: bool = False
     format: WeightFormat = BF16
     weight: bool = True
+    product: Product = EXACT
 
     def num_parameters(self) -> int:
         """Scale plus bias."""
@@ -139,8 +139,10 @@ class RopeSpec:
         dim: rotated elements (may be fewer than head_dim).
         theta: base.
         scaling: ``(("rope_type", "llama3"), ("factor", 8.0), ...)`` as in the HF config; empty = none.
+        product: how elements meet cosine and sine.
     """
 
     dim: int
     theta: float = 10000.0
     scaling: tuple[tuple[str, object], ...] = ()
+    product: Product = EXACT

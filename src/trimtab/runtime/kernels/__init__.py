@@ -151,9 +151,9 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     Bits of a code above `bits` are dropped; unused bits of the last byte are zero.
 
     Raises:
-        SpecError: bits outside 2..8, or codes that are no uint8 matrix.
+        SpecError: bits outside 1..8, or codes that are no uint8 matrix.
     """
-    _check_bits(bits)
+    _check_bits(bits, 1)
     codes = _plain(codes, np.uint8, 2, "codes")
     packed = np.empty((codes.shape[0], (codes.shape[1] * bits + 7) // 8), np.uint8)
     _core.pack(codes, bits, packed)
@@ -164,9 +164,9 @@ def unpack_codes(packed: np.ndarray, bits: int, cols: int) -> np.ndarray:
     """Undo `pack_codes`: uint8 [rows, ceil(cols * bits / 8)] -> uint8 [rows, cols].
 
     Raises:
-        SpecError: bits outside 2..8, or a row length that is not that of `cols` codes.
+        SpecError: bits outside 1..8, or a row length that is not that of `cols` codes.
     """
-    _check_bits(bits)
+    _check_bits(bits, 1)
     packed = _plain(packed, np.uint8, 2, "packed")
     if packed.shape[1] != (cols * bits + 7) // 8:
         raise SpecError(f"{cols} codes of {bits} bits are {(cols * bits + 7) // 8} bytes a row, not {packed.shape[1]}.")
@@ -301,6 +301,6 @@ def _plain(array: np.ndarray, dtype: type, ndim: int, name: str) -> np.ndarray:
     return array
 
 
-def _check_bits(bits: int) -> None:
-    if not 2 <= bits <= 8:
-        raise SpecError(f"bits={bits} is not possible. Allowed: 2..8. Try bits={min(max(bits, 2), 8)}.")
+def _check_bits(bits: int, least: int = 2) -> None:
+    if not least <= bits <= 8:
+        raise SpecError(f"bits={bits} is not possible. Allowed: {least}..8. Try bits={min(max(bits, least), 8)}.")

@@ -29,7 +29,7 @@ from trimtab.spec.formats import FP32, WeightFormat
 from trimtab.spec.leaves import EmbeddingSpec, LinearSpec, NormSpec
 from trimtab.spec.model import ModelSpec
 from trimtab.spec.nodes import NO_FLOW, AttentionSpec, FFNSpec, GateFirst, LayerSpec
-from trimtab.spec.product import EXACT, Int8Vector, LookupTable, Product
+from trimtab.spec.product import EXACT, Int8Vector, Lmul, LookupTable, Product, Rounded
 from trimtab.spec.tree import Node
 
 #: Hugging Face names of activations -> index in `Act` of `cpp/kernels.h`.
@@ -94,6 +94,9 @@ def _missing(path: str, node: Node) -> str:
             return "A mixture of experts"
         if node.parallel or node.ranks > 1 or node.input_layernorm is None or node.post_attention_layernorm is None:
             return "A layer whose blocks run side by side"
+    for product in _products(node):
+        if isinstance(product, Lmul | Rounded):
+            return f"A product of {'bits added (L-Mul)' if isinstance(product, Lmul) else 'rounded floats'}"
     if isinstance(node, AttentionSpec):
         return _missing_attention(node)
     if isinstance(node, FFNSpec):
@@ -110,6 +113,8 @@ def _missing(path: str, node: Node) -> str:
             return f"A product with its input coded as {node.act}"
         if isinstance(node.product, LookupTable):
             return ""  # refused in words of its own
+        if node.product != EXACT:
+            return f"A product by {type(node.product).__name__}"
         try:
             tiles_of(node.format, node.product, node.n, node.k)
         except SpecError:
@@ -117,6 +122,13 @@ def _missing(path: str, node: Node) -> str:
     if isinstance(node, NormSpec) and not node.weight:
         return "A norm without weights"
     return ""
+
+
+def _products(node: Node) -> tuple[Product, ...]:
+    """How a node multiplies."""
+    rope = node.rope if isinstance(node, AttentionSpec) else None
+    own = node.product if isinstance(node, LinearSpec | NormSpec | FFNSpec | AttentionSpec) else EXACT
+    return (own, EXACT if rope is None else rope.product)
 
 
 def _missing_gate_first(node: FFNSpec) -> str:

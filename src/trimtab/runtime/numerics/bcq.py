@@ -6,6 +6,7 @@ Source: You et al., ShiftAddLLM, arXiv 2406.05981, sections 3 and 4.1.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
@@ -14,7 +15,7 @@ import numpy as np
 from trimtab.errors import SpecError
 from trimtab.runtime.weights.packed import Packed
 from trimtab.spec.bcq import CHUNK, BcqFormat
-from trimtab.spec.formats import WeightFormat
+from trimtab.spec.formats import TILE_ROWS, WeightFormat
 
 #: Exponents a scale can have: 7 bits, and code 0 is no term.
 _BIAS, _LEAST, _MOST = 64, -63, 63
@@ -239,10 +240,26 @@ def decode(packed: Packed, out: np.ndarray) -> None:
     scales = scales_of(packed.buffers["scales"])  # [row blocks, column blocks, q]
     wide = np.repeat(np.repeat(scales, format.scale_rows(rows), 0)[:rows], format.scale_cols, 1)
     out[...] = 0
+    planes = packed.buffers["signs"]
+    if format.tiled:  # [tiles, K / 8, q, 16] -> [q, N, K / 8]
+        planes = planes.transpose(2, 0, 3, 1).reshape(format.bits, -1, cols // CHUNK)[:, :rows]
     for i in range(format.bits):
-        bits = np.unpackbits(packed.buffers["signs"][i], axis=-1, bitorder="little")
+        bits = np.unpackbits(planes[i], axis=-1, bitorder="little")
         out += np.where(bits, wide[..., i], -wide[..., i])
-    assert out.shape == (rows, cols)
+
+
+def tile(packed: Packed, buffers: dict[str, np.ndarray] | None = None) -> Packed:
+    """The same signs with 16 rows side by side, as the kernels of the native program read them."""
+    format = packed.format
+    rows, cols = packed.shape
+    found = dataclasses.replace(format, tiled=True)
+    out = {b.name: np.empty(b.shape, np.uint8) for b in found.buffers(rows, cols)} if buffers is None else buffers
+    tiles = -(-rows // TILE_ROWS)
+    padded = np.zeros((format.bits, tiles * TILE_ROWS, cols // CHUNK), np.uint8)
+    padded[:, :rows] = packed.buffers["signs"]
+    out["signs"][...] = padded.reshape(format.bits, tiles, TILE_ROWS, -1).transpose(1, 3, 0, 2)
+    out["scales"][...] = packed.buffers["scales"]
+    return Packed(found, packed.shape, out)
 
 
 assert CHUNK == 8, "a chunk of signs is a byte"

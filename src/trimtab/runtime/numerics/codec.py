@@ -18,8 +18,12 @@ from trimtab.runtime.weights.packed import Packed
 from trimtab.spec.formats import GGUF_BLOCKS, LOOKUP_KINDS, SCALED_KINDS, WeightFormat
 
 #: Kinds whose codec is a module of its own: ``encode(values, format) -> buffers``, ``decode(packed, out)``, and for the layout of
-#: the native program ``tile(packed, buffers | None) -> Packed``. `values` and `out` are float32 [rows, cols].
-MODULES = {"grid": "grids", "pair": "pairs", "int8": "vectors", "bcq": "bcq"}
+#: the native program, where there is one, ``tile(packed, buffers | None) -> Packed`` and ``untile(packed) -> Packed``. `values`
+#: and `out` are float32 [rows, cols].
+MODULES = {
+    "grid": "grids", "pair": "pairs", "palette": "palettes", "bitmask": "bitmasks", "bcq": "bcq", "bipolar": "bipolar",
+    "int8": "vectors",
+}  # fmt: skip
 
 
 def codec_of(format: WeightFormat) -> ModuleType | None:
@@ -83,8 +87,8 @@ def encode(values: np.ndarray, format: WeightFormat, layout: str = "row") -> Pac
 
     Args:
         values: float32 [rows, cols] as they are to be stored, or [n] for a vector.
-        format: fp32 (keeps the array itself where it is contiguous), fp16, bf16, fp8, mxfp4, int, bitplane, bitlane or ternary;
-            all round to nearest.
+        format: fp32 (keeps the array itself where it is contiguous), fp16, bf16, fp8, mxfp4, int, bitplane, bitlane, ternary
+            or one of `MODULES`; all round to nearest.
         layout: what the rows mean; nothing is transposed here.
 
     Raises:

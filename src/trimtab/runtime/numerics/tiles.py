@@ -13,6 +13,7 @@ from trimtab.errors import SpecError
 from trimtab.runtime.numerics.codec import codec_of
 from trimtab.runtime.weights.packed import NUMPY_DTYPES, Packed
 from trimtab.spec.formats import LOOKUP_KINDS, PLANE_KINDS, SUPER_BLOCKS, TILE_ROWS, UNIT_COLS, WeightFormat
+from trimtab.spec.grids import GridFormat
 
 #: The integer grid that holds the codes and scales of a simple block format as they are: (bits, symmetric).
 PLAIN_BLOCKS = {"q4_0": (4, True), "q4_1": (4, False), "q5_0": (5, True), "q5_1": (5, False), "q8_0": (8, True)}
@@ -74,23 +75,26 @@ def tile(packed: Packed, buffers: dict[str, np.ndarray] | None = None) -> Packed
 
 
 def untile(packed: Packed) -> Packed:
-    """Undo `tile`: floats and integers by rows. Super-block formats have no rows of their own; see `decode_tiles`.
+    """Undo `tile`: floats and codes by rows. Super-block formats have no rows of their own; see `decode_tiles`.
 
     Raises:
-        SpecError: a super-block format.
+        SpecError: a super-block format, or another one without rows of its own.
     """
+    module = codec_of(packed.format)
+    if module and hasattr(module, "untile"):
+        return module.untile(packed)
     format, rows = packed.format, packed.shape[0]
+    if not format.is_float and format.kind != "int":
+        raise SpecError(f"{format} cannot be brought back to rows.")
     plain = WeightFormat(kind=format.kind, bits=format.bits, group=format.group, sym=format.sym)
     if format.is_float:
         return Packed(plain, packed.shape, {"data": _float_rows(packed)})
-    if format.kind != "int":
-        raise SpecError(f"{format} cannot be brought back to rows.")
     from trimtab.runtime.kernels import pack_codes
 
-    found = {"codes": pack_codes(_code_rows(packed), format.bits)}
+    found = {"codes": pack_codes(code_rows(packed), format.bits)}
     for name in ("scale", "minimum"):
         if name in packed.buffers:
-            found[name] = _from_tiles(packed.buffers[name], rows)
+            found[name] = from_tiles(packed.buffers[name], rows)
     return Packed(plain, packed.shape, found)
 
 
@@ -108,13 +112,13 @@ def decode_tiles(packed: Packed, out: np.ndarray) -> None:
 
         decode_lookup(packed, out)
         return
-    codes = _code_rows(packed).astype(np.float32)
+    codes = code_rows(packed).astype(np.float32)
     if format.kind == "int":
         group, bits = format.group, format.bits
-        scale = _from_tiles(packed.buffers["scale"], rows).astype(np.float32)
+        scale = from_tiles(packed.buffers["scale"], rows).astype(np.float32)
         minimum = None
         if not format.sym:
-            minimum = _from_tiles(packed.buffers["minimum"], rows).astype(np.float32)
+            minimum = from_tiles(packed.buffers["minimum"], rows).astype(np.float32)
     else:
         bits, group, coded_minimum = SUPER_BLOCKS[format.kind]
         tiles, blocks, kinds, _ = packed.buffers["scale"].shape
@@ -142,18 +146,32 @@ def by_column(scales: np.ndarray, group: int, cols: int) -> np.ndarray:
 def grid_of(packed: Packed) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Codes uint8 [N, K], scale and minimum fp16 [N, G] of a matrix on an integer grid: rows, tiles or simple blocks."""
     format, (rows, cols) = packed.format, packed.shape
+    if isinstance(format, GridFormat):  # sign and magnitude to an offset
+        from trimtab.runtime.numerics.grids import parts_of
+
+        codes, scale, _ = parts_of(packed)
+        offset = np.array(format.tables[0], np.int64) + (1 << (format.bits - 1))
+        return offset.astype(np.uint8)[codes], scale.astype(np.float16), None
     if not format.tiled:
         codes, rest = _unpacked(dict(packed.buffers), format, cols)
         flat = {name: np.ascontiguousarray(values.reshape(rows, -1)) for name, values in rest.items()}
         return codes, flat["scale"], flat.get("minimum")
-    scales = {name: _from_tiles(packed.buffers[name], rows) for name in ("scale", "minimum") if name in packed.buffers}
-    return _code_rows(packed), scales["scale"], scales.get("minimum")
+    scales = {name: from_tiles(packed.buffers[name], rows) for name in ("scale", "minimum") if name in packed.buffers}
+    return code_rows(packed), scales["scale"], scales.get("minimum")
 
 
 def to_tiles(scales: np.ndarray) -> np.ndarray:
     """Scales [N, G] -> [tiles, G, 16]; rows that fill the last tile get zero."""
     whole = _padded(scales, -(-len(scales) // TILE_ROWS) * TILE_ROWS)
     return np.ascontiguousarray(whole.reshape(-1, TILE_ROWS, scales.shape[1]).transpose(0, 2, 1))
+
+
+def pack_code_tiles(codes: np.ndarray, bits: int, out: np.ndarray) -> None:
+    """Write codes uint8 [N, K] into tiles, uint8 [tiles, units, 64 * bits]; what fills the last tile and unit is code 0."""
+    from trimtab.runtime.kernels import _core
+
+    padded = _padded(codes, out.shape[0] * TILE_ROWS, out.shape[1] * UNIT_COLS)
+    _core.pack_tiles(np.ascontiguousarray(padded), bits, out.reshape(-1))
 
 
 def _tile_floats(rows: np.ndarray, kind: str, out: np.ndarray) -> None:
@@ -177,13 +195,10 @@ def _float_rows(packed: Packed) -> np.ndarray:
 def _tile_codes(
     part: dict[str, np.ndarray], stored: WeightFormat, cols: int, format: WeightFormat, out: dict[str, np.ndarray]
 ) -> None:
-    from trimtab.runtime.kernels import _core
-
     bits = format.bits or SUPER_BLOCKS[format.kind][0]
     codes, rest = _unpacked(part, stored, cols)
     tiles = out["codes"].shape[0]
-    padded = _padded(codes, tiles * TILE_ROWS, -(-cols // UNIT_COLS) * UNIT_COLS)
-    _core.pack_tiles(np.ascontiguousarray(padded), bits, out["codes"].reshape(-1))
+    pack_code_tiles(codes, bits, out["codes"])
     for name, values in rest.items():  # [N, ...] -> [tiles, ..., 16]
         whole = _padded(values.reshape(len(values), -1), tiles * TILE_ROWS).reshape(tiles, TILE_ROWS, -1)
         out[name][...] = whole.transpose(0, 2, 1).reshape(out[name].shape)
@@ -259,7 +274,8 @@ def _padded(values: np.ndarray, rows: int, cols: int | None = None) -> np.ndarra
     return out
 
 
-def _code_rows(packed: Packed) -> np.ndarray:
+def code_rows(packed: Packed) -> np.ndarray:
+    """Codes uint8 [N, K] of a tiled matrix."""
     from trimtab.runtime.kernels import _core
 
     format, (rows, cols) = packed.format, packed.shape
@@ -273,5 +289,6 @@ def _code_rows(packed: Packed) -> np.ndarray:
     return np.ascontiguousarray(out[:rows, :cols])
 
 
-def _from_tiles(scales: np.ndarray, rows: int) -> np.ndarray:
+def from_tiles(scales: np.ndarray, rows: int) -> np.ndarray:
+    """Undo `to_tiles`: [tiles, G, 16] -> [N, G]."""
     return np.ascontiguousarray(scales.transpose(0, 2, 1).reshape(-1, scales.shape[1])[:rows])

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "lmul.h"
 #include "native/int8.h"
 #include "native/native.h"
 
@@ -14,12 +15,14 @@ namespace trimtab {
 namespace baseline {
 extern const Kernels table;
 extern const TileKernels tile_table;
+extern const LmulKernels lmul_table;
 extern const Int8Kernels int8_table;
 }
 #ifdef TRIMTAB_HAS_AVX2
 namespace avx2 {
 extern const Kernels table;
 extern const TileKernels tile_table;
+extern const LmulKernels lmul_table;
 extern const Int8Kernels int8_table;
 }
 #endif
@@ -27,6 +30,7 @@ extern const Int8Kernels int8_table;
 namespace avx512 {
 extern const Kernels table;
 extern const TileKernels tile_table;
+extern const LmulKernels lmul_table;
 extern const Int8Kernels int8_table;
 }
 #endif
@@ -36,6 +40,7 @@ namespace {
 struct Isa {
     const Kernels* rows;
     const TileKernels* tiles;
+    const LmulKernels* lmul;
     const Int8Kernels* int8;
 };
 
@@ -68,12 +73,12 @@ std::string lacking([[maybe_unused]] const char* isa) {
 
 int compiled(Isa* out) {
     int count = 0;
-    out[count++] = {&baseline::table, &baseline::tile_table, &baseline::int8_table};
+    out[count++] = {&baseline::table, &baseline::tile_table, &baseline::lmul_table, &baseline::int8_table};
 #ifdef TRIMTAB_HAS_AVX2
-    out[count++] = {&avx2::table, &avx2::tile_table, &avx2::int8_table};
+    out[count++] = {&avx2::table, &avx2::tile_table, &avx2::lmul_table, &avx2::int8_table};
 #endif
 #ifdef TRIMTAB_HAS_AVX512
-    out[count++] = {&avx512::table, &avx512::tile_table, &avx512::int8_table};
+    out[count++] = {&avx512::table, &avx512::tile_table, &avx512::lmul_table, &avx512::int8_table};
 #endif
     return count;
 }
@@ -108,6 +113,7 @@ const Kernels& kernels() { return *chosen().rows; }
 
 const TileKernels& tile_kernels() { return *chosen().tiles; }
 
+const LmulKernels& lmul_kernels() { return *chosen().lmul; }
 const Int8Kernels& int8_kernels() { return *chosen().int8; }
 
 int available_isas(const char** out) {

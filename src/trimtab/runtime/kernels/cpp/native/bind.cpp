@@ -44,7 +44,8 @@ struct BoundTiles {
 
 BoundTiles make_tiles(int coding, int scales, int bits, int64_t rows, int64_t cols, int64_t group, Bytes data,
                       std::optional<Bytes> scale, std::optional<Bytes> minimum, std::optional<Bytes> sub, int entry,
-                      int64_t table_group, bool fast_average) {
+                      int64_t table_group, bool fast_average, bool bipolar, std::optional<Array<const int32_t, 2>> values,
+                      std::optional<Bytes> choice) {
     BoundTiles b;
     b.tiles.coding = static_cast<Coding>(coding), b.tiles.scales = static_cast<Scales>(scales);
     b.tiles.bits = bits, b.tiles.rows = rows, b.tiles.cols = cols, b.tiles.group = group;
@@ -54,6 +55,12 @@ BoundTiles make_tiles(int coding, int scales, int bits, int64_t rows, int64_t co
     if (scale) b.tiles.scale = reinterpret_cast<const uint16_t*>(scale->data()), b.keep.push_back(nb::cast(*scale));
     if (minimum) b.tiles.minimum = reinterpret_cast<const uint16_t*>(minimum->data()), b.keep.push_back(nb::cast(*minimum));
     if (sub) b.tiles.sub = sub->data(), b.keep.push_back(nb::cast(*sub));
+    if (choice) b.tiles.choice = choice->data(), b.keep.push_back(nb::cast(*choice));
+    b.tiles.bipolar = bipolar;
+    if (values) {
+        if (static_cast<int64_t>(values->shape(1)) != int64_t{1} << bits) throw std::invalid_argument("A table has 2^bits values.");
+        b.tiles.grid = Grid::of(values->data(), static_cast<int>(values->shape(0)), bits, b.tiles.coding == Coding::pairs);
+    }
     return b;
 }
 
@@ -150,7 +157,8 @@ void bind_native(nb::module_& m) {
         .def_prop_ro("tile_bytes", [](const BoundTiles& b) { return b.tiles.tile_bytes() * b.tiles.tiles(); });
     m.def("tiles", &make_tiles, nb::arg("coding"), nb::arg("scales"), nb::arg("bits"), nb::arg("rows"), nb::arg("cols"),
           nb::arg("group"), nb::arg("data"), nb::arg("scale").none(), nb::arg("minimum").none(), nb::arg("sub").none(),
-          nb::arg("entry") = 0, nb::arg("table_group") = 0, nb::arg("fast_average") = false);
+          nb::arg("entry") = 0, nb::arg("table_group") = 0, nb::arg("fast_average") = false,
+          nb::arg("bipolar") = false, nb::arg("values").none() = nb::none(), nb::arg("choice").none() = nb::none());
     m.def("pack_tiles", packing<uint8_t, int>(&pack_tiles));
     m.def("unpack_tiles", unpacking<uint8_t, int>(&unpack_tiles));
     m.def("pack_planes", packing<uint8_t, int, bool>(&pack_planes));
@@ -293,7 +301,7 @@ void bind_native(nb::module_& m) {
         .def("run",
              [](Bound& b, Array<const int64_t, 1> ids, Array<const int64_t, 1> starts, Array<const int64_t, 1> past,
                 Array<const int64_t, 1> reach, Array<const int64_t, 1> logits_rows, Array<const int64_t, 4> records, int values,
-                bool timed, Array<float, 2> out, std::optional<Array<const int64_t, 1>> whole) {
+                bool timed, Array<float, 2> out, std::optional<Array<const int64_t, 1>> whole, int64_t first, int64_t end) {
                  Step step;
                  step.tokens = static_cast<int64_t>(ids.shape(0)), step.rows = static_cast<int64_t>(past.shape(0));
                  step.logits = static_cast<int64_t>(logits_rows.shape(0));
@@ -303,11 +311,12 @@ void bind_native(nb::module_& m) {
                  float* to = out.data();
                  const size_t bytes = out.nbytes();
                  nb::gil_scoped_release release;
-                 b.program.run(step, reach.data(), timed);
-                 if (bytes) memcpy(to, b.program.values(values).data, bytes);
+                 b.program.run(step, reach.data(), timed, first, end);
+                 if (bytes && end < 0) memcpy(to, b.program.values(values).data, bytes);
              },
              nb::arg("ids"), nb::arg("starts"), nb::arg("past"), nb::arg("reach"), nb::arg("logits_rows"), nb::arg("records"), nb::arg("values"),
-             nb::arg("timed"), nb::arg("out"), nb::arg("whole").none() = nb::none())
+             nb::arg("timed"), nb::arg("out"), nb::arg("whole").none() = nb::none(), nb::arg("first") = 0, nb::arg("end") = -1)
+        .def_prop_ro("attends", [](const Bound& b) { return b.program.attends(); })
         .def("metered",
              [](const Bound& b) {
                  std::vector<std::tuple<std::string, int64_t, int64_t, int64_t, int64_t, double>> found;
