@@ -354,6 +354,24 @@ def test_kernels_and_counts_are_the_graphs(tiny_model: Any, tiny_materials: Any,
             assert (name, metered.weight_read, metered.flops) == (name, counted[name].weight_read, counted[name].flops)
 
 
+def test_energy_is_that_of_bytes_but_for_outliers(tiny_model: Any) -> None:
+    """Horowitz: a product of int8 takes 0.2 pJ, its sum in int32 0.1, one of fp16 1.1 and 0.4."""
+    from trimtab.predict.energy import operation_energy
+
+    spec = tiny_model.spec.with_dtype("float16")
+    step = StepShape.of([64], [0], logits=0)
+    plain, coded, whole = (
+        operation_energy(compose(spec, parse_all(names)), "prefill", step)
+        for names in ([], ["llm-int8:decompose=false"], ["llm-int8"])
+    )
+    terms = sum(64 * node.n * node.k for path, node in spec.linears() if path.startswith("layers."))
+    assert plain.products_j - coded.products_j == pytest.approx(terms * 0.9e-12, rel=1e-6)
+    assert plain.sums_j - coded.sums_j == pytest.approx(terms * 0.3e-12, rel=1e-6)
+    apart = sum(64 * node.n * 7 for path, node in spec.linears() if path.startswith("layers."))
+    assert whole.products_j - coded.products_j == pytest.approx(apart * 1.1e-12, rel=1e-6)
+    assert coded.dram_j < 0.75 * plain.dram_j
+
+
 def test_what_only_compares_has_no_kernel(tiny_model: Any, tiny_materials: Any) -> None:
     for setting in ("llm-int8:granularity=tensor", "llm-int8:zeropoint=true"):
         model = Model(derive(tiny_model.variant, parse_all([setting]), tiny_materials))
