@@ -159,7 +159,7 @@ def test_a_spec_of_another_version_is_refused() -> None:
 @pytest.mark.parametrize(
     "specs",
     [[], ["rtn:bits=3"], ["rtn:bits=4,sym=false,group=16"], ["tmac:bits=ternary,group=32"], ["tmac:bits=2,group=32"], ["kivi:group=16"],
-     ["rtn", "streaming-llm:sink=1,recent=8"]],
+     ["rtn", "streaming-llm:sink=1,recent=8"], ["llm-int8:outlier_source=dequant"], ["llm-int8:decompose=false"]],
     ids="+".join,
 )  # fmt: skip
 def test_our_own_form_holds_everything(specs: list[str], folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from trimtab.graph.count import count
 from trimtab.graph.ops import Op, StepShape
 from trimtab.spec.machine import Machine
 from trimtab.spec.model import ModelSpec
-from trimtab.spec.product import EXACT, Lmul, Product, Rounded
+from trimtab.spec.product import EXACT, Int8Vector, Lmul, Product, Rounded
 from trimtab.spec.report import Figure
 
 
@@ -122,6 +122,7 @@ _PRODUCT_PJ: dict[type[Product], Callable[[str, Technology], float]] = {
     Product: lambda dtype, table: table.multiply_pj[_FLOAT[dtype]],
     Rounded: lambda dtype, table: table.multiply_pj[_FLOAT[dtype]],
     Lmul: lambda dtype, table: table.add_pj[_INT[dtype]],
+    Int8Vector: lambda dtype, table: table.multiply_pj["int8"],
 }
 
 
@@ -206,13 +207,13 @@ def operation_energy(
     table = table or technology()
     products = sums = elements = bits = 0.0
     for op in build(spec, phase).ops:
-        counts, dtype = count(op, step, attention), op.dtype
+        counts, (product, dtype, sum_type) = count(op, step, attention), _types(op)
         terms = float(np.sum(counts.flops)) / 2
         vector = float(np.sum(counts.vector_flops))
         own = _elementwise_products(op, step)
-        products += terms * product_pj(_product(op), dtype, table)
-        sums += terms * table.add_pj[_FLOAT[dtype]]
-        elements += own * product_pj(_product(op), dtype, table)
+        products += terms * product_pj(product, dtype, table)
+        sums += terms * table.add_pj[sum_type]
+        elements += own * product_pj(product, dtype, table)
         elements += max(vector - own, 0.0) * table.add_pj[_FLOAT[dtype]]
         bits += 8.0 * float(np.sum(counts.weight_read + counts.kv_read + counts.kv_written))
     dram = table.dram_pj_per_bit[1] if dram_pj_per_bit is None else dram_pj_per_bit
@@ -221,10 +222,19 @@ def operation_energy(
     )
 
 
-def _product(op: Op) -> Product:
-    """How an op multiplies."""
+def _types(op: Op) -> tuple[Product, str, str]:
+    """How an op multiplies, the dtype of its activations, and the type of its sums.
+
+    Of the ops around a product in int8 only the product itself is in integers.
+    """
     node: Any = op.node.rope if op.kind == "rope" else op.node  # type: ignore[attr-defined]
-    return getattr(node, "product", EXACT)
+    product = getattr(node, "product", EXACT)
+    dtype = next((value.dtype for value in (*op.writes, *op.reads) if value.dtype in _FLOAT), op.dtype)
+    if not isinstance(product, Int8Vector):
+        return product, dtype, _FLOAT[dtype]
+    if op.kind == "linear":
+        return product, "fp32", "int32"
+    return EXACT, dtype, _FLOAT[dtype]
 
 
 def _elementwise_products(op: Op, step: StepShape) -> float:

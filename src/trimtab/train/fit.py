@@ -20,7 +20,7 @@ from trimtab.model.linear import Linear
 from trimtab.model.products import Rule
 from trimtab.model.tensors import Learned, float_tensor, learned
 from trimtab.runtime.numerics import encode
-from trimtab.runtime.step import IntArray, Step
+from trimtab.runtime.step import IntArray, Recorder, Step
 from trimtab.runtime.weights.packed import Packed, Weights
 from trimtab.spec.formats import FP32
 from trimtab.spec.model import ModelSpec
@@ -177,6 +177,9 @@ class _Replaced:
         stored = float_tensor(self.packed)
         y_TN = self._product(self._path, x_TK, stored.T if self.packed.layout == "transposed" else stored)
         return y_TN if bias is None else y_TN + bias
+
+    def meter(self, record: Recorder, path: str, flops: int, bias_nbytes: int) -> None:
+        record.op(path, flops=flops, weight_read=self.nbytes + bias_nbytes)
 
 
 def _decoder(spec: ModelSpec, weights: Weights, product: Product | None) -> Decoder:

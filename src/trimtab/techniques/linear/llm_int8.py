@@ -149,7 +149,7 @@ class LLMInt8(Technique):
 
             static = load(self.outliers.removeprefix("static:"), spec)
         for path, node in self._linears(spec):
-            product = self._product(node.k, None if static is None else static.get(path, ()))
+            product = self._product(node.k, None if static is None else static.get(path))
             for field, value in (("format", self.format), ("act", "int8"), ("product", product)):
                 yield Edit(path, field, value)
 
