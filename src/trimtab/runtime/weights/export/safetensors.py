@@ -1,7 +1,7 @@
 """Hugging Face folders: plain floats, or symmetric integers as compressed-tensors packs them.
 
-transformers and vLLM load what is written. A matrix in codes is `weight_packed` (words of 32 bits, code j at bit j * bits,
-offset by half the range), `weight_scale` [N, G] in fp16 as it is held, and `weight_shape`. They decode it in the dtype of the
+transformers loads what is written. A matrix in codes is `weight_packed` (words of 32 bits, code j at bit j * bits,
+offset by half the range), `weight_scale` [N, G] in fp16 as it is held, and `weight_shape`. transformers decodes it in the dtype of the
 model: bit for bit what Trimtab decodes if that is float32, rounded once more if it is bfloat16 or float16.
 
 Source: compressed-tensors 0.20, `compressors/pack_quantized` and `quantization/quant_config.py`.
@@ -155,7 +155,7 @@ def _notes(tensors: Sequence[Whole]) -> tuple[str, ...]:
                 continue
             if any(schemes.get(name.replace(group[0], other), form) != form for other in group[1:]):
                 found.append(
-                    f"{name} and its neighbours {', '.join(group[1:])} differ in format; vLLM, which joins them, refuses that"
+                    f"{name} and its neighbours {', '.join(group[1:])} differ in format; engines that join them, as vLLM does, want one"
                 )
                 break
     return tuple(found)
