@@ -31,7 +31,7 @@ from trimtab.runtime.weights.safetensors import SafetensorsFolder
 from trimtab.spec.configs import config_from_gguf, spec_from_config
 from trimtab.spec.families.names import HUGGING_FACE, Spelling
 from trimtab.spec.families.sources import Source, places, sources
-from trimtab.spec.formats import FP32, PLANE_KINDS, WeightFormat
+from trimtab.spec.formats import FP32, GGUF_BLOCKS, PLANE_KINDS, WeightFormat
 from trimtab.spec.leaves import LinearSpec
 
 #: model_type of a config -> the class of transformers that runs it, for configs that do not say.
@@ -70,7 +70,8 @@ def refusal(part: Part) -> str:
     if packed.format.is_float or _as_floats(part):
         return ""
     if scheme(packed.format, packed.shape[1]) is None or packed.layout != "row":
-        return "it holds floats and symmetric integers, one scale for a row or for each group that divides it"
+        hint = "; --dtype float32 decodes it" if packed.format.kind in GGUF_BLOCKS else ""
+        return f"it holds floats and symmetric integers, one scale for a row or for each group that divides it{hint}"
     if part.source.transposed or part.want.expert is not None:
         return "transformers has no linear module there, so its codes would not be read"
     return ""
