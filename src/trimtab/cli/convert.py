@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
         to: Annotated[
             str,
             typer.Option(
-                help="safetensors (transformers, vLLM), gguf (llama.cpp), own (Trimtab: holds everything); auto: GGUF by the "
+                help="safetensors (transformers), gguf (llama.cpp), own (Trimtab: holds everything); auto: GGUF by the "
                 "name, else safetensors if that can hold the model, else own."
             ),
         ] = "auto",

@@ -1,7 +1,7 @@
 """Hugging Face folders: plain floats, or symmetric integers as compressed-tensors packs them.
 
-transformers and vLLM load what is written. A matrix in codes is `weight_packed` (words of 32 bits, code j at bit j * bits,
-offset by half the range), `weight_scale` [N, G] in fp16 as it is held, and `weight_shape`. They decode it in the dtype of the
+transformers loads what is written. A matrix in codes is `weight_packed` (words of 32 bits, code j at bit j * bits,
+offset by half the range), `weight_scale` [N, G] in fp16 as it is held, and `weight_shape`. transformers decodes it in the dtype of the
 model: bit for bit what Trimtab decodes if that is float32, rounded once more if it is bfloat16 or float16.
 
 Source: compressed-tensors 0.20, `compressors/pack_quantized` and `quantization/quant_config.py`.
@@ -31,7 +31,7 @@ from trimtab.runtime.weights.safetensors import SafetensorsFolder
 from trimtab.spec.configs import config_from_gguf, spec_from_config
 from trimtab.spec.families.names import HUGGING_FACE, Spelling
 from trimtab.spec.families.sources import Source, places, sources
-from trimtab.spec.formats import FP32, PLANE_KINDS, WeightFormat
+from trimtab.spec.formats import FP32, GGUF_BLOCKS, PLANE_KINDS, WeightFormat
 from trimtab.spec.leaves import LinearSpec
 
 #: model_type of a config -> the class of transformers that runs it, for configs that do not say.
@@ -70,7 +70,8 @@ def refusal(part: Part) -> str:
     if packed.format.is_float or _as_floats(part):
         return ""
     if scheme(packed.format, packed.shape[1]) is None or packed.layout != "row":
-        return "it holds floats and symmetric integers, one scale for a row or for each group that divides it"
+        hint = "; --dtype float32 decodes it" if packed.format.kind in GGUF_BLOCKS else ""
+        return f"it holds floats and symmetric integers, one scale for a row or for each group that divides it{hint}"
     if part.source.transposed or part.want.expert is not None:
         return "transformers has no linear module there, so its codes would not be read"
     return ""
@@ -155,7 +156,7 @@ def _notes(tensors: Sequence[Whole]) -> tuple[str, ...]:
                 continue
             if any(schemes.get(name.replace(group[0], other), form) != form for other in group[1:]):
                 found.append(
-                    f"{name} and its neighbours {', '.join(group[1:])} differ in format; vLLM, which joins them, refuses that"
+                    f"{name} and its neighbours {', '.join(group[1:])} differ in format; engines that join them, as vLLM does, want one"
                 )
                 break
     return tuple(found)
