@@ -46,7 +46,7 @@ def register(group: typer.Typer) -> None:
         """Perplexity, KL and top-1 agreement on windows of texts, paired by token."""
         import dataclasses
 
-        from trimtab.errors import unknown
+        from trimtab.errors import SpecError, unknown
         from trimtab.measure.base_logits import BaseLogits
         from trimtab.measure.textbench import TextBench, paired, recovered_share
         from trimtab.techniques.apply import default_materials, load, resolve_all
@@ -76,15 +76,21 @@ def register(group: typer.Typer) -> None:
                 notes += [note] if note and note not in notes else []
                 results.append(bench.score(arm, label))
         method = results[0]
-        share = recovered_share(method, results[1]) if naive else None
+        share = None
+        if naive:
+            try:
+                share = recovered_share(method, results[1])
+            except SpecError as error:  # the naive spec loses nothing here: what was measured is still worth showing
+                notes.append(str(error))
         against = paired(method, results[1]) if naive else None
         if json:
             report: dict[str, Any] = {"schema": 1, "model": model, "techniques": method.label, "engine": engine}
             report |= {"text": next(iter(texts))} if len(texts) == 1 else {}
             report |= method.to_dict() | {"notes": notes}
-            if share and against:
+            if against:
                 report |= {"naive": {"techniques": results[1].label} | results[1].to_dict()}
-                report |= {"recovered_share": dataclasses.asdict(share), "difference": dataclasses.asdict(against)}
+                report |= {"recovered_share": dataclasses.asdict(share) if share else None}
+                report |= {"difference": dataclasses.asdict(against)}
             return print_json(report)
         count = sum(map(len, bench.windows.values()))
         typer.echo(

@@ -13,8 +13,11 @@ from trimtab.papers.claims import Bench, Line, Row, run_lines
 CHECKS = {
     1: "trimtab.papers.roofline",
     7: "trimtab.papers.idealized_runtime",
+    13: "trimtab.papers.bipolar",
     14: "trimtab.papers.frontier",
     16: "trimtab.papers.duoattention",
+    29: "trimtab.papers.lmul",
+    32: "trimtab.papers.llm_int8",
     34: "trimtab.papers.flashdecpp",
     39: "trimtab.papers.tmac",
     43: "trimtab.papers.bitmod",

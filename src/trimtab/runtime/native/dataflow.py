@@ -64,7 +64,7 @@ def profile(n: int, k: int, format: WeightFormat, threads: int) -> dict[str, lis
 
     The first measurement of a process says so in one sentence on stderr.
     """
-    where = f"{_processor()} | {_core.isa()} | {threads} threads"
+    where = f"{processor()} | {_core.isa()} | {threads} threads"
     matrix = f"[{n}, {k}] {format}"
     path = profile_path()
     table = _read(path)
@@ -156,7 +156,8 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the processor and how many of it there are: part of the key of timings."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

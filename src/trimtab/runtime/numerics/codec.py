@@ -20,7 +20,10 @@ from trimtab.spec.formats import GGUF_BLOCKS, LOOKUP_KINDS, SCALED_KINDS, Weight
 #: Kinds whose codec is a module of its own: ``encode(values, format) -> buffers``, ``decode(packed, out)``, and for the layout of
 #: the native program, where there is one, ``tile(packed, buffers | None) -> Packed`` and ``untile(packed) -> Packed``. `values`
 #: and `out` are float32 [rows, cols].
-MODULES = {"grid": "grids", "pair": "pairs", "palette": "palettes", "bitmask": "bitmasks", "bcq": "bcq"}
+MODULES = {
+    "grid": "grids", "pair": "pairs", "palette": "palettes", "bitmask": "bitmasks", "bcq": "bcq", "bipolar": "bipolar",
+    "int8": "vectors",
+}  # fmt: skip
 
 
 def codec_of(format: WeightFormat) -> ModuleType | None:

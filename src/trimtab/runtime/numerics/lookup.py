@@ -117,10 +117,7 @@ def encode_ternary(values: np.ndarray, format: WeightFormat, *, one_scale: bool 
 
     Source: BitNet b1.58, arXiv 2402.17764, section 2 (absmean quantization).
     """
-    from trimtab.runtime.kernels import _core
-
-    rows, cols = values.shape
-    group = format.group
+    cols, group = values.shape[1], format.group
     size = np.abs(values)
     counts = np.minimum(group, cols - np.arange(0, cols, group)).astype(np.float32)
     starts = np.arange(0, cols, group)
@@ -136,10 +133,18 @@ def encode_ternary(values: np.ndarray, format: WeightFormat, *, one_scale: bool 
         raise SpecError(f"{format}: a group of weights is not finite, or beyond what an fp16 scale can express.")
     wide = by_column(scale.astype(np.float32), group, cols)
     inverse = np.divide(1.0, wide, out=np.zeros_like(wide), where=wide != 0)
+    return pack_ternary(np.clip(np.rint(values * inverse), -1, 1).astype(np.int8), scale, format)
+
+
+def pack_ternary(weights: np.ndarray, scale: np.ndarray, format: WeightFormat) -> Packed:
+    """A ternary matrix of weights int8 [N, K] in -1, 0, 1 and scale fp16 [N, G]: what `ternary_of` undoes."""
+    from trimtab.runtime.kernels import _core
+
+    rows, cols = weights.shape
     padded = np.zeros((-(-rows // TILE_ROWS) * TILE_ROWS, cols), np.int8)
-    padded[:rows] = np.clip(np.rint(values * inverse), -1, 1)
+    padded[:rows] = weights
     out = allocate(format, (rows, cols))
-    _core.pack_ternary(padded, group, out["codes"].reshape(-1))
+    _core.pack_ternary(padded, format.group, out["codes"].reshape(-1))
     out["scale"][...] = to_tiles(scale)
     return Packed(format, (rows, cols), out)
 
