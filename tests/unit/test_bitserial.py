@@ -196,3 +196,34 @@ def test_groups_that_do_not_divide_name_those_that_do() -> None:
         make_plan("smollm2-135m", "a100", techniques=["bitmod:group=1024"])
     with pytest.raises(SpecError, match=r"Allowed: 3, 4, 5, 6, 8"):
         make_plan("smollm2-135m", "a100", techniques=["bitmod:bits=2"])
+
+
+@pytest.mark.parametrize("kind", ["int", "bitplane", "bitlane"])
+def test_symmetric_integers_may_be_laid_out_as_planes(kind: str) -> None:
+    from trimtab.runtime.numerics.lookup import lay_out
+
+    w = np.random.default_rng(0).standard_normal((20, 64)).astype(np.float32)
+    for bits in (2, 3, 4):
+        packed = encode(w, GridFormat(grid="int", bits=bits, group=32))
+        for stored in (packed, tile(packed)):
+            np.testing.assert_array_equal(decode(lay_out(stored, kind)), decode(packed))
+    for format in (
+        GridFormat(grid="bitmod", bits=3, group=32),
+        GridFormat(grid="int", bits=4, group=32, scale="int8"),
+        GridFormat(grid="bipolar", bits=2, group=32),
+    ):
+        with pytest.raises(SpecError, match="holds no codes that could be laid out"):
+            lay_out(encode(w, format), kind)
+
+
+def test_integers_of_bitmod_go_into_table_lookup(tiny_model: Any, tiny_materials: Any) -> None:
+    from trimtab.techniques.apply import applied
+
+    alone, ids = "bitmod:bits=4,types=int,group=32,scale_bits=16", [5, 3, 8]
+    with applied(tiny_model, alone, materials=tiny_materials) as model:
+        wanted = model.logits(ids)
+    for kernel in ("lut", "vnni"):
+        with applied(tiny_model, f"{alone}+tmac:table=i16,kernel={kernel}", materials=tiny_materials) as model:
+            found = model.logits(ids)
+        # Tables in 16 bits and inputs in 8 differ from floats by less than the rounding of the weights does.
+        assert float((found - wanted).square().mean()) < 1e-3 * float(wanted.square().mean())
