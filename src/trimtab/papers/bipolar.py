@@ -218,7 +218,7 @@ def _arms(planes: dict[int, Any], floats: Any, bytes_: Any, x: np.ndarray) -> di
     return {
         **{f"W{n}A{a} {kernel}": product(n, a, kernel) for n, a, kernel in pairs},
         "code": lambda: code(x, BitSerial(abits=2)),
-        "int8": lambda: torch._int_mm(x_8, bytes_),
+        "int8": lambda: torch._int_mm(x_8, bytes_),  # pyright: ignore[reportPrivateImportUsage]
         "fp32": lambda: x_t @ floats.T,
     }
 
