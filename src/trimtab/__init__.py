@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trimtab.api import applied, find_plans, load, make_plan, measure, predict
+    from trimtab.api import applied, convert, find_plans, load, make_plan, measure, predict
     from trimtab.errors import TrimtabError
     from trimtab.spec.parallel import Parallel
     from trimtab.spec.plan import Plan
@@ -19,14 +19,14 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "load": "trimtab.api", "predict": "trimtab.api", "measure": "trimtab.api", "applied": "trimtab.api",
-    "make_plan": "trimtab.api", "find_plans": "trimtab.api", "Plan": "trimtab.spec.plan",
+    "convert": "trimtab.api", "make_plan": "trimtab.api", "find_plans": "trimtab.api", "Plan": "trimtab.spec.plan",
     "Parallel": "trimtab.spec.parallel", "Workload": "trimtab.spec.workload",
     "Report": "trimtab.spec.report", "Figure": "trimtab.spec.report", "TrimtabError": "trimtab.errors",
 }  # fmt: skip
 
 __all__ = [
     "Figure", "Parallel", "Plan", "Report", "TrimtabError", "Workload", "__version__",
-    "applied", "find_plans", "load", "make_plan", "measure", "predict",
+    "applied", "convert", "find_plans", "load", "make_plan", "measure", "predict",
 ]  # fmt: skip
 
 

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from trimtab.model.variant import Model
     from trimtab.predict.search import Found, Limits
     from trimtab.techniques.base import Technique
+    from trimtab.techniques.convert import Converted
+    from trimtab.techniques.materials import Materials, Progress
 
-__all__ = ["applied", "find_plans", "load", "make_plan", "measure", "predict"]
+__all__ = ["applied", "convert", "find_plans", "load", "make_plan", "measure", "predict"]
 
 
 def predict(
@@ -101,6 +103,62 @@ def find_plans(
         variants(model, dtypes, kv_dtypes, techniques), found, lambda machine: engine_of(machine, stack),
         prompt=prompt, gen=gen, counts=counts, concurrency=range(1, concurrency + 1), limits=limits or Limits(),
     )  # fmt: skip
+
+
+def convert(
+    model: str | Path,
+    out: str | Path,
+    *,
+    techniques: Sequence[str | Technique] = (),
+    to: str = "auto",
+    dtype: str = "auto",
+    materials: Materials | None = None,
+    eval: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Converted:
+    """Save a model with techniques on it as files that transformers, llama.cpp or `load` read; whole or not at all.
+
+    Args:
+        model: as in `load`.
+        out: a folder, or a name that ends in .gguf.
+        techniques: spec strings in order.
+        to: ``safetensors``, ``gguf``, ``own`` or ``auto``.
+        dtype: of what is not in codes; see `trimtab.techniques.convert.convert`.
+        materials: calibration texts; by default the built-in text.
+        eval: text to measure quality on, a file or ``topics``, for the manifest.
+        force: do it again, and replace what an earlier call wrote.
+        progress: ``progress(label, items)``; None shows nothing.
+
+    Raises:
+        SpecError: the target cannot express the model (the message says which can), or `out` holds something else.
+        CapacityError: the disk is full.
+    """
+    from trimtab import __version__
+    from trimtab.techniques.convert import Held
+    from trimtab.techniques.convert import convert as save
+    from trimtab.techniques.materials import no_progress
+
+    held = None
+    if eval is not None:
+        from trimtab.measure.texts import read_text
+
+        held = Held(Path(eval).name, read_text(eval), _quality)
+    return save(
+        model, out, version=__version__, techniques=techniques, to=to, dtype=dtype, materials=materials, held=held,
+        force=force, progress=progress or no_progress,
+    )  # fmt: skip
+
+
+def _quality(base: Model, variant: Model, text: str) -> dict[str, Any]:
+    """What `trimtab eval text` measures: 8 windows of 1024 tokens, or one shorter text."""
+    import dataclasses
+
+    from trimtab.measure.quality import evaluate_text, windows
+
+    ids = base.tokenizer.encode(text)
+    pieces = windows(ids, min(1024, base.spec.max_position_embeddings, max(len(ids), 2)), 8)
+    return dataclasses.asdict(evaluate_text(base.variant, variant.variant, pieces))
 
 
 def _plan(model, machine, workload, techniques, dtype, kv_dtype, stack, parallel=ALONE) -> Plan:

@@ -21,7 +21,7 @@ struct Made {
     std::vector<int32_t> twice;
 
     Made(const Tiles& w, int64_t rows, float twice_from) {
-        in.ints = w.coding == Coding::ints, in.stride = w.padded(), in.twice_from = twice_from;
+        in.ints = w.integers(), in.stride = w.padded(), in.twice_from = twice_from;
         if (!in.ints) {
             x.resize(static_cast<size_t>(rows * in.stride)), in.x = x.data();
             return;
@@ -74,13 +74,21 @@ void fill(Made& made, Random& random, int64_t rows, int64_t cols, Fill how) {
     }
 }
 
-void check_matrix(const Isa& isa, const Plain& p, Random& random, Fill how, const std::string& what) {
+// By blocks of tokens; `all`: and one token after the other, and decoded to floats.
+void check_matrix(const Isa& isa, const Plain& p, Random& random, Fill how, const std::string& what, bool all = false) {
     const Tiles& w = p.tiles;
     Made made(w, most_tokens, 0);
     fill(made, random, most_tokens, w.cols, how);
+    if (all && made.in.ints) {
+        made.x.resize(static_cast<size_t>(most_tokens * made.in.stride));
+        for (int64_t t = 0; t < most_tokens; ++t)
+            for (int64_t k = 0; k < w.cols; ++k)
+                made.x[static_cast<size_t>(t * made.in.stride + k)] = static_cast<float>(made.value(t, k));
+        made.in.x = made.x.data();
+    }
     // Every addition rounds by at most half an ulp of what has been added up. Integers are added up exactly inside a
     // scale.
-    const double roundings = static_cast<double>(made.in.ints ? 8 * made.acts() + 16 : w.cols + 8);
+    const double roundings = static_cast<double>(made.in.ints && !all ? 8 * made.acts() + 16 : w.cols + 8);
     std::vector<double> expected(static_cast<size_t>(most_tokens * w.rows)), room(expected.size());
     for (int64_t t = 0; t < most_tokens; ++t)
         for (int64_t n = 0; n < w.rows; ++n) {
@@ -96,16 +104,19 @@ void check_matrix(const Isa& isa, const Plain& p, Random& random, Fill how, cons
         for (int64_t tile = 0; tile < w.tiles(); ++tile) {
             const int64_t t0 = most_tokens - tokens;  // the last row ends where its buffer ends
             std::vector<float> out(static_cast<size_t>(tokens * 16));
-            isa.table->dot_tile(w, tile, made.in, t0, tokens, out.data());
-            for (int64_t t = 0; t < tokens; ++t)
-                for (int64_t n = tile * 16; n < std::min(w.rows, tile * 16 + 16); ++n) {
-                    const size_t at = static_cast<size_t>((t0 + t) * w.rows + n);
-                    const double y = out[static_cast<size_t>(t * 16 + n % 16)];
-                    CHECK(std::fabs(y - expected[at]) <= room[at],
-                          "%s %s rows=%d cols=%d tokens=%d t=%d n=%d: %.9g, not %.9g", isa.name, what.c_str(),
-                          static_cast<int>(w.rows), static_cast<int>(w.cols), static_cast<int>(tokens),
-                          static_cast<int>(t), static_cast<int>(n), y, expected[at]);
-                }
+            for (auto dot : {isa.table->dot_tile, isa.table->dot_each, isa.table->dot_decoded}) {
+                dot(w, tile, made.in, t0, tokens, out.data());
+                for (int64_t t = 0; t < tokens; ++t)
+                    for (int64_t n = tile * 16; n < std::min(w.rows, tile * 16 + 16); ++n) {
+                        const size_t at = static_cast<size_t>((t0 + t) * w.rows + n);
+                        const double y = out[static_cast<size_t>(t * 16 + n % 16)];
+                        CHECK(std::fabs(y - expected[at]) <= room[at],
+                              "%s %s rows=%d cols=%d tokens=%d t=%d n=%d: %.9g, not %.9g", isa.name, what.c_str(),
+                              static_cast<int>(w.rows), static_cast<int>(w.cols), static_cast<int>(tokens),
+                              static_cast<int>(t), static_cast<int>(n), y, expected[at]);
+                    }
+                if (!all) break;
+            }
         }
 }
 
@@ -155,6 +166,44 @@ TEST(dot_tile_of_super_blocks) {
                                  "q5_k");
                     check_matrix(isa, int_matrix(random, Scales::q6_k, 6, false, rows, cols, 16, how), random, how,
                                  "q6_k");
+                }
+    }
+}
+
+TEST(dots_of_grids) {
+    for (const Isa& isa : isas()) {
+        Random random(5);
+        for (Scales scales : {Scales::half, Scales::stepped, Scales::powers})
+            for (int bits = 1; bits <= 8; ++bits)
+                for (int tables : {0, 1, 2, 4})
+                    for (int64_t group : {0, 16, 48, 64}) {
+                        if ((tables > 1 && bits > 4) || (tables && bits == 1)) continue;
+                        const std::string what = "grid bits=" + std::to_string(bits) + " tables=" + std::to_string(tables) +
+                                                 " group=" + std::to_string(group) +
+                                                 " scales=" + std::to_string(static_cast<int>(scales));
+                        const std::vector<int32_t> values = tables ? table_of(random, bits, tables) : std::vector<int32_t>();
+                        const int64_t cols = group ? 3 * group : random.between(1, 200), rows = random.between(1, 37);
+                        for (Fill how : {Fill::random, Fill::largest})
+                            check_matrix(isa, grid_matrix(random, values, tables, false, scales, bits, rows, cols, group, how), random,
+                                         how, what, true);
+                    }
+    }
+}
+
+TEST(dots_of_pairs) {
+    for (const Isa& isa : isas()) {
+        Random random(6);
+        for (bool flint : {false, true})
+            for (int bits : {4, 8})
+                for (int64_t group : {0, 16, 48, 64}) {
+                    if (flint && bits == 8) continue;
+                    const std::string what = std::string(flint ? "flint" : "int") + " pairs of " + std::to_string(bits) +
+                                             " bits, group=" + std::to_string(group);
+                    const int64_t cols = group ? 3 * group : 2 * random.between(1, 100), rows = random.between(1, 37);
+                    for (Fill how : {Fill::random, Fill::largest})
+                        check_matrix(isa,
+                                     grid_matrix(random, pair_tables(bits, flint), 2, true, Scales::half, bits, rows, cols, group, how),
+                                     random, how, what, true);
                 }
     }
 }

@@ -2,6 +2,8 @@
 #pragma once
 #include <vector>
 
+#include "lmul.h"
+#include "native/int8.h"
 #include "native/native.h"
 
 namespace trimtab {
@@ -25,6 +27,8 @@ struct Words {
 struct Isa {
     const char* name;
     const TileKernels* table;
+    const LmulKernels* lmul;
+    const Int8Kernels* int8;
     const Words* words;
 };
 const std::vector<Isa>& isas();

@@ -17,6 +17,8 @@ namespace trimtab {
 #define TRIMTAB_TABLES(isa)              \
     namespace isa {                      \
     extern const TileKernels tile_table; \
+    extern const LmulKernels lmul_table; \
+    extern const Int8Kernels int8_table; \
     extern const Words words;            \
     }
 TRIMTAB_TABLES(baseline)
@@ -25,27 +27,29 @@ TRIMTAB_TABLES(avx512)
 
 namespace {
 const TileKernels* current = &baseline::tile_table;
+const Int8Kernels* current_int8 = &baseline::int8_table;
 }
 
 const std::vector<Isa>& isas() {
     static const std::vector<Isa> all = {
-        {"baseline", &baseline::tile_table, &baseline::words},
+        {"baseline", &baseline::tile_table, &baseline::lmul_table, &baseline::int8_table, &baseline::words},
 #ifdef TRIMTAB_HAS_AVX2
-        {"avx2", &avx2::tile_table, &avx2::words},
+        {"avx2", &avx2::tile_table, &avx2::lmul_table, &avx2::int8_table, &avx2::words},
 #endif
 #ifdef TRIMTAB_EMULATED_AVX512
-        {"avx512 (emulated)", &avx512::tile_table, &avx512::words},
+        {"avx512 (emulated)", &avx512::tile_table, &avx512::lmul_table, &avx512::int8_table, &avx512::words},
 #elif defined(TRIMTAB_HAS_AVX512)
-        {"avx512", &avx512::tile_table, &avx512::words},
+        {"avx512", &avx512::tile_table, &avx512::lmul_table, &avx512::int8_table, &avx512::words},
 #endif
     };
     return all;
 }
 
-void use(const Isa& isa) { current = isa.table; }
+void use(const Isa& isa) { current = isa.table, current_int8 = isa.int8; }
 
 // Stands in for dispatch.cpp, which would never choose an emulated table.
 const TileKernels& tile_kernels() { return *current; }
+const Int8Kernels& int8_kernels() { return *current_int8; }
 
 namespace baseline {
 extern const Kernels table;

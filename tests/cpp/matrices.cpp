@@ -1,8 +1,10 @@
 #include "matrices.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 namespace trimtab {
 namespace {
@@ -137,6 +139,92 @@ Plain int_matrix(Random& random, Scales scales, int bits, bool minimum, int64_t 
         }
     t.data = p.data.data(), t.scale = p.scale.data();
     t.minimum = p.minimum.empty() ? nullptr : p.minimum.data(), t.sub = p.sub.empty() ? nullptr : p.sub.data();
+    return p;
+}
+
+std::vector<int32_t> table_of(Random& random, int bits, int tables) {
+    const int codes = 1 << bits, half = codes / 2, most = bits <= 5 ? 16 : 64;
+    std::vector<int32_t> values;
+    for (int t = 0; t < tables; ++t)
+        for (int c = 0; c < codes; ++c)
+            values.push_back(bits >= 7         ? (c < half ? c : half - c)
+                             : c == codes - 1  ? -most
+                             : c == half - 1   ? most
+                                               : static_cast<int32_t>(random.between(-most, most)));
+    return values;
+}
+
+std::vector<int32_t> pair_tables(int bits, bool flint) {
+    const int half = 1 << (bits - 1), mantissa = bits == 8 ? 3 : 1, bias = bits == 8 ? 4 : flint ? 3 : 2;
+    const int32_t flints[] = {0, 1, 2, 3, 4, 6, 8, 16};
+    std::vector<int32_t> values;
+    for (int t = 0; t < 2; ++t)
+        for (int c = 0; c < 2 * half; ++c) {
+            const int m = c % half, steps = 1 << mantissa;
+            const int32_t outlier = m ? (steps + m % steps) << (m / steps + bias) : 0;
+            const int32_t magnitude = t ? outlier : flint ? flints[m] : m;
+            values.push_back(c < half ? magnitude : -magnitude);
+        }
+    return values;
+}
+
+Plain grid_matrix(Random& random, const std::vector<int32_t>& values, int tables, bool pairs, Scales scales, int bits, int64_t rows,
+                  int64_t cols, int64_t group, Fill fill) {
+    Plain p;
+    Tiles& t = p.tiles;
+    t.coding = pairs ? Coding::pairs : tables ? Coding::grid : Coding::ints;
+    t.scales = scales, t.bits = bits, t.rows = rows, t.cols = cols, t.bipolar = tables == 0;
+    t.group = group ? group : t.padded();
+    const int codes = 1 << bits;
+    if (tables) t.grid = Grid::of(values.data(), tables, bits, pairs);
+    p.data.assign(static_cast<size_t>(t.tiles() * t.data_bytes()), 0);
+    const int64_t groups = t.groups();
+    double largest = codes;
+    for (int32_t v : values) largest = std::max(largest, std::fabs(static_cast<double>(v)));
+    const double most = 3.0 / std::sqrt(static_cast<double>(cols)) / largest;  // of a scale
+    const double step = std::ldexp(1, -20);  // fp16 keeps little of less
+    const auto count = static_cast<size_t>(t.tiles() * groups * 16);
+    if (scales == Scales::stepped) p.scale.assign(static_cast<size_t>(t.tiles() * 16), nearest_half(16 * step));
+    if (scales == Scales::half)
+        for (size_t i = 0; i < count; ++i) p.scale.push_back(nearest_half(std::max(step, most * random.uniform(0.5f, 1))));
+    for (size_t i = 0; scales != Scales::half && i < count; ++i)
+        p.sub.push_back(static_cast<uint8_t>(scales == Scales::powers ? random.between(110, 120) : random.between(0, 255)));
+    if (scales == Scales::powers && count > 16) p.sub[3] = 0;  // 2^-127
+    std::vector<uint8_t> choice;
+    if (!pairs && tables > 1)
+        for (int64_t i = 0; i < t.tiles() * groups * tables; ++i) choice.push_back(static_cast<uint8_t>(random.below(256)));
+    for (int64_t n = 0; n < rows; ++n) {
+        std::vector<int> code(static_cast<size_t>(cols));
+        for (int64_t k = 0; k < cols; ++k) {
+            int& c = code[static_cast<size_t>(k)];
+            c = static_cast<int>(random.below(codes));
+            if (fill == Fill::largest) c = pairs ? (k % 2 ? codes / 2 : codes / 2 - 1) : n % 2 ? codes - 1 : codes / 2 - 1;
+            pack(p.data, t, n, k, static_cast<uint32_t>(c));
+        }
+        for (int64_t k = 0; k < cols; ++k) {
+            const int64_t r = n % 16, g = k / t.group, at = (n / 16 * groups + g) * 16 + r;
+            const int width = tables / 2;  // bits of a choice
+            int table = 0;
+            if (pairs)
+                table = (k ^ 1) < cols && code[static_cast<size_t>(k ^ 1)] == codes / 2;
+            else if (tables > 1)
+                for (int b = 0; b < width; ++b) {
+                    const int64_t bit = r * width + b;
+                    table |= (choice[static_cast<size_t>((n / 16 * groups + g) * 2 * width + bit / 8)] >> (bit % 8) & 1) << b;
+                }
+            const int c = code[static_cast<size_t>(k)];
+            const double value = tables ? values[static_cast<size_t>(table * codes + c)] : 2 * c + 1 - codes;
+            const double scale = scales == Scales::powers    ? std::ldexp(1, p.sub[static_cast<size_t>(at)] - 127)
+                                 : scales == Scales::stepped ? half_value(p.scale[static_cast<size_t>(n / 16 * 16 + r)]) *
+                                                                   p.sub[static_cast<size_t>(at)]
+                                                             : half_value(p.scale[static_cast<size_t>(at)]);
+            p.value.push_back(scale * value);
+            p.magnitude.push_back(scale * 2 * (t.integers() ? largest : std::fabs(value)));  // what stands for 0 is added up too
+        }
+    }
+    p.choice = std::move(choice);
+    t.data = p.data.data(), t.scale = p.scale.empty() ? nullptr : p.scale.data();
+    t.sub = p.sub.empty() ? nullptr : p.sub.data(), t.choice = p.choice.empty() ? nullptr : p.choice.data();
     return p;
 }
 

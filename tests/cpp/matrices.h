@@ -35,7 +35,7 @@ double coded(Coding coding, float x);  // x as a page or a float matrix keeps it
 // A matrix whose buffers are exactly as long as they must be, so that a read behind one is seen.
 struct Plain {
     Tiles tiles;
-    std::vector<uint8_t> data, sub;
+    std::vector<uint8_t> data, sub, choice;
     std::vector<uint16_t> scale, minimum;
     std::vector<double> value;      // [rows, cols]
     std::vector<double> magnitude;  // [rows, cols]: bound of each term a kernel may add up for one element of W
@@ -53,5 +53,13 @@ Plain float_matrix(Random& random, Coding coding, int64_t rows, int64_t cols);
 // group 0: one scale for the row. Values are about 1 / sqrt(cols).
 Plain int_matrix(Random& random, Scales scales, int bits, bool minimum, int64_t rows, int64_t cols, int64_t group,
                  Fill fill = Fill::random);
+
+// Values by code of a table that the kernels of these bits can hold, with its largest ones among them.
+std::vector<int32_t> table_of(Random& random, int bits, int tables);
+std::vector<int32_t> pair_tables(int bits, bool flint);  // OliVe's normal values, then its outliers
+// tables 0: bipolar. pairs: of `values`, or one of several tables for every row of a group. largest: the codes of the largest
+// magnitudes, alike in all columns.
+Plain grid_matrix(Random& random, const std::vector<int32_t>& values, int tables, bool pairs, Scales scales, int bits, int64_t rows,
+                  int64_t cols, int64_t group, Fill fill = Fill::random);
 
 }  // namespace trimtab

@@ -331,6 +331,12 @@ def test_the_scale_of_pairs_is_the_best_of_those_searched(data: st.DataObject, f
     np.testing.assert_allclose(error.reshape(-1), paid, rtol=1e-4, atol=floor.max() + 1e-30)
 
 
+def test_outliers_are_cut_to_what_products_can_hold() -> None:
+    x = np.array([[1e6, 1.0, 3.0, -4e4]], np.float32)
+    format = PairFormat(bits=8, group=4)
+    np.testing.assert_array_equal(integers_of(pair_codes(x, format), format), [[2**15, 0, 0, -(2**15)]])
+
+
 def test_victims_stand_beside_their_outliers_in_a_row() -> None:
     values = np.random.default_rng(0).uniform(-0.1, 0.1, (2, 64)).astype(np.float32)
     values[0, 3], values[1, 4] = 1.0, -1.0

@@ -49,6 +49,40 @@ CASES = {
         None,
         ("gptq:bits=1", "gptq:group=0", "gptq:group=37", "gptq:damp=0", "gptq:tokens=x", "gptq:order=y"),
     ),
+    "bitmod": Case(
+        ("bitmod:bits=4,group=32", "bitmod:group=16,scale_bits=16,metric=awq,base=awq"),
+        None,
+        (
+            "bitmod:bits=2",
+            "bitmod:bits=6,types=ant",
+            "bitmod:types=nf4",
+            "bitmod:group=8",
+            "bitmod:group=64",
+            "bitmod:group=1024",
+            "bitmod:bits=4,types=mx",
+            "bitmod:scale_bits=4",
+            "bitmod:metric=kl",
+            "bitmod:base=omniquant",
+            "bitmod:types=intasym,metric=awq",
+        ),
+    ),
+    "olive": Case(
+        ("olive:abits=16,normal=flint,search=75:250:50", "olive:search=100:250:50"),
+        None,
+        (
+            "olive:wbits=3",
+            "olive:wbits=16",
+            "olive:abits=6",
+            "olive:normal=nf4",
+            "olive:normal=ifif",
+            "olive:wbits=8,abits=16,normal=flint",
+            "olive:sigma=0",
+            "olive:search=75:250",
+            "olive:search=250:75:2",
+            "olive:kv=1",
+            "olive:both=right",
+        ),
+    ),
     "awq": Case(
         (
             "awq:bits=4,group=16,samples=512,window=128",
@@ -162,6 +196,24 @@ CASES = {
         ("tri-shape:sink=-1", "tri-shape:local=0", "tri-shape:last=0"),
         saves_time_only=True,
     ),
+    # Counts stay: what falls is the energy of multipliers, which `predict.energy` prices.
+    "lmul": Case(
+        ("lmul:mantissa=3,acc=bf16", "lmul:scope=all,mantissa=7,exp=5"),
+        None,
+        (
+            "lmul:mantissa=1",
+            "lmul:mantissa=24",
+            "lmul:exp=6",
+            "lmul:scope=softmax",
+            "lmul:scope=attn|mlp",
+            "lmul:acc=fp64",
+            "lmul:round=up",
+            "lmul:carry=float",
+            "lmul:offset=9",
+            "lmul:offset=x",
+        ),
+        saves_time_only=True,
+    ),
     "bipolar": Case(
         ("bipolar:wbits=2,abits=3,group=32,backend=cpu-popcnt", "bipolar:wbits=4,abits=16,wscale=absmax"),
         None,
@@ -177,6 +229,21 @@ CASES = {
             "bipolar:ascale=max",
             "bipolar:backend=triton",
             "bipolar:backend=neon",
+        ),
+    ),
+    "llm-int8": Case(
+        ("llm-int8:threshold=2.5,outlier_source=dequant", "llm-int8:threshold=2,include=mlp"),
+        None,
+        (
+            "llm-int8:threshold=0",
+            "llm-int8:threshold=x",
+            "llm-int8:threshold=nan",
+            "llm-int8:outlier_source=int8",
+            "llm-int8:granularity=column",
+            "llm-int8:outliers=never",
+            "llm-int8:include=head",
+            "llm-int8:weight_axis=in",
+            "llm-int8:lm_head=true",
         ),
     ),
     "tmac": Case(
@@ -205,10 +272,15 @@ CASES = {
 SETTINGS = [setting for case in CASES.values() for setting in case.settings]
 PAIRS = [
     "rtn:bits=4,group=16+cats:sparsity=0.5",
+    "bitmod:bits=4,group=32+gemfilter:layer=1,topk=7",
+    "olive:normal=int,search=100:250:50+kivi:bits=4,group=8,residual=8",
     "rtn:bits=4,group=16+gemfilter:layer=1,topk=7",
     "rtn:bits=4,group=16+streaming-llm:sink=2,recent=6",
     "rtn:bits=4,group=16+tmac:kernel=lut",
     "bipolar:wbits=1,abits=2,backend=cpu-vnni+streaming-llm:sink=2,recent=6",
+    "llm-int8:threshold=2.5+kivi:group=8,residual=8",
+    "llm-int8:threshold=2.5,include=attention+cats:sparsity=0.5",
+    "llm-int8:decompose=false+gemfilter:layer=1,topk=7",
     "tmac:bits=3,group=32,kernel=lut+gemfilter:layer=1,topk=7",
     "cats:sparsity=0.5+gemfilter:layer=1,topk=7",
     "cats:sparsity=0.5+streaming-llm:sink=2,recent=6",
@@ -224,6 +296,7 @@ PAIRS = [
     "h2o:cap=8+gemfilter:layer=1,topk=12",
     "rtn:bits=4,group=16+tova:cap=8",
     "a-shape:sink=1,local=6+snapkv:cap=8,window=3",
+    "rtn:bits=4,group=16+lmul:scope=linear",
     f'duo:sink=1,recent=4,gates="{GATES}"+quest:budget=8,page=4,skip=0',
 ]
 #: These do not go with a ring in every head.

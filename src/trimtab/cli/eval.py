@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trimtab.cli import eval_kv
+from trimtab.cli import eval_kv, eval_text
 from trimtab.cli.options import Json, Model, Techniques
 
 _Calibration = Annotated[Path | None, typer.Option(help="Text techniques calibrate on; default: built-in.")]
@@ -18,47 +18,7 @@ def register(app: typer.Typer) -> None:
     """Add the verb and its kinds."""
     group = typer.Typer(help="Quality of a model with techniques against the model without.", no_args_is_help=True)
 
-    @group.command("text")
-    def text(
-        model: Model,
-        technique: Techniques = None,
-        text: Annotated[str, typer.Option(help="Text file, or topics: the built-in held-out text.")] = "topics",
-        windows: Annotated[int, typer.Option(help="Most windows, spread over the text.")] = 8,
-        tokens: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
-        dtype: _Float = "float32",
-        calibration: _Calibration = None,
-        json: Json = False,
-    ) -> None:
-        """Perplexity, KL and top-1 agreement on windows of a text, paired by token."""
-        import dataclasses
-
-        from trimtab.measure.quality import TokenScores, evaluate_text
-        from trimtab.measure.quality import windows as cut
-        from trimtab.measure.texts import read_text
-        from trimtab.ui.output import print_json, print_table
-
-        held_out = read_text(text)
-        with _arms(model, technique, dtype, calibration) as (base, variant, label, progress):
-            pieces = cut(base.tokenizer.encode(held_out), tokens, windows)
-            scores = TokenScores()
-            for piece in progress("windows", pieces):
-                evaluate_text(base.variant, variant.variant, [piece], scores)
-        found = scores.result()
-        if json:
-            return print_json(
-                {"schema": 1, "model": model, "techniques": label, "text": text, **dataclasses.asdict(found)}
-            )
-        rows = [
-            ("KL to the unmodified model", f"{found.kl_nats:.4f} nats", f"{found.kl_se:.4f}"),
-            ("perplexity", f"{found.ppl:.3f}", f"{found.ppl * found.nll_difference_se:.3f}"),
-            ("perplexity, unmodified", f"{found.ppl_base:.3f}", ""),
-            ("difference of nll, paired", f"{found.nll_difference:+.4f} nats", f"{found.nll_difference_se:.4f}"),
-            ("top-1 agreement", f"{found.top1_agreement:.4f}", f"{found.top1_se:.4f}"),
-        ]
-        typer.echo(
-            f"{model} with {label or 'nothing'} on {text}: {len(pieces)} windows of {tokens}, {found.tokens} tokens scored"
-        )
-        print_table(("", ">value", ">standard error"), rows)
+    eval_text.register(group)
 
     @group.command("needle")
     def needle(

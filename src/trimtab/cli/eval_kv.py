@@ -100,7 +100,7 @@ def register(group: typer.Typer) -> None:
         import dataclasses
 
         from trimtab.measure.kv.request import parse_methods
-        from trimtab.measure.kv.taxonomy import table
+        from trimtab.measure.kv.taxonomy import PAPER, absent, table
         from trimtab.ui.output import print_json, print_table
 
         rows = table(parse_methods(methods) if methods else (), probe)
@@ -108,7 +108,12 @@ def register(group: typer.Typer) -> None:
             return print_json([dataclasses.asdict(row) for row in rows])
         print_table(
             ("method", "stage", "how", "cache", "prefill", "decode", ">bytes"),
-            [(r.spec, r.stage, r.kind, r.kv_size, r.prefill, r.decode, f"{r.kv_ratio:.1%}") for r in rows],
+            [(r.spec, r.stage, r.kind, r.kv_size, r.prefill, r.decode, f"{r.kv_ratio:.1%}") for r in rows]
+            + [
+                (name, PAPER[name][0], "not built here: the paper's row", *PAPER[name][1:], "")
+                for name in absent()
+                if not methods
+            ],
         )
 
 

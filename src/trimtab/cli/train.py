@@ -1,4 +1,4 @@
-"""``trimtab train``: learn what a technique needs, the model's weights frozen."""
+"""``trimtab train``: learn what a technique needs, the model's weights frozen; or a tiny model from scratch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Annotated
 
 import typer
 
+from trimtab.cli import train_tiny
 from trimtab.cli.options import Json
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb and its kinds."""
-    group = typer.Typer(help="Learn what a technique needs, the model's weights frozen.", no_args_is_help=True)
+    group = typer.Typer(help="Learn what a technique needs, or a tiny model from scratch.", no_args_is_help=True)
 
     @group.callback()
     def kinds() -> None:
-        """Learn what a technique needs, the model's weights frozen."""
+        """Learn what a technique needs, or a tiny model from scratch."""
 
     @group.command("duo")
     def duo(
@@ -97,4 +98,5 @@ def register(app: typer.Typer) -> None:
         typer.echo(f"loss {losses[0]:.4f}, peak {losses[peak]:.4f} at step {peak}, last tenth {last:.4f}; {took:.0f} s")
         typer.echo(f'use them: -t duo:sink={sink},recent={recent},gates="{out}"')
 
+    train_tiny.register(group)
     app.add_typer(group, name="train")

@@ -5,6 +5,7 @@ models: shape-relevant keys of Hugging Face `config.json` files, with `_source`,
 recorded: timings others published, compressed, with origin and licence.
 kernels: constants fitted to recorded kernels, one file per machine.
 duo: gates of KV heads, one file per model: which heads need the whole context.
+energy: picojoules of single operations, one file per technology.
 stacks: how well software uses a machine (efficiencies, launch costs, fusions, band of the prediction).
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from trimtab.errors import SpecError
+from trimtab.graph.coded import is_coded
 from trimtab.graph.ops import Graph, Op, Value
 from trimtab.spec.leaves import LinearSpec
 from trimtab.spec.model import ModelSpec
@@ -19,6 +20,7 @@ from trimtab.spec.nodes import (
     MoESpec,
     StateSpaceSpec,
 )
+from trimtab.spec.product import Int8Vector
 from trimtab.spec.tree import Node
 
 Phase = Literal["prefill", "decode"]
@@ -51,7 +53,7 @@ def build(
     if head:
         if spec.norm is not None:
             x = build.emit("norm", "norm", spec.norm, (x,), spec.hidden_size, rows="logits")
-        x = build.emit("lm_head", "linear", spec.lm_head, (x,), spec.lm_head.n, rows="logits")
+        x = build.linear("lm_head", spec.lm_head, x, rows="logits")
         if spec.ranks > 1:
             x = build.emit("lm_head.all_gather", "all_gather", spec, (x,), spec.vocab_size, rows="logits")
         if spec.logit_softcap is not None:
@@ -76,7 +78,7 @@ def filter_graph(spec: ModelSpec) -> Graph:
         raise SpecError(f"The token filter needs grouped-query attention in layer {chosen.layer}. Name another layer.")
     attend = next(index for index, op in enumerate(ops) if op.name == f"{path}.self_attn.attend")
     q, k = ops[attend].reads[:2]
-    ops = [op for op in ops[:attend] if op.name != f"{path}.self_attn.v_proj"]
+    ops = [op for op in ops[:attend] if not op.name.startswith(f"{path}.self_attn.v_proj")]
     return Graph(
         (*ops, Op("flow.score", "score", attention, (q, k), (Value("flow.score", 1, spec.act_dtype),), spec.flow))
     )
@@ -104,8 +106,31 @@ class _Builder:
         self.ops.append(Op(name, kind, node, reads, (value,), owner))
         return value
 
-    def linear(self, path: str, node: Node | None, x: Value, owner: Node | None = None, kind: str = "linear") -> Value:
-        return self.emit(path, kind, node, (x,), node.n, owner)  # type: ignore[union-attr,arg-type]
+    def linear(
+        self,
+        path: str,
+        node: LinearSpec,
+        x: Value,
+        owner: Node | None = None,
+        kind: str = "linear",
+        rows: str = "tokens",
+    ) -> Value:
+        if is_coded(node) and kind == "linear":
+            return self.coded(path, node, x, rows)
+        return self.emit(path, kind, node, (x,), node.n, owner, rows)
+
+    def coded(self, path: str, node: LinearSpec, x: Value, rows: str) -> Value:
+        """A product in int8: outlier columns found, codes of the rest, sums, what they stand for, and the outliers added."""
+        product = node.product
+        assert isinstance(product, Int8Vector)
+        codes, sums = Value(f"{path}.quantize", node.k, "i8", rows), Value(path, node.n, "int32", rows)
+        columns: tuple[Value, ...] = ()
+        if product.decomposes:
+            columns = (self.emit(f"{path}.find", "find", node, (x,), product.outliers_expected(node.k), rows=rows),)
+        self.ops.append(Op(codes.name, "quantize", node, (x,), (codes,)))
+        self.ops.append(Op(path, "linear", node, (codes,), (sums,)))
+        y = self.emit(f"{path}.dequantize", "dequantize", node, (sums,), node.n, rows=rows)
+        return self.emit(f"{path}.outliers", "outliers", node, (*columns, y), node.n, rows=rows) if columns else y
 
     def norm(self, path: str, node: Node | None, x: Value) -> Value:
         """A norm, or nothing where the model has none."""
@@ -241,6 +266,8 @@ class _Builder:
 
         def linear(name: str, value: Value, kind: str = kind, owner: Node | None = owner) -> Value:
             matrix = getattr(node, name)
+            if experts is None:
+                return self.linear(f"{path}.{name}", matrix, value)
             return self.emit(f"{path}.{name}", kind, matrix, (value,), times * matrix.n, owner)
 
         def act(*reads: Value) -> Value:

@@ -33,6 +33,7 @@ from trimtab.graph.attention import (
     score_elements,
     within_chunks,
 )
+from trimtab.graph.coded import dequantize, find, is_coded, outliers, product_counts, quantize
 from trimtab.graph.ops import Counts, Group, IntArray, Kernel, Op, StepShape, group
 from trimtab.graph.routing import busiest_rank, distinct_experts
 from trimtab.spec.formats import ITEM_BYTES
@@ -113,7 +114,7 @@ def _embed(op: Op, step: StepShape, how: How) -> Counts:
 
 def _linear(op: Op, step: StepShape, how: How) -> Counts:
     node: Any = op.node
-    return _matrix(node, step.rows(op.writes[0].rows))
+    return product_counts(op, step) if is_coded(node) else _matrix(node, step.rows(op.writes[0].rows))
 
 
 def _matrix(node: LinearSpec, rows: IntArray) -> Counts:
@@ -366,6 +367,10 @@ def _whole(value: Any) -> Any:
 _TABLE: dict[str, Callable[[Op, StepShape, How], Counts]] = {
     "embed": _embed,
     "linear": _linear,
+    "find": find,
+    "quantize": quantize,
+    "dequantize": dequantize,
+    "outliers": outliers,
     "norm": _norm,
     "rope": _elementwise(_ROPE),
     "append": append,

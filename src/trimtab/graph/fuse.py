@@ -5,6 +5,9 @@ from __future__ import annotations
 from trimtab.graph.ops import Graph, Kernel, Op
 from trimtab.spec.machine import Stack
 
+_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+_START = ("find", "quantize")
+_AFTER = (*_START, "add_attn", "add_mlp", "act", "logit_softcap")
 #: Fusion name -> neighbours (last segments of their names) that become one kernel.
 FUSIONS: dict[str, frozenset[tuple[str, str]]] = {
     "qkv": frozenset({("q_proj", "k_proj"), ("k_proj", "v_proj"), ("gate_proj", "up_proj")}),
@@ -27,6 +30,15 @@ FUSIONS: dict[str, frozenset[tuple[str, str]]] = {
         }
     ),
 }  # fmt: skip
+#: Products in int8 take the places of their matrices, with their own ops around them.
+FUSIONS["native"] |= {
+    *((norm, start) for norm in ("input_layernorm", "post_attention_layernorm", "norm") for start in _START),
+    *(("quantize", matrix) for matrix in _MATRICES),
+    *((matrix, "dequantize") for matrix in _MATRICES),
+    *((end, after) for end in ("dequantize", "outliers") for after in _AFTER),
+    ("find", "quantize"),
+    ("dequantize", "outliers"),
+}
 
 
 def fuse(graph: Graph, stack: Stack) -> tuple[Kernel, ...]:

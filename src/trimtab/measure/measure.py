@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from trimtab.spec.cache import KVBytes
 from trimtab.spec.machine import THIS, load_machine, load_stack, this_machine_path
 from trimtab.spec.plan import Plan
 from trimtab.spec.report import Figure, Report
+from trimtab.spec.serial import is_saved
 from trimtab.techniques.apply import default_materials, derive, load, resolve_all
 from trimtab.techniques.base import compose
 from trimtab.techniques.materials import Materials
@@ -98,7 +100,9 @@ def prepare(
             f"prompt={work.prompt} and gen={work.gen} make {work.tokens} tokens, the context of {plan.base.name} is "
             f"{context}. Try --prompt {max(1, context - work.gen)}."
         )
-    model = model or load(plan.source or plan.base.name, dtype=plan.dtype)
+    if model is None:
+        saved = is_saved(Path(plan.source).expanduser()) if plan.source else False
+        model = load(plan.source or plan.base.name, dtype="auto" if saved else plan.dtype)
     base = Model(Variant(plan.base, model.weights), lambda: model.tokenizer)
     base_plan = dataclasses.replace(plan, model=plan.base, techniques=(), assumed=())
     materials = (materials or default_materials(base)).for_model(base, progress)

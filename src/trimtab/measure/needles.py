@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trimtab.measure.quality import standard_error
+from trimtab.runtime.engine.generate import CHUNK
 
 if TYPE_CHECKING:
-    from trimtab.model.variant import Model
+    from trimtab.runtime.engine.generator import Generator
     from trimtab.runtime.text.needles import NeedlePrompt
 
 
@@ -32,11 +33,17 @@ class Retrieval:
     answer_nll_se: float
 
 
-def grade(model: Model, prompts: Iterable[NeedlePrompt]) -> Retrieval:
-    """Grade a model as it is now: one prefill per prompt, then the answer is fed token by token."""
+def grade(model: Generator, prompts: Iterable[NeedlePrompt], *, chunk: int = CHUNK) -> Retrieval:
+    """Grade a model as it is now: one prefill per prompt, then the answer is fed token by token.
+
+    Args:
+        model: in any engine.
+        prompts: what is asked.
+        chunk: tokens of a pass over a prompt; a cache that codes its tokens is read as coded by the passes that follow.
+    """
     exact, nll = [], []
     for prompt in prompts:
-        session = model.session()
+        session = model.session(chunk=chunk)
         logits = session.prefill([list(prompt.ids)], reserve=len(prompt.answer_ids))
         right, total = True, 0.0
         for token in prompt.answer_ids:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Quality", "TokenScores", "evaluate_text", "kl_divergence", "kl_nats", "standard_error", "windows"]
 
 #: Rows of logits compared at once: a full window over a large vocabulary would hold gigabytes in float64.
-_ROWS = 128
+ROWS = 128
 
 
 @dataclass(slots=True)
@@ -52,8 +52,8 @@ class TokenScores:
             base_TV, variant_TV: logits after each position.
             next_T: the token that follows each position.
         """
-        for start in range(0, len(next_T), _ROWS):
-            rows = slice(start, start + _ROWS)
+        for start in range(0, len(next_T), ROWS):
+            rows = slice(start, start + ROWS)
             p = base_TV[rows].float().log_softmax(-1)
             q = variant_TV[rows].float().log_softmax(-1)
             at = next_T[rows, None]

@@ -16,6 +16,7 @@ from torch import nn
 
 from trimtab.errors import SpecError
 from trimtab.model.linear import Linear, Norm
+from trimtab.model.lmul import mixed, scaled_dots, times_of
 from trimtab.model.rope import Rotary, rotate, rotate_ordered
 from trimtab.model.taps import tapped
 from trimtab.model.tensors import as_array, as_tensor, float_tensor, widened
@@ -23,6 +24,7 @@ from trimtab.runtime.step import Step
 from trimtab.runtime.weights.packed import Weights
 from trimtab.spec.cache import Keep, Ring
 from trimtab.spec.nodes import AttentionSpec, Prefill, Unified
+from trimtab.spec.product import EXACT
 
 if TYPE_CHECKING:
     from trimtab.runtime.cache.store import KVStore
@@ -120,10 +122,11 @@ class Attention(nn.Module):
         q_TNH, k_TGH = parts
         if self.rotary is not None:
             cos, sin = self.rotary.tables(step, q_TNH.dtype)
+            times = times_of(self.rotary.product)
             if order_GH is None:
-                q_TNH, k_TGH = rotate(q_TNH, cos, sin), rotate(k_TGH, cos, sin)
+                q_TNH, k_TGH = rotate(q_TNH, cos, sin, times), rotate(k_TGH, cos, sin, times)
             else:
-                q_TNH, k_TGH = (rotate_ordered(x, cos, sin, order_GH) for x in (q_TNH, k_TGH))
+                q_TNH, k_TGH = (rotate_ordered(x, cos, sin, order_GH, times) for x in (q_TNH, k_TGH))
             if step.record is not None:
                 step.record.op(f"{self.path}.rope")
         return tapped(step, "self_attn.qk", self.path, (q_TNH, k_TGH))
@@ -226,7 +229,7 @@ def _scores(spec: AttentionSpec, q_sNH: torch.Tensor, k_GSH: torch.Tensor, bias:
     s, n, h = q_sNH.shape
     g = k_GSH.shape[0]
     q_GPsH = q_sNH.transpose(0, 1).reshape(g, n // g * s, h)
-    scores = (torch.matmul(q_GPsH, k_GSH.transpose(1, 2)) * spec.scale).view(n, s, -1).float()
+    scores = scaled_dots(q_GPsH, k_GSH, spec.scale, spec.product).view(n, s, -1).float()
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     return scores if bias is None else scores + bias
@@ -257,14 +260,14 @@ def unified(
     for first in range(0, scores.shape[-1], split):
         part = torch.exp(scores[..., first : first + split] - softmax.phi)
         weight += part.sum(-1, keepdim=True)
-        out += torch.matmul(part.view(g, n // g * s, -1), v_GSH[:, first : first + split])
+        out += mixed(part.view(g, n // g * s, -1), v_GSH[:, first : first + split], block.spec.product)
     out = out.view(n, s, -1) / weight
     if softmax.recompute:  # judged by the scores, before an exponential of them could overflow
         shifted = scores.amax(-1) - softmax.phi
         risky = ~((shifted >= softmax.low) & (shifted <= softmax.high))
         if bool(risky.any()):
             block.recomputed += int(risky.sum())
-            again = torch.matmul(scores.softmax(-1).view(g, n // g * s, -1), v_GSH).view(n, s, -1)
+            again = mixed(scores.softmax(-1).view(g, n // g * s, -1), v_GSH, block.spec.product).view(n, s, -1)
             out[risky] = again[risky]
     return out.transpose(0, 1).to(dtype)
 
@@ -289,7 +292,7 @@ def eager(
         weights = scores.softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
-    out = torch.matmul(weights.to(v_GSH.dtype).reshape(g, n // g * s, -1), v_GSH)
+    out = mixed(weights.to(v_GSH.dtype).reshape(g, n // g * s, -1), v_GSH, block.spec.product)
     return out.view(n, s, -1).transpose(0, 1).to(dtype)
 
 
@@ -303,7 +306,7 @@ def sdpa(
 ) -> torch.Tensor:
     """Torch's fused attention for long passes; what it cannot do, and single tokens, go to `eager`. Returns [s, N, H]."""
     s, n, _ = q_sNH.shape
-    if s <= 8 or block.spec.softcap is not None or block.sinks is not None:
+    if s <= 8 or block.spec.softcap is not None or block.sinks is not None or block.spec.product != EXACT:
         return eager(block, q_sNH, k_GSH, v_GSH, bias, heads)
     dtype = q_sNH.dtype
     if widened(s, dtype):

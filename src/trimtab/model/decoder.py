@@ -102,7 +102,11 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def forward(self, ids_T: torch.Tensor, step: Step, store: KVStore | None, logits_rows: IntArray) -> torch.Tensor:
-        """Run one pass.
+        """Run one pass without gradients; see `logits`."""
+        return self.logits(ids_T, step, store, logits_rows)
+
+    def logits(self, ids_T: torch.Tensor, step: Step, store: KVStore | None, logits_rows: IntArray) -> torch.Tensor:
+        """Run one pass; gradients reach the weights that are `Learned`.
 
         Args:
             ids_T: [T] token ids of all rows.

@@ -14,6 +14,7 @@ from torch import nn
 
 from trimtab.errors import UnsupportedModelError
 from trimtab.model.linear import Linear
+from trimtab.model.lmul import times_of
 from trimtab.model.products import int_rows
 from trimtab.model.taps import tapped
 from trimtab.model.tensors import float_tensor
@@ -72,6 +73,7 @@ class FFN(nn.Module):
         self.up_proj = linear("up_proj", spec.up_proj)
         self.down_proj = linear("down_proj", spec.down_proj)
         self.act, self.up = activation(spec.act), UPS.get(spec.act)
+        self.times = times_of(spec.product)
         self.threshold = weights[f"{path}.threshold"] if isinstance(spec.executor, GateFirst) else None
         if self.threshold is not None and self.up is not None:
             raise UnsupportedModelError(f"{path}: gate-first is not built for '{spec.act}', which changes up as well.")
@@ -91,7 +93,7 @@ class FFN(nn.Module):
         gate = tapped(step, "mlp.gate_pre", self.path, self.gate_proj(x_TD, step, index))
         up = self.up_proj(x_TD, step, index)
         gate = tapped(step, "mlp.gate", self.path, self.act(gate))
-        hidden = gate * (self.up(up) if self.up else up)
+        hidden = self.times(gate, self.up(up) if self.up else up)
         self._act_ran(step)
         return self.down_proj(hidden, step, index)
 

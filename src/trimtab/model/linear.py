@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from trimtab.model.lmul import times_of
 from trimtab.model.products import rule_of
 from trimtab.model.taps import tapped
 from trimtab.model.tensors import float_tensor
@@ -18,6 +19,7 @@ from trimtab.runtime.numerics import decode
 from trimtab.runtime.step import Step
 from trimtab.runtime.weights.packed import Packed, Weights
 from trimtab.spec.leaves import EmbeddingSpec, LinearSpec, NormSpec
+from trimtab.spec.product import EXACT
 
 
 class Linear(nn.Module):
@@ -42,8 +44,8 @@ class Linear(nn.Module):
         x_TK = tapped(step, "linear", self.names[index], x_TK)
         y_TN = rule(x_TK, self.bias(index, x_TK.dtype))
         if step.record is not None:
-            read = rule.nbytes + (0 if bias is None else bias.nbytes)
-            step.record.op(self.path, flops=2 * x_TK.numel() * y_TN.shape[-1], weight_read=read)
+            flops, extra = 2 * x_TK.numel() * y_TN.shape[-1], 0 if bias is None else bias.nbytes
+            rule.meter(step.record, self.path, flops, extra)
         return y_TN
 
     def bias(self, index: int, dtype: torch.dtype) -> torch.Tensor | None:
@@ -82,6 +84,7 @@ class Norm(nn.Module):
         self.path, self.spec = path, spec
         self.packed = weights[path]
         self.bias = weights[f"{path}.bias"] if spec.bias else None
+        self.times = times_of(spec.product)
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """Normalise [..., size]."""
@@ -94,11 +97,16 @@ class Norm(nn.Module):
     def _layer_norm(self, x: torch.Tensor) -> torch.Tensor:
         weight = float_tensor(self.packed)[0].to(x.dtype)
         bias = None if self.bias is None else float_tensor(self.bias)[0].to(x.dtype)
-        return F.layer_norm(x, (self.spec.size,), weight, bias, self.spec.eps)
+        if self.spec.product == EXACT:
+            return F.layer_norm(x, (self.spec.size,), weight, bias, self.spec.eps)
+        x32 = x.float() - x.float().mean(-1, keepdim=True)
+        x32 = self.times(x32, torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.spec.eps))
+        y = self.times(x32.to(x.dtype), weight)
+        return y if bias is None else y + bias
 
     def _rms_norm(self, x: torch.Tensor) -> torch.Tensor:
         weight, x32 = float_tensor(self.packed)[0], x.float()
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.spec.eps)
+        x32 = self.times(x32, torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.spec.eps))
         if self.spec.unit_offset:  # Gemma multiplies before it rounds, the others after
-            return (x32 * (1.0 + weight.float())).to(x.dtype)
-        return weight.to(x.dtype) * x32.to(x.dtype)
+            return self.times(x32, 1.0 + weight.float()).to(x.dtype)
+        return self.times(x32.to(x.dtype), weight.to(x.dtype))

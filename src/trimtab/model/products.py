@@ -14,9 +14,10 @@ import torch
 from trimtab.model.tensors import float_tensor, linear
 from trimtab.runtime.kernels import IntRows, int_gemv, int_gemv_t
 from trimtab.runtime.numerics import decode
+from trimtab.runtime.step import Recorder
 from trimtab.runtime.weights.packed import Packed, Weights
 from trimtab.spec.leaves import LinearSpec
-from trimtab.spec.product import BitSerial, ExponentInteger, LookupTable, Product
+from trimtab.spec.product import BitSerial, ExponentInteger, Int8Vector, Lmul, LookupTable, Product, Rounded
 
 #: Tokens up to which an integer matrix is multiplied in its packed form; above, decoding it once is cheaper.
 PACKED_TOKENS = 8
@@ -40,13 +41,20 @@ class Rule(Protocol):
         """Return [T, N] in the dtype of the input."""
         ...
 
+    def meter(self, record: Recorder, path: str, flops: int, bias_nbytes: int) -> None:
+        """Tell what the last call did; `flops` are those of the whole product."""
+        ...
+
 
 #: Class of the product -> ``module:class`` of its rule.
 RULES: dict[type[Product], str] = {
     Product: "trimtab.model.products:Exact",
     LookupTable: "trimtab.model.products:Lookup",
+    Lmul: "trimtab.model.lmul:Approximate",
+    Rounded: "trimtab.model.lmul:Approximate",
     BitSerial: "trimtab.model.bitserial:BitSerialProduct",
     ExponentInteger: "trimtab.model.integers:ExponentIntegers",
+    Int8Vector: "trimtab.model.int8:VectorInt8",
 }
 
 
@@ -87,6 +95,9 @@ class Exact:
         stored = float_tensor(packed) if form.is_float else torch.from_numpy(decode(packed))
         stored = stored.to(x_TK.dtype)
         return linear(x_TK, stored.T if transposed else stored, bias)
+
+    def meter(self, record: Recorder, path: str, flops: int, bias_nbytes: int) -> None:
+        record.op(path, flops=flops, weight_read=self.nbytes + bias_nbytes)
 
 
 class Lookup(Exact):

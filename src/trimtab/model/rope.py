@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from trimtab.model.lmul import Times
 from trimtab.runtime.rope import frequencies
 from trimtab.runtime.step import Step
 from trimtab.spec.leaves import RopeSpec
@@ -25,6 +26,7 @@ class Rotary:
         long: those of longer sequences; None = the same.
         original: tokens up to which `inverse` holds.
         scale: factor on cosine and sine.
+        product: how elements meet them.
 
     Raises:
         UnsupportedModelError: a scaling that is not known.
@@ -35,6 +37,7 @@ class Rotary:
         self.inverse = torch.from_numpy(found.inverse)
         self.long = None if found.long is None else torch.from_numpy(found.long)
         self.original, self.scale = found.original, found.scale
+        self.product = rope.product
 
     def tables(self, step: Step, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosine and sine [T, dim] of every new token."""
@@ -49,18 +52,22 @@ class Rotary:
         return torch.where(beyond[:, None], long, self.inverse)
 
 
-def rotate(x_TNH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
-    """Rotate the first R elements of every head; pairs are (i, i + R / 2)."""
+def rotate(x_TNH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, times: Times = torch.mul) -> torch.Tensor:
+    """Rotate the first R elements of every head; pairs are (i, i + R / 2). `times` multiplies with cosine and sine."""
     dim = cos_TR.shape[-1]
     turned, rest = x_TNH[..., :dim], x_TNH[..., dim:]
     first, second = turned.chunk(2, dim=-1)
     swapped = torch.cat((-second, first), dim=-1)
-    turned = turned * cos_TR[:, None] + swapped * sin_TR[:, None]
+    turned = times(turned, cos_TR[:, None]) + times(swapped, sin_TR[:, None])
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
 def rotate_ordered(
-    x_TNH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, order_GH: torch.Tensor
+    x_TNH: torch.Tensor,
+    cos_TR: torch.Tensor,
+    sin_TR: torch.Tensor,
+    order_GH: torch.Tensor,
+    times: Times = torch.mul,
 ) -> torch.Tensor:
     """Rotate heads whose elements lie in another order: what `rotate` gives, in that order, to the bit.
 
@@ -71,6 +78,7 @@ def rotate_ordered(
         x_TNH: [T, N, H]; the N / G heads of a group share its order.
         cos_TR, sin_TR: in the model's order.
         order_GH: int64; the channel of the model at every place.
+        times: multiplies with cosine and sine.
     """
     size, dim = order_GH.shape[-1], cos_TR.shape[-1]
     channel = torch.arange(size)
@@ -83,5 +91,5 @@ def rotate_ordered(
     groups = len(order_GH)
     x_TGNH = x_TNH.unflatten(1, (groups, -1))
     swapped = x_TGNH.gather(-1, source_GH[None, :, None].expand_as(x_TGNH))
-    turned = x_TGNH * cos_TH[:, order_GH][:, :, None] + swapped * sin_TH[:, order_GH][:, :, None]
+    turned = times(x_TGNH, cos_TH[:, order_GH][:, :, None]) + times(swapped, sin_TH[:, order_GH][:, :, None])
     return turned.flatten(1, 2)

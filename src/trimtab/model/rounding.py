@@ -12,8 +12,10 @@ import torch
 
 from trimtab.errors import SpecError
 from trimtab.runtime.numerics.grid import packed_grid
+from trimtab.runtime.numerics.grids import encode_grid_with, grid_scales
 from trimtab.runtime.weights.packed import Packed
 from trimtab.spec.formats import WeightFormat
+from trimtab.spec.grids import GridFormat
 
 #: Shares of the range that a group's scale may span; the one with the smallest error is taken.
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
@@ -140,15 +142,19 @@ class IntRule:
 def rounded(
     w_NK: torch.Tensor, format: WeightFormat, cost_K: torch.Tensor | None = None, shares: tuple[float, ...] = SHARES
 ) -> Packed:
-    """Round a matrix to the nearest points of an integer grid whose scales are searched for, without a sweep.
+    """Round a matrix to the nearest points of a grid whose scales are searched for, without a sweep.
 
     Args:
         w_NK: float32 [N, K].
-        format: ``int``, by rows.
+        format: ``int`` or ``grid``, by rows.
         cost_K: what a squared error in each column costs; None = all alike.
         shares: see `fit_scales`.
     """
     rows, cols = w_NK.shape
+    if isinstance(format, GridFormat):
+        cost = None if cost_K is None else (cost_K / cost_K.mean().clamp_min(1e-30)).numpy()
+        scale, choice = grid_scales(w_NK.numpy(), format, cost, shares)
+        return Packed(format, (rows, cols), encode_grid_with(w_NK.numpy(), format, scale, choice))
     groups = cols // format.group
     w = w_NK.reshape(rows * groups, format.group)
     cost = torch.ones(1, cols) if cost_K is None else cost_K[None]

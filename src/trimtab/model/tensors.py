@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from trimtab.runtime.numerics import decode
 from trimtab.runtime.weights.packed import Packed
+from trimtab.spec.formats import FP32
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -30,8 +33,28 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.contiguous().numpy()
 
 
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Learned(Packed):
+    """A float matrix or vector that a trainer changes: its buffer is the memory of a tensor that gradients reach.
+
+    Args:
+        tensor: float32 [rows, cols], a leaf that requires gradients.
+    """
+
+    tensor: torch.Tensor
+
+
+def learned(packed: Packed) -> Learned:
+    """A private float32 copy of a matrix or vector to train, whatever its format."""
+    array = np.array(decode(packed), dtype=np.float32)
+    tensor = torch.from_numpy(array).requires_grad_()
+    return Learned(FP32, packed.shape, {"data": array}, packed.layout, tensor=tensor)
+
+
 def float_tensor(packed: Packed) -> torch.Tensor:
-    """View a float matrix or vector [rows, cols] as stored."""
+    """View a float matrix or vector [rows, cols] as stored; of one that is trained, the tensor itself."""
+    if isinstance(packed, Learned):
+        return packed.tensor
     return as_tensor(packed.buffers["data"], packed.format.kind)
 
 

@@ -16,14 +16,18 @@ CHECKS = {
     13: "trimtab.papers.bipolar",
     14: "trimtab.papers.frontier",
     16: "trimtab.papers.duoattention",
+    29: "trimtab.papers.lmul",
+    32: "trimtab.papers.llm_int8",
     34: "trimtab.papers.flashdecpp",
     39: "trimtab.papers.tmac",
+    43: "trimtab.papers.bitmod",
     49: "trimtab.papers.kivi",
     51: "trimtab.papers.shiftadd",
     52: "trimtab.papers.gemfilter",
     60: "trimtab.papers.cats",
     61: "trimtab.papers.scbench",
     66: "trimtab.papers.think",
+    76: "trimtab.papers.olive",
     83: "trimtab.papers.bfp_ksort",
 }
 

@@ -19,7 +19,8 @@ _COUNTS = {
     ),
     "kv_reserved_bytes": "As kv_bytes, in whole pages.",
     "kv_peak_bytes": (
-        "Most bytes of pages at any time: a head that chooses when the prompt has ended holds all of it until then."
+        "Most bytes of pages at any time. A prompt runs through one layer after the other: heads that give tokens up, code or "
+        "thin them do so before the next layer has its turn, so that only one layer holds its prompt whole, or a pass of it."
     ),
     "state_bytes": (
         "Part of kv_bytes: recurrent states (Mamba, linear attention) of all sequences, as many bytes whatever the context."

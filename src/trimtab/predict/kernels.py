@@ -59,6 +59,8 @@ def _matrix(op: Op) -> tuple[int, int]:
         return node.num_attention_heads * node.kv_lora_rank, node.qk_nope_head_dim
     if op.kind == "absorb_v":
         return node.num_attention_heads * node.v_head_dim, node.kv_lora_rank
+    if op.kind == "outliers":
+        return node.n, max(1, node.product.outliers_expected(node.k))
     return node.n, node.k
 
 

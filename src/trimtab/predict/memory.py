@@ -14,7 +14,7 @@ from trimtab.errors import SpecError
 from trimtab.graph.count import scratch_bytes
 from trimtab.graph.ops import IntArray, Kernel, Op, StepShape
 from trimtab.graph.passes import Graphs, chunks, prompt_held
-from trimtab.spec.cache import CacheSpec, KVBytes
+from trimtab.spec.cache import CacheSpec, KVBytes, PassPages
 from trimtab.spec.machine import Stack
 from trimtab.spec.model import ModelSpec
 from trimtab.spec.parallel import ALONE, Parallel
@@ -65,7 +65,7 @@ class Memory:
         weights: resident weights, ties once.
         kv_held: cache bytes that hold a token, all sequences.
         kv_reserved: whole pages.
-        kv_peak: whole pages at their most: a prompt is held whole until what stays of it is chosen.
+        kv_peak: whole pages at their most: a layer holds its prompt whole until what stays of it is chosen.
         activations: peak of live activations over all passes.
         reserve: what the engine takes for itself.
     """
@@ -116,29 +116,64 @@ class Footprint:
         """As `at`, for [...] numbers of sequences at once."""
         share = -(-batch // self.parallel.dp)
         held = prompt_held(self.spec, prompt)
+        new = self._last_passes(held)
         # Equal layers are equal objects more often than not: each is asked once.
-        known: dict[int, tuple[KVBytes, int]] = {}
+        known: dict[int, tuple[KVBytes, list[PassPages]]] = {}
         for cache in self._caches():
             if id(cache) not in known:
-                peak = sum(head.peak_nbytes(held + gen, held).reserved for head in cache.heads) + cache.state_bytes
-                known[id(cache)] = cache.nbytes(held + gen, held), peak
+                known[id(cache)] = (
+                    cache.nbytes(held + gen, held),
+                    [_around(cache, held - past, count, held, held + gen) for past, count in new],
+                )
         layers = [known[id(cache)] for cache in self._caches()]
-        most = max(self.stages, key=lambda stage: sum(layers[i][1] for i in stage))
-        kv_held, kv_reserved = (sum(getattr(layers[i][0], name) for i in most) for name in ("held", "reserved"))
-        kv_peak = sum(layers[i][1] for i in most)
-        exact = share.astype(object) if float(np.max(share)) * kv_peak > _MOST else share
+        found = []
+        for stage in self.stages:
+            end = sum((layers[i][0] for i in stage), KVBytes(0, 0))
+            most = end.reserved + sum(each.whole for i in stage for each in layers[i][1])
+            exact = share.astype(object) if float(np.max(share)) * most > _MOST else share
+            found.append((end.held * exact, end.reserved * exact, self._cache_peak(layers, stage, end, exact, held)))
+        kv_held, kv_reserved, kv_peak = max(found, key=lambda each: int(np.max(each[2])))
         activations = self._activations(-(-share // self.parallel.pp), prompt, held, gen)
-        return Memory(
-            self._weights, kv_held * exact, kv_reserved * exact, kv_peak * exact, activations, self.stack.reserve_bytes
-        )
+        return Memory(self._weights, kv_held, kv_reserved, kv_peak, activations, self.stack.reserve_bytes)
+
+    def _cache_peak(
+        self, layers: list[tuple[KVBytes, list[PassPages]]], stage: range, end: KVBytes, batch: IntArray, prompt: int
+    ) -> Any:
+        """Most bytes of pages of a stage's layers: at the end, or while the prompt runs through one layer after the other."""
+        peak, together = end.reserved * batch, self._together(batch, prompt)
+        for which in range(len(layers[0][1])):
+            passes = [layers[i][1][which] for i in stage]
+            done, left, found = 0, sum(each.before for each in passes), set()
+            for each in passes:
+                left -= each.before
+                found.add((done + each.whole + left, each.moving))
+                done += each.after
+            # All sequences, and one more whose tokens move: the layer with most of either.
+            for running, moving in {max(found), max(found, key=sum)}:
+                peak = np.maximum(peak, running * together + moving + (batch - together) * end.reserved)
+        return peak
+
+    def _last_passes(self, prompt: int) -> list[tuple[int, int]]:
+        """The last passes over a prompt, as (tokens from their start to its end, their tokens): those in which most is held."""
+        full, last = chunks(prompt, self._chunk)
+        return [(last, last), *([(last + self._chunk, self._chunk)] if full and self._chunk else [])]
+
+    @property
+    def _chunk(self) -> int | None:
+        budget = self.stack.max_batched_tokens
+        return self.stack.prefill_chunk if budget is None else budget
+
+    def _together(self, batch: IntArray, prompt: int) -> IntArray:
+        """Sequences whose prompts share a pass."""
+        budget = self.stack.max_batched_tokens
+        return batch if budget is None else np.minimum(batch, max(budget // prompt, 1))
 
     def _caches(self) -> Iterable[CacheSpec]:
         return (layer.cache for layer in self.spec.layers)
 
     def _activations(self, batch: IntArray, prompt: int, held: int, gen: int) -> IntArray:
-        attention, budget = self.stack.attention, self.stack.max_batched_tokens
-        chunk = self.stack.prefill_chunk if budget is None else budget
-        together = batch if budget is None else np.minimum(batch, max(budget // held, 1))
+        attention, chunk = self.stack.attention, self._chunk
+        together = self._together(batch, held)
         full, last = chunks(held, chunk)
         # The last chunk has the longest context and the logits, the one before it the most tokens, the last step the longest.
         cases = [(last, held - last, together)]
@@ -167,6 +202,12 @@ class Footprint:
     def largest_batch(self, prompt: int, gen: int, capacity_bytes: int) -> int:
         """Most sequences that fit; 0 if none does."""
         return _largest(lambda batch: self.at(Workload(batch=batch, prompt=prompt, gen=gen)).peak <= capacity_bytes)
+
+
+def _around(cache: CacheSpec, past: int, new: int, prompt: int, tokens: int) -> PassPages:
+    """What `HeadSpec.pass_pages` says of all heads of a layer, its recurrent state included."""
+    state = PassPages(cache.state_bytes, cache.state_bytes, 0, cache.state_bytes)
+    return sum((head.pass_pages(past, new, prompt, tokens) for head in cache.heads), state)
 
 
 #: Products of counts above this are made in Python integers.

@@ -33,7 +33,7 @@ GEMV_ROWS = 16
 
 _CONSTANTS = ("compute_efficiency", "bandwidth_efficiency", "launch_s")
 
-_LINEAR = frozenset({"linear", "router", "gated_linear", "expand", "absorb_q", "absorb_v", "score"})
+_LINEAR = frozenset({"linear", "router", "gated_linear", "expand", "absorb_q", "absorb_v", "score", "outliers"})
 
 COLLECTIVES = frozenset({"all_reduce", "all_gather", "reduce_scatter", "all_to_all"})
 
@@ -268,12 +268,14 @@ def variants_of(op: Op) -> tuple[str, ...]:
     if op.kind.startswith("attend"):
         return (op.node.cache.heads[0].k_format.kind,)  # type: ignore[attr-defined]
     dtype = product_dtype(op)
+    if op.kind == "outliers":  # a product in the floats of the input, whatever the matrix is held in
+        return (dtype,)
     if op.kind == "expert" and dtype == "fp8":  # published fp8 experts (Qwen3, DeepSeek-V3) are scaled by block
         return "fp8_block", dtype
     form = getattr(op.node, "format", None)
     kind = getattr(form, "kind", None)
     if form is not None and form.tiled:  # the native program: its speed depends on the width of a code
-        return (f"int{form.bits}" if form.kind == "int" else form.kind, dtype)
+        return (f"int{form.bits}" if form.kind in ("int", "grid", "pair") else form.kind, dtype)
     return (dtype,) if kind in (None, "fp32", "bf16", "fp16", "fp8") or dtype != op.dtype else (kind, dtype)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -253,6 +252,26 @@ class KVBytes:
         return KVBytes(self.held + other.held, self.reserved + other.reserved)
 
 
+@dataclass(frozen=True, slots=True)
+class PassPages:
+    """Bytes of the pages of one head, or of several, around a pass over a prompt.
+
+    Args:
+        before: as it starts.
+        whole: of every sequence, when all its tokens are written and nothing has been given up.
+        moving: what comes on top of one sequence while tokens move to the pages they are coded in.
+        after: as it ends.
+    """
+
+    before: int
+    whole: int
+    moving: int
+    after: int
+
+    def __add__(self, other: PassPages) -> PassPages:
+        return PassPages(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadSpec(Node):
     """The cache of one KV head of one layer.
@@ -370,35 +389,47 @@ class HeadSpec(Node):
     def nbytes(self, tokens: int, prompt: int | None = None) -> KVBytes:
         """Bytes of this head after `tokens` tokens of one sequence, the first `prompt` of which came before the first answer."""
         held, sealed = self.keep.held(tokens, prompt), self.sealed(tokens, prompt)
+        side, room = self._sides(held), self._sides(-(-held // self.page) * self.page)
+        if self.thin is not None and sealed[0]:
+            side, room = side + self.thin.channels, room + self.thin.channels
+        return KVBytes(self._held(held, *sealed) + side, self._pages(held, sealed, sealed) + room)
+
+    def pass_pages(self, past: int, new: int, prompt: int, tokens: int) -> PassPages:
+        """Bytes of pages around a pass of `new` tokens of a prompt, after `past` earlier ones, on the way to `tokens` tokens.
+
+        Where nothing is coded, pages for all that stays are taken when a sequence is opened.
+        """
+        before, after = (self.keep.held(seen, prompt) for seen in (past, past + new))
+        if not self.seals and isinstance(self.keep, All | Ring):
+            opened = self._pages(self.keep.held(tokens), (0, 0), (0, 0))
+            return PassPages(opened, max(opened, self._pages(before + new, (0, 0), (0, 0))), 0, opened)
+        first, then = self.sealed(past, prompt), self.sealed(past + new, prompt)
+        whole, moving = self._pages(before + new, first, first), self._pages(after, first, then)
+        if not self.waits:  # coded as they come, all sequences together
+            whole, moving = max(whole, moving), 0
+        return PassPages(
+            self._pages(before, first, first), whole, max(moving - whole, 0), self._pages(after, then, then)
+        )
+
+    def _pages(self, held: int, left: tuple[int, int], coded: tuple[int, int]) -> int:
+        """Bytes of the pages of `held` tokens; keys and values that have left the pages they landed in, and those that are coded."""
         reserved = 0
         sides = zip(
             self.landing,
             (self.k_format, self.v_format),
             self._widths,
             (self.head_dim, self.v_head_dim),
-            sealed,
+            left,
+            coded,
             strict=True,
         )
-        for landing, coded, width, whole, count in sides:
-            pages = -(-held // self.landing_page) - count // self.landing_page
+        for landing, code, width, whole, gone, count in sides:
+            pages = -(-held // self.landing_page) - gone // self.landing_page
             reserved += pages * page_nbytes(landing, whole, self.landing_page)
             if count:
-                tokens_each = self.page_tokens(coded)
-                reserved += -(-count // tokens_each) * page_nbytes(coded, width, tokens_each)
-        side, room = self._sides(held), self._sides(-(-held // self.page) * self.page)
-        if self.thin is not None and sealed[0]:
-            side, room = side + self.thin.channels, room + self.thin.channels
-        return KVBytes(self._held(held, *sealed) + side, reserved + room)
-
-    def peak_nbytes(self, tokens: int, prompt: int) -> KVBytes:
-        """The most bytes at any time on the way to `tokens` tokens."""
-        ends = self.nbytes(tokens, prompt)
-        if not self.waits:
-            return ends
-        before = dataclasses.replace(
-            self, keep=KEEP_ALL, thin=None, residual=0, k_format=self.landing[0], v_format=self.landing[1], tail=None
-        )
-        return max(ends, before.nbytes(prompt), key=lambda found: found.reserved)
+                tokens_each = self.page_tokens(code)
+                reserved += -(-count // tokens_each) * page_nbytes(code, width, tokens_each)
+        return reserved
 
     def read_bytes(self, past: Tokens, new: Tokens, prompt: Tokens = None) -> Any:
         """Bytes one attention pass of `new` tokens reads after `past` earlier ones, bounds of pieces included."""

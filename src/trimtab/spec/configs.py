@@ -103,8 +103,8 @@ def load_spec(name: str) -> ModelSpec:
     """Return the spec of a model.
 
     Args:
-        name: catalogue id, Hugging Face id or alias of a catalogued model, a folder with config.json, or a .gguf file
-            (whose matrices keep the file's block formats).
+        name: catalogue id, Hugging Face id or alias of a catalogued model, a folder with config.json, a .gguf file (whose
+            matrices keep the file's block formats), or a folder of Trimtab's own (whose spec is read as it was saved).
 
     Raises:
         SpecError: nothing of that name, or the file is broken.
@@ -114,6 +114,10 @@ def load_spec(name: str) -> ModelSpec:
     if path.suffix == ".gguf":
         return spec_from_gguf(path)
     if path.is_dir():
+        from trimtab.spec.serial import is_saved, read_saved
+
+        if is_saved(path):
+            return read_saved(path)[0]
         return _from_json(path / "config.json", path.resolve().name)
     if path.is_file() and path.suffix == ".json":
         return _from_json(path, path.stem)
@@ -203,13 +207,28 @@ def _from_json(file: Path, name: str) -> ModelSpec:
 
 @functools.lru_cache(maxsize=32)
 def _cached_json(file: Path, name: str, size: int, modified: int) -> ModelSpec:
+    return spec_from_config(_parsed(file), name)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a folder.
+
+    Raises:
+        SpecError: there is none, or it is no JSON object.
+    """
+    if not (folder / "config.json").is_file():
+        raise SpecError(f"{folder} has no config.json, so it is not a model folder.")
+    return _parsed(folder / "config.json")
+
+
+def _parsed(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SpecError(f"{file} is not JSON: {error}.") from None
     if not isinstance(config, dict):
         raise SpecError(f"{file} is not a config: a JSON object is needed.")
-    return spec_from_config(config, name)
+    return config
 
 
 def spec_from_gguf(path: str | Path, name: str | None = None) -> ModelSpec:

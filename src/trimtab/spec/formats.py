@@ -255,6 +255,16 @@ FP16 = WeightFormat(kind="fp16")
 BF16 = WeightFormat(kind="bf16")
 
 
+#: ggml types that other formats hold as they are: what a matrix in them becomes when it is read.
+FILE_FORMATS = {
+    "mxfp4": WeightFormat(kind="mxfp4"),
+    "tq1_0": WeightFormat(kind="ternary", group=256, tiled=True),
+    "tq2_0": WeightFormat(kind="ternary", group=256, tiled=True),
+}
+#: Every ggml type that is read, but for floats: (elements per block, bytes per block).
+FILE_BLOCKS = {**GGUF_BLOCKS, "mxfp4": (32, 17), "tq1_0": (256, 54), "tq2_0": (256, 66)}
+
+
 def float_format(dtype: str) -> WeightFormat:
     """The format of a floating dtype, any accepted spelling."""
     return WeightFormat(kind=dtype_name(dtype))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import SpecError
-from trimtab.spec.formats import FLOAT_KINDS, GGUF_BLOCKS, ITEM_BYTES
+from trimtab.spec.formats import FILE_BLOCKS, FLOAT_KINDS, ITEM_BYTES
 
 #: ggml type ids. Those that `WeightFormat` does not know are named, so that they can be refused by name at use.
 TYPE_NAMES = {
@@ -57,9 +57,9 @@ class TensorInfo:
         rows, cols = self.shape
         if self.kind in FLOAT_KINDS:
             return rows * cols * ITEM_BYTES[self.kind]
-        if self.kind not in GGUF_BLOCKS:
+        if self.kind not in FILE_BLOCKS:
             return None
-        elements, size = GGUF_BLOCKS[self.kind]
+        elements, size = FILE_BLOCKS[self.kind]
         return rows * (cols // elements) * size
 
 
@@ -154,7 +154,7 @@ class GgufHeader:
             for extent in dims[:-1]:
                 rows *= extent
             info = TensorInfo(name, (rows, dims[-1]), dims, kind, start + offset)
-            if info.kind in GGUF_BLOCKS and dims[-1] % GGUF_BLOCKS[info.kind][0]:
+            if info.kind in FILE_BLOCKS and dims[-1] % FILE_BLOCKS[info.kind][0]:
                 raise self._corrupt(f"the rows of tensor {name} do not divide into {info.kind} blocks")
             end = info.offset + (info.nbytes or 0)
             if end > self.size:
@@ -162,6 +162,15 @@ class GgufHeader:
                     f"{self.path} is truncated: tensor {name} ends at byte {end}, the file has {self.size}. Fetch it again."
                 )
             self.tensors[name] = info
+
+    def raw(self, key: str) -> tuple[int, bytes]:
+        """Type and bytes of a value, for a copy of it.
+
+        Raises:
+            KeyError: no such key.
+        """
+        kind, position = self.metadata._positions[key]
+        return kind, bytes(self.buffer[position : self._skip(kind, position)])
 
     def _corrupt(self, why: str) -> SpecError:
         return SpecError(f"{self.path} is truncated or corrupt: {why}. Fetch it again.")

@@ -51,7 +51,7 @@ class LinearSpec(Node):
             raise unknown("input format", self.act, ACT_KINDS)
         if self.product != EXACT and self.layout != "row":
             raise SpecError(
-                "A matrix stored transposed has only the product with its values: its groups run along the outputs."
+                "A matrix stored transposed is multiplied by its values alone: other products read it by rows."
             )
 
     @property
@@ -64,9 +64,9 @@ class LinearSpec(Node):
         return self.n * self.k + (self.n if self.bias else 0)
 
     def nbytes(self) -> int:
-        """Resident bytes: every buffer of the format, the bias, and what the product keeps beside the matrix."""
+        """Resident bytes: every buffer of the format, what the product keeps beside it, and the bias."""
         bias = self.bias_format.nbytes(1, self.n) if self.bias else 0
-        return self.format.nbytes(*self.stored_shape) + bias + self.product.nbytes
+        return self.format.nbytes(*self.stored_shape) + self.product.side_nbytes(self.n, self.k) + bias
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +92,7 @@ class EmbeddingSpec(Node):
 class NormSpec(Node):
     """RMSNorm (``kind="rms"``) or LayerNorm (``kind="layer"``) over `size` elements; `unit_offset`: scale by 1 + w.
 
-    `weight`: False for a norm without parameters.
+    `weight`: False for a norm without parameters. `product`: how the input is scaled, by its own norm and by the weights.
     """
 
     size: int
@@ -102,6 +102,7 @@ class NormSpec(Node):
     unit_offset: bool = False
     format: WeightFormat = BF16
     weight: bool = True
+    product: Product = EXACT
 
     def num_parameters(self) -> int:
         """Scale plus bias."""
@@ -138,8 +139,10 @@ class RopeSpec:
         dim: rotated elements (may be fewer than head_dim).
         theta: base.
         scaling: ``(("rope_type", "llama3"), ("factor", 8.0), ...)`` as in the HF config; empty = none.
+        product: how elements meet cosine and sine.
     """
 
     dim: int
     theta: float = 10000.0
     scaling: tuple[tuple[str, object], ...] = ()
+    product: Product = EXACT

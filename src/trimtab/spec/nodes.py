@@ -13,6 +13,7 @@ from trimtab.errors import SpecError, unknown
 from trimtab.spec.cache import Budget, CacheSpec, Ring
 from trimtab.spec.formats import WeightFormat
 from trimtab.spec.leaves import ConvSpec, LinearSpec, NormSpec, RopeSpec
+from trimtab.spec.product import EXACT, Product
 from trimtab.spec.tree import Node
 
 # ----------------------------------------------------------------------------------------------------------- executors
@@ -140,6 +141,7 @@ class AttentionSpec(Node):
             ``random``: each KV head in an order of its own, which the rows of k_proj and q_proj already have and which is a
             weight, ``<path>.key_order``. Scores are the same in any order.
         prefill: keys that the queries of a prompt see; None = all.
+        product: how queries meet keys, and weights values; softmax stays exact.
     """
 
     num_attention_heads: int
@@ -165,6 +167,7 @@ class AttentionSpec(Node):
     split: int | None = None
     key_order: str = "model"
     prefill: Prefill | None = None
+    product: Product = EXACT
     cache: CacheSpec
 
     def __post_init__(self) -> None:
@@ -319,13 +322,24 @@ Mixer = AttentionSpec | LatentAttentionSpec | StateSpaceSpec | LinearAttentionSp
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FFNSpec(Node):
-    """Gated (``down(act(gate(x)) * up(x))``) or plain (``down(act(up(x)))``, gate_proj None) feed-forward block."""
+    """Gated (``down(act(gate(x)) * up(x))``) or plain (``down(act(up(x)))``, gate_proj None) feed-forward block.
+
+    `product`: how the activated gate meets up.
+    """
 
     gate_proj: LinearSpec | None
     up_proj: LinearSpec
     down_proj: LinearSpec
     act: str = "silu"
     executor: Executor = DENSE
+    product: Product = EXACT
+
+    def __post_init__(self) -> None:
+        if self.product != EXACT and isinstance(self.executor, GateFirst):
+            raise SpecError(
+                "A feed-forward block that skips rows multiplies gate and up in floats: not possible with another product. "
+                "Allowed: a dense block. Use one of the two."
+            )
 
     @property
     def intermediate_size(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from trimtab.spec.leaves import LinearSpec
 from trimtab.spec.model import ModelSpec
 from trimtab.spec.nodes import MoESpec
 from trimtab.techniques.base import Technique, compose
-from trimtab.techniques.materials import Materials
+from trimtab.techniques.materials import Materials, Progress, no_progress
 from trimtab.techniques.registry import parse_all
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 def load(
     source: str | Path,
     *,
-    dtype: str = "float32",
+    dtype: str = "auto",
     kv_dtype: str | None = None,
     techniques: Sequence[str | Technique] = (),
     materials: Materials | None = None,
@@ -39,9 +40,10 @@ def load(
 
     Args:
         source: where it is.
-        dtype: ``float32 | bfloat16 | float16``, or ``file`` to keep quantized blocks as they are in the file.
+        dtype: ``float32 | bfloat16 | float16``, or ``file`` to keep quantized blocks as they are in the file. ``auto`` is
+            float32, but keeps the codes of a folder that `trimtab convert` or compressed-tensors wrote.
         kv_dtype: of the cache: a floating dtype, ``fp8``, ``int8``, ``int4``, ``int2`` (``int4-g32``: groups of 32); None = as
-            the activations.
+            the activations. A folder that says how its cache is kept (`trimtab convert --to own`) has it so.
         techniques: applied for good while loading; the matrices they replace are freed.
         materials: calibration texts; by default the built-in text.
 
@@ -51,7 +53,7 @@ def load(
     """
     chosen = parse_all(techniques)  # a typo is found before the weights are read
     loaded = open_model(source, dtype=dtype)
-    spec = loaded.spec if kv_dtype is None else loaded.spec.with_kv_dtype(kv_dtype)
+    spec = loaded.spec if kv_dtype is None or loaded.saved else loaded.spec.with_kv_dtype(kv_dtype)
     compose(spec, chosen)
     from trimtab.model.variant import Model, Variant
 
@@ -94,7 +96,7 @@ def load_native(
     loaded = open_model(source, dtype=dtype)
     # The tokenizer must not hold on to `loaded`: its weights are freed once they are tiled.
     tokenizer = functools.partial(read_tokenizer, loaded.tokenizer_source)
-    base = loaded.spec.with_kv_dtype(kv_dtype)
+    base = loaded.spec if loaded.saved else loaded.spec.with_kv_dtype(kv_dtype)
     spec = compose(base, chosen)
     lowered_spec(spec)  # refuses before anything is calibrated or converted
     if any(technique.unresolved or technique.needs for technique in chosen):  # found on the torch decoder
@@ -186,14 +188,19 @@ def derive(variant: Variant, techniques: Sequence[Technique], materials: Materia
     return Variant(spec, reencode(weights, spec))
 
 
-def reencode(weights: Weights, spec: ModelSpec) -> Weights:
+def reencode(weights: Weights, spec: ModelSpec, progress: Progress = no_progress) -> Weights:
     """Store every linear in the format and layout its node asks for; what already is, is shared.
+
+    Args:
+        weights: of the model before.
+        spec: of the model after.
+        progress: shows how far it got.
 
     Raises:
         SpecError: a matrix would have to move from one integer grid to another.
     """
     replaced: dict[str, Packed] = {}
-    for path, node in linear_weights(spec):
+    for path, node in progress("encoding", list(linear_weights(spec))):
         packed = weights[path]
         if packed.format == node.format and packed.layout == node.layout:
             continue
@@ -252,4 +259,9 @@ def applied(model: Model, *techniques: str | Technique, materials: Materials | N
 
 def default_materials(model: Model) -> Materials:
     """Calibrate on the first half of the built-in text; what is measured by default comes from the second half."""
-    return Materials(texts={"topics": split(builtin_text())[0]}, tokenizer=model.tokenizer)
+    return dataclasses.replace(builtin_materials(), tokenizer=model.tokenizer)
+
+
+def builtin_materials() -> Materials:
+    """The same, of no model yet."""
+    return Materials(texts={"topics": split(builtin_text())[0]})

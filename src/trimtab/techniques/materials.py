@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 Progress = Callable[[str, Iterable[Any]], Iterator[Any]]
 
 
-def _no_progress(label: str, items: Iterable[Any]) -> Iterator[Any]:
+def no_progress(label: str, items: Iterable[Any]) -> Iterator[Any]:
+    """Pass the items through."""
     del label
     yield from items
 
@@ -49,7 +50,7 @@ class Materials:
     seed: int = 0
     window: int = 512
     windows: int = 16
-    progress: Progress = _no_progress
+    progress: Progress = no_progress
     cache: Path | None = field(default_factory=lambda: home() / "artefacts")
     use_shipped: bool = True
 

@@ -23,6 +23,7 @@ from trimtab.spec.machine import (
 from trimtab.spec.model import ModelSpec
 from trimtab.spec.parallel import ALONE, Parallel
 from trimtab.spec.plan import Plan
+from trimtab.spec.serial import is_saved
 from trimtab.spec.workload import Workload
 from trimtab.techniques.base import Technique, compose
 from trimtab.techniques.registry import parse_all
@@ -46,7 +47,8 @@ def make_plan(
     """Build a Plan.
 
     Args:
-        model: a name `load` takes (no weights are read), a ModelSpec or a loaded model.
+        model: a name `load` takes (no weights are read), a ModelSpec or a loaded model. A folder of Trimtab's own is priced as
+            it was saved, whatever dtypes are asked for.
         machine: id, alias or Machine; default: this machine once calibrated, else an A100.
         workload: batch, prompt and generated tokens.
         techniques: spec strings in order.
@@ -58,10 +60,11 @@ def make_plan(
     Raises:
         SpecError, Conflict: unknown names, values out of range, techniques that do not fit.
     """
-    keep_packed = dtype == "file"
+    saved = isinstance(model, str | Path) and is_saved(Path(model).expanduser())
+    keep_packed = dtype == "file" or saved
     spec = _spec(model, keep_packed)
     weights_dtype = spec.act_dtype if keep_packed else dtype
-    base = spec.with_dtype(weights_dtype, kv_dtype, keep_packed=keep_packed)
+    base = spec if saved else spec.with_dtype(weights_dtype, kv_dtype, keep_packed=keep_packed)
     chosen = parse_all(techniques)
     if machine is None:
         machine = THIS if this_machine_path().exists() else "a100"

@@ -117,6 +117,11 @@ def table(methods: Sequence[str] = (), probe: str | ModelSpec = PROBE) -> list[L
     return sorted(rows, key=lambda row: (_STAGES.index(row.stage), row.spec))
 
 
+def absent() -> tuple[str, ...]:
+    """Methods of the paper's table that are not built here, so that nothing can be priced."""
+    return tuple(name for name in PAPER if name not in technique_names())
+
+
 class _Growth:
     """What one model asks of attention and cache, by prompt length."""
 

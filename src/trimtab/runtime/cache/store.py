@@ -95,7 +95,7 @@ class KVStore:
             made = []
             for heads, head in _groups(layer.cache.heads):
                 if head not in layouts:
-                    layouts[head] = Layout.of(head, self._arena, self._admit)
+                    layouts[head] = Layout.of(head, self._arena, self._take)
                 made.append((heads, layouts[head]))
             self._groups.append(made)
         self._policies: dict[PolicySpec, Policy] = {}
@@ -106,6 +106,7 @@ class KVStore:
         budgets = (head.keep for head in layouts if head.policy is not None)
         self._every_pass = any(isinstance(keep, Budget) and keep.when == "pass" for keep in budgets)
         self._acts = bool(self._policies)
+        self._leaves = any(head.seals or not isinstance(head.keep, All) for head in layouts)
         self._hash = spec.hash
         self._seqs: dict[int, Seq] = {}
         self._ids = itertools.count()
@@ -131,7 +132,6 @@ class KVStore:
                     row.reserve(head.keep.held(reserve_tokens))
                 made.append(row)
             rows.append(made)
-        self._note_peak()
         seq = Seq(next(self._ids), self._hash, rows)
         self._seqs[seq.id] = seq
         return seq
@@ -284,7 +284,6 @@ class KVStore:
                 self.handed_out += seen.nbytes
                 found.append(seen)
             views.append(found)
-        self._note_peak()
         return views
 
     def watches(self, layer: int) -> int:
@@ -323,6 +322,10 @@ class KVStore:
         self.written += done.written
         return done
 
+    def layered(self, step: Step) -> bool:
+        """Whether a pass should go through `place` and `settle` layer by layer: it brings many tokens, and not all of their bytes stay."""
+        return self._leaves and int(step.cu[-1]) > len(step.seqs)
+
     def place(self, step: Step) -> IntArray:
         """Make room for the new tokens of every row; the caller writes and codes their keys and values itself, then calls `settle`.
 
@@ -333,8 +336,7 @@ class KVStore:
         Raises:
             CapacityError: the pages do not fit.
         """
-        most = max(len(layer.cache.heads) for layer in self.spec.layers)
-        records = empty_records(len(self._groups), len(step.seqs), most)
+        records = self.records(step)
         for index, seq in enumerate(step.seqs):
             self._check(seq)
             count = int(step.cu[index + 1] - step.cu[index])
@@ -346,16 +348,31 @@ class KVStore:
                 for row in some:
                     place(row, count, records[layer, index])
             seq._steady = Steady.after(rows, records[:, index]) if count == 1 else None
-        self._note_peak()
         return records
 
-    def settle(self, step: Step) -> None:
-        """After a pass that `place` made room for: free what is no longer needed."""
+    def records(self, step: Step) -> IntArray:
+        """The records of a pass, yet to be filled in."""
+        most = max(len(layer.cache.heads) for layer in self.spec.layers)
+        return empty_records(len(self._groups), len(step.seqs), most)
+
+    def place_layer(self, layer: int, step: Step, records: IntArray) -> None:
+        """As `place`, for one layer; `settle` may follow before the next one's turn.
+
+        Raises:
+            CapacityError: the pages do not fit.
+        """
+        for index, seq in enumerate(step.seqs):
+            self._check(seq)
+            for row in seq._rows[layer]:
+                place(row, int(step.cu[index + 1] - step.cu[index]), records[layer, index])
+
+    def settle(self, step: Step, layer: int | None = None) -> None:
+        """After a pass that `place` made room for, or one layer of it: free what is no longer needed."""
         for index, seq in enumerate(step.seqs):
             if seq._steady is not None and seq._steady.done:
                 continue
             count = int(step.cu[index + 1] - step.cu[index])
-            for row in itertools.chain.from_iterable(seq._held):
+            for row in itertools.chain.from_iterable(seq._held if layer is None else seq._held[layer : layer + 1]):
                 if row.head.seals:
                     row.release()
                 elif isinstance(row.head.keep, Ring) and row.held > row.head.keep.held(row.seen):
@@ -424,9 +441,6 @@ class KVStore:
     def _live_pages(self) -> int:
         return sum(arena.live for arena in self._arenas.values())
 
-    def _note_peak(self) -> None:
-        self._peak_bytes = max(self._peak_bytes, self.pages_bytes)
-
     def _arena(self, page_bytes: int) -> Arena:
         if page_bytes not in self._arenas:
             self._arenas[page_bytes] = Arena(page_bytes, self._most)
@@ -438,6 +452,11 @@ class KVStore:
             for groups in self._groups
             for heads, layout in groups
         )
+
+    def _take(self, nbytes: int) -> None:
+        """Note that pages are about to be taken, if there is room for them."""
+        self._admit(nbytes)
+        self._peak_bytes = max(self._peak_bytes, self.pages_bytes + nbytes)
 
     def _admit(self, nbytes: int, what: str = "more tokens") -> None:
         if self.capacity_bytes is None or self.pages_bytes + nbytes <= self.capacity_bytes:

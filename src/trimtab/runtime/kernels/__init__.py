@@ -72,6 +72,25 @@ class GateFirst(NamedTuple):
     bytes_read: tuple[int, int, int]
 
 
+def int8_product(w: np.ndarray, x: np.ndarray, threads: int = 1) -> np.ndarray:
+    """Return x [T, K] @ W [N, K].T, both int8, as int32 [T, N]: exact for K up to 133,000.
+
+    Args:
+        w, x: int8, contiguous; codes of x are -127..127.
+        threads: workers.
+
+    Raises:
+        SpecError: other dtypes, or shapes that do not agree.
+    """
+    if w.dtype != np.int8 or x.dtype != np.int8 or w.ndim != 2 or x.ndim != 2 or w.shape[1] != x.shape[1]:
+        raise SpecError(
+            f"int8_product wants int8 [N, K] and [T, K], not {w.dtype}{list(w.shape)} and {x.dtype}{list(x.shape)}."
+        )
+    out = np.empty((len(x), len(w)), np.int32)
+    _core.int8_product(np.ascontiguousarray(w), np.ascontiguousarray(x), threads, out)
+    return out
+
+
 def isa() -> str:
     """Name of the instruction set the kernels run with on this processor."""
     return _core.isa()

@@ -25,6 +25,14 @@ def gate_first(
     y: np.ndarray,
     active: np.ndarray,
 ) -> tuple[int, int, int, int]: ...
+
+#: Way to multiply, mantissa bits of operands, whether they are rounded to nearest, offset, fields of the smallest and the largest
+#: number, what sums are rounded to, its mantissa bits; see `cpp/lmul.h`.
+AddRule = tuple[int, int, bool, int, int, int, int, int]
+
+def lmul(rule: AddRule, a: np.ndarray, b: np.ndarray, threads: int, y: np.ndarray) -> None: ...
+def lmul_matmul(rule: AddRule, x: np.ndarray, w: np.ndarray, transposed: bool, threads: int, y: np.ndarray) -> None: ...
+def lmul_round(rule: AddRule, x: np.ndarray, y: np.ndarray) -> None: ...
 def isa() -> str: ...
 def isas() -> list[str]: ...
 def use_isa(name: str) -> bool: ...
@@ -50,6 +58,9 @@ def tiles(
     entry: int = 0,
     table_group: int = 0,
     fast_average: bool = False,
+    bipolar: bool = False,
+    values: np.ndarray | None = None,
+    choice: np.ndarray | None = None,
 ) -> Tiles: ...
 def pack_tiles(codes: np.ndarray, bits: int, out: np.ndarray) -> None: ...
 def unpack_tiles(packed: np.ndarray, bits: int, out: np.ndarray) -> None: ...
@@ -63,6 +74,12 @@ def multiply(
 def time_products(
     w: list[Tiles], x: np.ndarray, threads: int, flows: list[tuple[int, int]], repeats: int
 ) -> list[list[float]]: ...
+def int8_product(w: np.ndarray, x: np.ndarray, threads: int, out: np.ndarray) -> None: ...
+
+#: Rows int8 [N, K], what a unit of each stands for, and fp16 columns [columns, N] as their bits.
+Int8Rows = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+#: Matrix, index of the values it writes, first column there, bias, factor, cap.
+Int8Product = tuple[Int8Rows, int, int, np.ndarray | None, float, float]
 
 #: Kind (see `cpp/native/pages.h`), tokens of a page, elements of a token, bits of a code, elements that share a scale.
 PageForm = tuple[int, int, int, int, int]
@@ -107,6 +124,17 @@ class Program:
     def positions(self, name: str, table: Tiles, offset: int, values: int) -> None: ...
     def linear(
         self, name: str, source: int, norm: Norm | None, products: list[Product], store: int, act: int
+    ) -> None: ...
+    def int8_linear(
+        self,
+        name: str,
+        source: int,
+        norm: Norm | None,
+        products: list[Int8Product],
+        threshold: float,
+        columns: list[int] | None,
+        store: int,
+        act: int,
     ) -> None: ...
     def gate_first(
         self,
@@ -168,9 +196,14 @@ class Program:
         timed: bool,
         out: np.ndarray,
         whole: np.ndarray | None = None,
+        first: int = 0,
+        end: int = -1,
     ) -> None: ...
+    @property
+    def attends(self) -> list[int]: ...
     def metered(self) -> list[tuple[str, int, int, int, int, float]]: ...
     def observed(self) -> list[tuple[str, int, int]]: ...
+    def outliers(self) -> list[tuple[str, int]]: ...
     @property
     def recomputed(self) -> int: ...
     @property

@@ -18,6 +18,7 @@ from trimtab.runtime.kernels import _core
 from trimtab.runtime.native.arena import Arena
 from trimtab.runtime.native.attention import unified_limits
 from trimtab.runtime.native.dataflow import ONLY, thresholds
+from trimtab.runtime.native.int8 import int8_matrix, int8_name, missing_int8, one_input
 from trimtab.runtime.native.products import as_tiles, core_tiles, tiles_of
 from trimtab.runtime.native.program import NativeProgram
 from trimtab.runtime.numerics import decode
@@ -28,7 +29,7 @@ from trimtab.spec.formats import FP32, WeightFormat
 from trimtab.spec.leaves import EmbeddingSpec, LinearSpec, NormSpec
 from trimtab.spec.model import ModelSpec
 from trimtab.spec.nodes import NO_FLOW, AttentionSpec, FFNSpec, GateFirst, LayerSpec
-from trimtab.spec.product import EXACT, LookupTable, Product
+from trimtab.spec.product import EXACT, Int8Vector, Lmul, LookupTable, Product, Rounded
 from trimtab.spec.tree import Node
 
 #: Hugging Face names of activations -> index in `Act` of `cpp/kernels.h`.
@@ -93,6 +94,9 @@ def _missing(path: str, node: Node) -> str:
             return "A mixture of experts"
         if node.parallel or node.ranks > 1 or node.input_layernorm is None or node.post_attention_layernorm is None:
             return "A layer whose blocks run side by side"
+    for product in _products(node):
+        if isinstance(product, Lmul | Rounded):
+            return f"A product of {'bits added (L-Mul)' if isinstance(product, Lmul) else 'rounded floats'}"
     if isinstance(node, AttentionSpec):
         return _missing_attention(node)
     if isinstance(node, FFNSpec):
@@ -103,14 +107,14 @@ def _missing(path: str, node: Node) -> str:
     if isinstance(node, LinearSpec):
         if node.layout != "row":
             return "" if path.endswith(".mlp.down_proj") else "A matrix stored transposed"
+        if isinstance(node.product, Int8Vector):
+            return missing_int8(node.product)
         if node.act != "none":
             return f"A product with its input coded as {node.act}"
         if isinstance(node.product, LookupTable):
             return ""  # refused in words of its own
         if node.product != EXACT:
             return f"A product by {type(node.product).__name__}"
-        if node.format.kind in ("grid", "pair"):
-            return f"A matrix in {node.format}"
         try:
             tiles_of(node.format, node.product, node.n, node.k)
         except SpecError:
@@ -118,6 +122,13 @@ def _missing(path: str, node: Node) -> str:
     if isinstance(node, NormSpec) and not node.weight:
         return "A norm without weights"
     return ""
+
+
+def _products(node: Node) -> tuple[Product, ...]:
+    """How a node multiplies."""
+    rope = node.rope if isinstance(node, AttentionSpec) else None
+    own = node.product if isinstance(node, LinearSpec | NormSpec | FFNSpec | AttentionSpec) else EXACT
+    return (own, EXACT if rope is None else rope.product)
 
 
 def _missing_gate_first(node: FFNSpec) -> str:
@@ -180,6 +191,7 @@ class _Builder:
         self.tiles: dict[str, _core.Tiles] = {}
         self.ropes: dict[object, int] = {}
         self.kept: list[np.ndarray] = []
+        self.coded: dict[str, tuple[str, ...]] = {}  # kernel that multiplies int8 inputs -> its matrices
         self.nbytes = 0
 
     def build(self) -> NativeProgram:
@@ -207,31 +219,24 @@ class _Builder:
             self.layer(index, layer, h, qkv, attended, hidden, side)
         head = spec.lm_head
         tied = spec.tie_word_embeddings
-        tiles = table if tied else self.matrix("lm_head", head)
-        flow = self.flow(head, spec.embed_tokens.format if tied else head.format)
-        product = (tiles, logits, 0, self.bias("lm_head", head), spec.logit_scale, spec.logit_softcap or 0.0, *flow)
+        product = self.product("lm_head", head, logits, 0, table if tied else None)
+        product = (*product[:4], spec.logit_scale, spec.logit_softcap or 0.0, *product[6:])
         assert spec.norm is not None
-        program.linear(
-            "norm+lm_head" + ("+logit_softcap" if spec.logit_softcap else ""),
-            h,
-            self.norm("norm", spec.norm),
-            [product],
-            _SET,
-            _NONE,
-        )
-        return NativeProgram(spec, program, self.arena, logits, self.nbytes, self.kept)
+        name = "norm+lm_head" + ("+logit_softcap" if spec.logit_softcap else "")
+        self.linear(name, h, self.norm("norm", spec.norm), {"lm_head": (head, product)}, _SET, _NONE)
+        return NativeProgram(spec, program, self.arena, logits, self.nbytes, self.kept, self.coded)
 
     def layer(self, index: int, layer: LayerSpec, h: int, qkv: int, attended: int, hidden: int, side: int) -> None:
         program, path = self.program, f"layers.{index}"
         attn, mlp = layer.self_attn, layer.mlp
         assert isinstance(attn, AttentionSpec) and isinstance(mlp, FFNSpec)
         at = f"{path}.self_attn"
-        parts, column = [], 0
+        parts, column = {}, 0
         for name, node in (("q_proj", attn.q_proj), ("k_proj", attn.k_proj), ("v_proj", attn.v_proj)):
-            parts.append(self.product(f"{at}.{name}", node, qkv, column))
+            parts[f"{at}.{name}"] = (node, self.product(f"{at}.{name}", node, qkv, column))
             column += node.n
         norm = self.norm(f"{path}.input_layernorm", layer.input_layernorm)
-        program.linear(f"{path}.input_layernorm+q_proj+k_proj+v_proj", h, norm, parts, _SET, _NONE)
+        self.linear(f"{path}.input_layernorm+q_proj+k_proj+v_proj", h, norm, parts, _SET, _NONE)
         program.attend_heads(
             self.attend_name(at, attn), index, qkv, attended, self.rope(attn), attn.num_attention_heads,
             attn.num_key_value_heads, attn.head_dim, attn.window or 0, [head_forms(head) for head in attn.cache.heads],
@@ -243,13 +248,14 @@ class _Builder:
         if isinstance(mlp.executor, GateFirst):
             self.gate_first(path, mlp, mlp.executor, h, norm, side, layer.mlp_output_norm)
             return
-        up = self.product(f"{path}.mlp.up_proj", mlp.up_proj, hidden, 0)
+        at, up = f"{path}.mlp", (mlp.up_proj, self.product(f"{path}.mlp.up_proj", mlp.up_proj, hidden, 0))
         if mlp.gate_proj is None:
-            program.linear(f"{path}.post_attention_layernorm+up_proj+act", h, norm, [up], _SET, ACTS[mlp.act])
+            name = f"{path}.post_attention_layernorm+up_proj+act"
+            self.linear(name, h, norm, {f"{at}.up_proj": up}, _SET, ACTS[mlp.act])
         else:
-            gate = self.product(f"{path}.mlp.gate_proj", mlp.gate_proj, hidden, 0)
+            gate = (mlp.gate_proj, self.product(f"{at}.gate_proj", mlp.gate_proj, hidden, 0))
             name = f"{path}.post_attention_layernorm+gate_proj+up_proj+act"
-            program.linear(name, h, norm, [gate, up], _GATED, ACTS[mlp.act])
+            self.linear(name, h, norm, {f"{at}.gate_proj": gate, f"{at}.up_proj": up}, _GATED, ACTS[mlp.act])
         self.back(
             f"{path}.mlp.down_proj", mlp.down_proj, hidden, h, side, f"{path}.mlp_output_norm", layer.mlp_output_norm
         )
@@ -298,22 +304,53 @@ class _Builder:
         """The projection back to the residual stream; an output norm stands between the two."""
         add = "add_attn" if path.endswith("o_proj") else "add_mlp"
         if norm is None:
-            self.program.linear(f"{path}+{add}", source, None, [self.product(path, node, h, 0)], _ADD, _NONE)
+            self.linear(f"{path}+{add}", source, None, {path: (node, self.product(path, node, h, 0))}, _ADD, _NONE)
             return
-        self.program.linear(path, source, None, [self.product(path, node, side, 0)], _SET, _NONE)
+        self.linear(path, source, None, {path: (node, self.product(path, node, side, 0))}, _SET, _NONE)
         made = self.norm(norm_path, norm)
         assert made is not None
         self.program.norm_add(f"{norm_path}+{add}", side, made, h)
 
-    def product(self, path: str, node: LinearSpec, values: int, column: int) -> tuple:
-        flow = self.flow(node, node.format)
-        return (self.matrix(path, node), values, column, self.bias(path, node), 1.0, 0.0, *flow)
+    def linear(
+        self,
+        name: str,
+        source: int,
+        norm: _core.Norm | None,
+        parts: dict[str, tuple[LinearSpec, tuple]],
+        store: int,
+        act: int,
+    ) -> None:
+        """Products of one input: paths -> nodes, and what `product` made of each."""
+        made = [product for _, product in parts.values()]
+        how = one_input({path: node for path, (node, _) in parts.items()})
+        if how is None:
+            self.program.linear(name, source, norm, made, store, act)
+            return
+        name = int8_name(name, {path.rpartition(".")[2] for path in parts}, how)
+        columns = None if how.columns is None else list(how.columns)
+        self.program.int8_linear(name, source, norm, [each[:6] for each in made], how.threshold, columns, store, act)
+        self.coded[name] = tuple(parts) if how.decomposes else ()
+
+    def product(self, path: str, node: LinearSpec, values: int, column: int, tied: _core.Tiles | None = None) -> tuple:
+        """A matrix, or the embedding it is tied to, and where its product goes."""
+        to = (values, column, self.bias(path, node), 1.0, 0.0)
+        if isinstance(node.product, Int8Vector):
+            return (self.int8(path, node), *to)
+        flow = self.flow(node, self.spec.embed_tokens.format if tied else node.format)
+        return (tied or self.matrix(path, node), *to, *flow)
 
     def flow(self, node: LinearSpec, format: WeightFormat) -> tuple[int, int]:
         """Tokens from which the flat kernel, and from which the decoding one, multiplies this matrix."""
         if len(node.kernels) == 1:
             return ONLY[node.kernels[0]]
         return thresholds(node.n, node.k, format, node.kernels, self.program.threads)
+
+    def int8(self, path: str, node: LinearSpec) -> _core.Int8Rows:
+        """Rows in int8, copied into the arena, and what outliers are multiplied by."""
+        held, copied = int8_matrix(path, node, self.weights, self.arena.buffers(node.format, node.stored_shape))
+        self.release(path)
+        self.nbytes += copied
+        return held
 
     def matrix(self, path: str, node: LinearSpec) -> _core.Tiles:
         return self._tiles(path, node.format, (node.n, node.k), node.product)

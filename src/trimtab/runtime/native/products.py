@@ -22,14 +22,17 @@ from trimtab.runtime.numerics.lookup import encode_ternary, grid_format, lay_out
 from trimtab.runtime.numerics.tiles import tile, tiled_format
 from trimtab.runtime.weights.packed import Packed
 from trimtab.spec.formats import LOOKUP_KINDS, SUPER_BLOCKS, TILE_ROWS, UNIT_COLS, WeightFormat
+from trimtab.spec.grids import GridFormat, PairFormat
 from trimtab.spec.leaves import LinearSpec
 from trimtab.spec.machine import home
 from trimtab.spec.product import EXACT, TABLES, LookupTable, Product
 
 #: Tokens up to which products are looked up; `lookup_tokens` of `cpp/native/program.cpp`.
 LOOKUP_TOKENS = 8
-_CODINGS = {"fp32": 0, "fp16": 1, "bf16": 2, "int": 3, "ternary": 4, "bitplane": 5, "bitlane": 6}
-_SCALES = {"q4_k": 1, "q5_k": 1, "q6_k": 2}
+_CODINGS = {
+    "fp32": 0, "fp16": 1, "bf16": 2, "int": 3, "ternary": 4, "bitplane": 5, "bitlane": 6, "grid": 7, "pair": 8,
+}  # fmt: skip
+_SCALES = {"q4_k": 1, "q5_k": 1, "q6_k": 2, "int8": 3, "e8m0": 4}
 #: Elements of the matrix two kernels are timed on, and runs of each: rows are left out beyond, which are all alike.
 _TIMED, _RUNS = 1 << 22, 7
 
@@ -44,6 +47,8 @@ def tiles_of(format: WeightFormat, product: Product, rows: int, cols: int) -> We
     Raises:
         SpecError: the format has no tiles, or none that the product can use.
     """
+    if format.kind == "int8":  # multiplied as its rows lie
+        return format
     if not isinstance(product, LookupTable):
         return format if format.kind in LOOKUP_KINDS else tiled_format(format, cols)
     if format.kind == "ternary":
@@ -80,7 +85,8 @@ def as_tiles(packed: Packed, format: WeightFormat, buffers: dict[str, np.ndarray
         for name, buffer in packed.buffers.items():
             buffers[name][...] = buffer
         return Packed(format, packed.shape, buffers)
-    if packed.format.kind in LOOKUP_KINDS or format.kind in LOOKUP_KINDS:
+    kinds = {packed.format.kind, format.kind}
+    if kinds & {*LOOKUP_KINDS} or kinds == {"grid", "int"}:
         return lay_out(packed, format.kind, buffers)
     return tile(packed, buffers)
 
@@ -94,12 +100,30 @@ def core_tiles(packed: Packed, product: Product = EXACT) -> _core.Tiles:
     bits, group, _ = SUPER_BLOCKS.get(format.kind, (format.bits, format.group, False))
     if group == cols and format.kind != "ternary":  # one scale a row: it holds for the padding too
         group = _padded(cols)
+    if isinstance(format, GridFormat | PairFormat):
+        return _looked_up(format, rows, cols, group, flat)
     entry, act_group, fast = 0, 0, False
     if isinstance(product, LookupTable):
         entry, act_group, fast = TABLES.index(product.table), product.act_group, product.fast_agg
     return _core.tiles(
         _CODINGS.get(format.kind, 3), _SCALES.get(format.kind, 0), bits, rows, cols, group, flat["codes"], flat["scale"],
         flat.get("minimum"), flat.get("sub"), entry, 0 if act_group >= _padded(cols) else act_group, fast,
+    )  # fmt: skip
+
+
+def _looked_up(
+    format: GridFormat | PairFormat, rows: int, cols: int, group: int, flat: dict[str, np.ndarray]
+) -> _core.Tiles:
+    """Tiles whose codes stand for the values of tables; see `Grid` of `cpp/native/tiles.h`."""
+    grid = isinstance(format, GridFormat)
+    scale = format.scale if grid else "fp16"
+    own = flat["scale"] if scale == "fp16" else flat.get("step")
+    sub = None if scale == "fp16" else flat["scale"]
+    bipolar = grid and format.grid == "bipolar"  # the integers' own kernel, with a zero between two codes
+    values = None if bipolar else np.array(format.tables, np.int32)
+    return _core.tiles(
+        _CODINGS["int" if bipolar else format.kind], _SCALES.get(scale, 0), format.bits, rows, cols, group, flat["codes"],
+        own, None, sub, bipolar=bipolar, values=values, choice=flat.get("choice"),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Legend: B rows, T new tokens of all rows, R rows of logits, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,16 @@ class NativeProgram:
     """
 
     def __init__(
-        self, spec: ModelSpec, core: _core.Program, arena: Arena, logits: int, weight_bytes: int, kept: list[np.ndarray]
+        self,
+        spec: ModelSpec,
+        core: _core.Program,
+        arena: Arena,
+        logits: int,
+        weight_bytes: int,
+        kept: list[np.ndarray],
+        coded: Mapping[str, tuple[str, ...]],
     ) -> None:
-        self.spec, self.weight_bytes = spec, weight_bytes
+        self.spec, self.weight_bytes, self._coded = spec, weight_bytes, coded
         self._core, self._arena, self._logits, self._kept = core, arena, logits, kept
         self._watched = 0
 
@@ -70,23 +78,38 @@ class NativeProgram:
         """
         if self._watched < 0:  # every query of the pass
             self._core.watch(int(np.diff(step.cu).max()))
-        records = store.place(step)
         out = np.empty((len(logits_rows), self.spec.vocab_size), np.float32)
-        past = step.positions[step.cu[:-1]]
-        timed = step.record is not None
-        try:
-            self._core.run(
-                tokens, step.cu, past, step.reaches, logits_rows, records, self._logits, timed, out, self._whole(step)
-            )
-        except MemoryError as error:
-            raise CapacityError(f"{error} Prefill in smaller chunks.") from None
-        except ValueError as error:  # a key or value that the pages cannot hold
-            raise SpecError(str(error)) from None
-        store.settle(step)
+        tells = step.record is not None or not store.idle(step)
+
+        def run(records: IntArray, first: int = 0, end: int = -1) -> None:
+            past, timed = step.positions[step.cu[:-1]], step.record is not None
+            try:
+                self._core.run(
+                    tokens, step.cu, past, step.reaches, logits_rows, records, self._logits, timed, out, self._whole(step),
+                    first, end,
+                )  # fmt: skip
+            except MemoryError as error:
+                raise CapacityError(f"{error} Prefill in smaller chunks.") from None
+            except ValueError as error:  # a key or value that the pages cannot hold
+                raise SpecError(str(error)) from None
+
+        if store.layered(step):  # what a layer gives up is free before the next one needs room
+            records, first = store.records(step), 0
+            for layer, end in enumerate(self._core.attends):
+                store.place_layer(layer, step, records)
+                run(records, first, end)
+                store.settle(step, layer)
+                if tells:
+                    self._tell(store, step, layer)
+                first = end
+            run(records, first)
+        else:
+            run(store.place(step))
+            store.settle(step)
+            for layer in range(len(self.spec.layers) if tells else 0):
+                self._tell(store, step, layer)
         if step.record is not None:
             self._report(step.record)
-        if step.record is not None or not store.idle(step):
-            self._tell(store, step)
         return out
 
     def _whole(self, step: Step) -> IntArray | None:
@@ -97,21 +120,17 @@ class NativeProgram:
             return None
         return np.minimum(np.diff(step.cu), last) * step.ends
 
-    def _tell(self, store: KVStore, step: Step) -> None:
-        """Let the policies of the cache act on what the pass has attended to."""
-        new = np.diff(step.cu)
-        for layer in range(len(self.spec.layers)):
-            if not store.acts(layer):
-                continue
-            attn = self.spec.layers[layer].self_attn
-            found = self._core.queries(layer) if self._watched else np.zeros((len(new), 0, *_heads(attn)), np.float32)
-            done = store.attended(
-                layer, [q[max(len(q) - count, 0) :] for q, count in zip(found, new, strict=True)], step
-            )
-            if step.record is not None:
-                path = f"layers.{layer}.self_attn.evict"
-                step.record.op(path, flops=done.flops, kv_read=done.read, kv_written=done.written)
-                step.record.observe(f"{path}.moved", done.moved)
+    def _tell(self, store: KVStore, step: Step, layer: int) -> None:
+        """Let the policies of a layer act on what the pass has attended to."""
+        if not store.acts(layer):
+            return
+        new, attn = np.diff(step.cu), self.spec.layers[layer].self_attn
+        found = self._core.queries(layer) if self._watched else np.zeros((len(new), 0, *_heads(attn)), np.float32)
+        done = store.attended(layer, [q[max(len(q) - count, 0) :] for q, count in zip(found, new, strict=True)], step)
+        if step.record is not None:
+            path = f"layers.{layer}.self_attn.evict"
+            step.record.op(path, flops=done.flops, kv_read=done.read, kv_written=done.written)
+            step.record.observe(f"{path}.moved", done.moved)
 
     def _report(self, record: Recorder) -> None:
         for name, weight_read, kv_read, kv_written, flops, _ in self._core.metered():
@@ -120,6 +139,9 @@ class NativeProgram:
             path = f"{'.'.join(name.split('.')[:2])}.mlp"
             record.observe(f"{path}.active_rows", rows)
             record.observe(f"{path}.active_pairs", pairs)
+        for name, count in self._core.outliers():
+            for path in self._coded[name]:
+                record.observe(f"{path}.outliers", count)
 
     def metered(self) -> list[tuple[Any, ...]]:
         """(name, weight bytes, KV bytes read, written, FLOPs, seconds) of every kernel in the last pass."""

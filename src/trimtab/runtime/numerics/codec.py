@@ -22,6 +22,7 @@ from trimtab.spec.formats import GGUF_BLOCKS, LOOKUP_KINDS, SCALED_KINDS, Weight
 #: and `out` are float32 [rows, cols].
 MODULES = {
     "grid": "grids", "pair": "pairs", "palette": "palettes", "bitmask": "bitmasks", "bcq": "bcq", "bipolar": "bipolar",
+    "int8": "vectors",
 }  # fmt: skip
 
 

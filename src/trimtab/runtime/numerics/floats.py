@@ -43,6 +43,23 @@ def bfloat16_to_float32(bits: np.ndarray, out: np.ndarray | None = None) -> np.n
     return out
 
 
+def round_mantissa(values: np.ndarray, bits: int) -> np.ndarray:
+    """Round float32 to `bits` bits of mantissa (1..23), to nearest and ties to even, the exponent being unlimited.
+
+    3 bits are those of e4m3, 2 those of e5m2, 7 those of bfloat16. Infinities and NaN stay.
+
+    >>> round_mantissa(np.array([1.3, -1.0625], np.float32), 3).tolist()
+    [1.25, -1.0]
+    """
+    cut = 23 - bits
+    if cut == 0:
+        return values
+    word = np.ascontiguousarray(values, np.float32).view(np.int32)
+    field = word & 0x7FFFFFFF
+    kept = (field + ((1 << (cut - 1)) - 1) + ((field >> cut) & 1)) & ~((1 << cut) - 1)
+    return (np.where(field >= 0x7F800000, field, kept) | (word & np.int32(-(2**31)))).astype(np.int32).view(np.float32)
+
+
 def float16(values: np.ndarray) -> np.ndarray:
     """Round float32 to float16.
 

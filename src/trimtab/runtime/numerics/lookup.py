@@ -12,6 +12,7 @@ from trimtab.runtime.numerics.grid import nearest_points
 from trimtab.runtime.numerics.tiles import PLAIN_BLOCKS, allocate, by_column, grid_of, to_tiles
 from trimtab.runtime.weights.packed import Packed
 from trimtab.spec.formats import PLANE_KINDS, TILE_ROWS, UNIT_COLS, WeightFormat
+from trimtab.spec.grids import GridFormat
 
 
 def grid_format(format: WeightFormat, kind: str) -> WeightFormat | None:
@@ -24,6 +25,8 @@ def grid_format(format: WeightFormat, kind: str) -> WeightFormat | None:
         return WeightFormat(kind="int", bits=2, group=group, tiled=True) if kind == "int" else None
     if format.kind in PLAIN_BLOCKS:
         (bits, sym), group = PLAIN_BLOCKS[format.kind], 32
+    elif isinstance(format, GridFormat) and format.grid == "int" and format.scale == "fp16":
+        sym = True
     elif format.kind != "int" and format.kind not in PLANE_KINDS:
         return None
     if kind in PLANE_KINDS and bits > 4:
@@ -35,7 +38,8 @@ def lay_out(packed: Packed, kind: str, buffers: dict[str, np.ndarray] | None = N
     """Store a matrix on an integer grid as ``int`` tiles, ``bitplane`` or ``bitlane``: codes and scales stay what they are.
 
     Args:
-        packed: integer rows, integer tiles, planes, ternary or simple ggml blocks, not transposed.
+        packed: integer rows, integer tiles, planes, ternary, symmetric integers of `spec.grids`, or simple ggml blocks, not
+            transposed.
         kind: of the result.
         buffers: where to write; None allocates.
 
@@ -113,10 +117,7 @@ def encode_ternary(values: np.ndarray, format: WeightFormat, *, one_scale: bool 
 
     Source: BitNet b1.58, arXiv 2402.17764, section 2 (absmean quantization).
     """
-    from trimtab.runtime.kernels import _core
-
-    rows, cols = values.shape
-    group = format.group
+    cols, group = values.shape[1], format.group
     size = np.abs(values)
     counts = np.minimum(group, cols - np.arange(0, cols, group)).astype(np.float32)
     starts = np.arange(0, cols, group)
@@ -132,10 +133,18 @@ def encode_ternary(values: np.ndarray, format: WeightFormat, *, one_scale: bool 
         raise SpecError(f"{format}: a group of weights is not finite, or beyond what an fp16 scale can express.")
     wide = by_column(scale.astype(np.float32), group, cols)
     inverse = np.divide(1.0, wide, out=np.zeros_like(wide), where=wide != 0)
+    return pack_ternary(np.clip(np.rint(values * inverse), -1, 1).astype(np.int8), scale, format)
+
+
+def pack_ternary(weights: np.ndarray, scale: np.ndarray, format: WeightFormat) -> Packed:
+    """A ternary matrix of weights int8 [N, K] in -1, 0, 1 and scale fp16 [N, G]: what `ternary_of` undoes."""
+    from trimtab.runtime.kernels import _core
+
+    rows, cols = weights.shape
     padded = np.zeros((-(-rows // TILE_ROWS) * TILE_ROWS, cols), np.int8)
-    padded[:rows] = np.clip(np.rint(values * inverse), -1, 1)
+    padded[:rows] = weights
     out = allocate(format, (rows, cols))
-    _core.pack_ternary(padded, group, out["codes"].reshape(-1))
+    _core.pack_ternary(padded, format.group, out["codes"].reshape(-1))
     out["scale"][...] = to_tiles(scale)
     return Packed(format, (rows, cols), out)
 

@@ -195,7 +195,7 @@ def _outliers(
     found = np.flatnonzero(sizes >= middle)
     places = np.unique(found >> 1)
     pairs = x.reshape(-1, 2)[places]
-    beyond = (pairs > middle) | (pairs < -middle)  # half way it is the lower, so an outlier below zero only
+    beyond = (pairs > middle) | (pairs <= -middle)  # half way it is the lower, so an outlier below zero only
     held = beyond.any(axis=1)
     places, pairs, beyond = places[held], np.abs(pairs[held]), beyond[held]
     first = beyond[:, 0] & (~beyond[:, 1] | (both == "left") | (pairs[:, 0] >= pairs[:, 1]))

@@ -1,6 +1,6 @@
-"""Small floats with scales of their own: fp8 (e4m3, one scale per row) and mxfp4 (e2m1, a power of two per 32).
+"""Small floats: fp8 (e4m3, e5m2) without a scale or with one per row (e4m3), and mxfp4 (e2m1, a power of two per 32).
 
-Both are table lookups. A value is coded as the nearest point of the table, ties to the even code; a scaled value never lies
+All are table lookups. A value is coded as the nearest point of the table, ties to the even code; a scaled value never lies
 beyond the last point of fp8, and beyond that of mxfp4 it is cut to it, as the OCP rule has it.
 
 Source: Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433; OCP Microscaling Formats v1.0, 6.3.
@@ -30,6 +30,7 @@ def _points(exponent_bits: int, mantissa_bits: int, bias: int) -> np.ndarray:
 _E2M1 = _points(2, 1, bias=1)
 _E4M3 = _points(4, 3, bias=7)[:-1]  # the last code is NaN
 E4M3_MAX = float(_E4M3[-1])
+_E5M2 = _points(5, 2, bias=15)[:-4]  # the last four are infinity and NaN
 
 #: Value of every code.
 E2M1_VALUES = np.concatenate((_E2M1, -_E2M1))
@@ -48,6 +49,21 @@ def encode_e4m3(values: np.ndarray) -> np.ndarray:
     codes = nearest_codes(values.reshape(-1), _E4M3).reshape(values.shape) | (np.signbit(values) << np.uint8(7))
     codes[np.isnan(values)] = 0x7F
     return codes
+
+
+def round_fp8(values: np.ndarray, kind: str) -> np.ndarray:
+    """Nearest fp8 numbers of float32 values of any shape, without a scale; what is beyond the largest is cut to it, NaN stays.
+
+    Args:
+        values: float32.
+        kind: ``e4m3`` (largest 448) or ``e5m2`` (57344).
+
+    >>> round_fp8(np.array([1.3, 1e6, -3e-3], np.float32), "e4m3").tolist()
+    [1.25, 448.0, -0.00390625]
+    """
+    points = {"e4m3": _E4M3, "e5m2": _E5M2}[kind]
+    found = np.copysign(points[nearest_codes(values.reshape(-1), points)].reshape(values.shape), values)
+    return np.where(np.isnan(values), np.float32(np.nan), found)
 
 
 def encode_fp8(values: np.ndarray) -> dict[str, np.ndarray]:

@@ -128,7 +128,7 @@ def bitserial_dot(x: np.ndarray, packed: Packed) -> np.ndarray:
         sign, mantissa, shift = (part[..., cycle][table, codes] for part in (terms.sign, terms.mantissa, terms.shift))
         added = mantissa.astype(np.int64) << shift
         added = np.where(sign, -added, added).reshape(len(codes), groups, group)
-        sums += np.einsum("tge,nge->tng", fixed, added)
+        sums += np.einsum("tgk,ngk->tng", fixed, added)
     return scaled_sums(sums, scale)
 
 

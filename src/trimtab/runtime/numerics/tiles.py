@@ -13,6 +13,7 @@ from trimtab.errors import SpecError
 from trimtab.runtime.numerics.codec import codec_of
 from trimtab.runtime.weights.packed import NUMPY_DTYPES, Packed
 from trimtab.spec.formats import LOOKUP_KINDS, PLANE_KINDS, SUPER_BLOCKS, TILE_ROWS, UNIT_COLS, WeightFormat
+from trimtab.spec.grids import GridFormat
 
 #: The integer grid that holds the codes and scales of a simple block format as they are: (bits, symmetric).
 PLAIN_BLOCKS = {"q4_0": (4, True), "q4_1": (4, False), "q5_0": (5, True), "q5_1": (5, False), "q8_0": (8, True)}
@@ -77,17 +78,17 @@ def untile(packed: Packed) -> Packed:
     """Undo `tile`: floats and codes by rows. Super-block formats have no rows of their own; see `decode_tiles`.
 
     Raises:
-        SpecError: a super-block format.
+        SpecError: a super-block format, or another one without rows of its own.
     """
     module = codec_of(packed.format)
-    if module:
+    if module and hasattr(module, "untile"):
         return module.untile(packed)
     format, rows = packed.format, packed.shape[0]
+    if not format.is_float and format.kind != "int":
+        raise SpecError(f"{format} cannot be brought back to rows.")
     plain = WeightFormat(kind=format.kind, bits=format.bits, group=format.group, sym=format.sym)
     if format.is_float:
         return Packed(plain, packed.shape, {"data": _float_rows(packed)})
-    if format.kind != "int":
-        raise SpecError(f"{format} cannot be brought back to rows.")
     from trimtab.runtime.kernels import pack_codes
 
     found = {"codes": pack_codes(code_rows(packed), format.bits)}
@@ -145,6 +146,12 @@ def by_column(scales: np.ndarray, group: int, cols: int) -> np.ndarray:
 def grid_of(packed: Packed) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Codes uint8 [N, K], scale and minimum fp16 [N, G] of a matrix on an integer grid: rows, tiles or simple blocks."""
     format, (rows, cols) = packed.format, packed.shape
+    if isinstance(format, GridFormat):  # sign and magnitude to an offset
+        from trimtab.runtime.numerics.grids import parts_of
+
+        codes, scale, _ = parts_of(packed)
+        offset = np.array(format.tables[0], np.int64) + (1 << (format.bits - 1))
+        return offset.astype(np.uint8)[codes], scale.astype(np.float16), None
     if not format.tiled:
         codes, rest = _unpacked(dict(packed.buffers), format, cols)
         flat = {name: np.ascontiguousarray(values.reshape(rows, -1)) for name, values in rest.items()}

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from trimtab.errors import UnsupportedModelError, did_you_mean
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+#: Words as GPT-2 cuts them: what a byte-level pre-tokenizer does by itself.
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _DIGIT = r"\p{N}"
 _HAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -78,17 +79,17 @@ _GROUPS: tuple[tuple[str, PreTokenizer], ...] = (
     ),
     ("dbrx smaug-bpe glm4 chatglm-bpe", PreTokenizer(stages=(_LLAMA3,))),
     ("qwen2 deepseek-r1-qwen megrez stablelm2 hunyuan", PreTokenizer(stages=(_QWEN2,))),
-    ("smollm starcoder refact command-r codeshell exaone minerva-7b", PreTokenizer(stages=(_DIGIT, _GPT2))),
-    ("gpt-2 phi-2 gigachat a.x-4.0 mellum mpt olmo jais trillion exaone4", PreTokenizer(stages=(_GPT2,))),
+    ("smollm starcoder refact command-r codeshell exaone minerva-7b", PreTokenizer(stages=(_DIGIT, GPT2_WORDS))),
+    ("gpt-2 phi-2 gigachat a.x-4.0 mellum mpt olmo jais trillion exaone4", PreTokenizer(stages=(GPT2_WORDS,))),
     ("tekken", PreTokenizer(stages=(_TEKKEN,), ignore_merges=True, add_bos=True)),
     ("gpt-4o llama4", PreTokenizer(stages=(_GPT4O,))),
     ("deepseek-llm", PreTokenizer(stages=_DEEPSEEK)),
     ("deepseek-coder", PreTokenizer(stages=(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN, _DIGIT))),
     ("deepseek-v3 hunyuan-dense", PreTokenizer(stages=_DEEPSEEK3)),
-    ("falcon", PreTokenizer(stages=(r"[\p{P}$+<=>^~|`]+", _GPT2, r"[0-9][0-9][0-9]"))),
+    ("falcon", PreTokenizer(stages=(r"[\p{P}$+<=>^~|`]+", GPT2_WORDS, r"[0-9][0-9][0-9]"))),
     ("bloom poro-chat gpt3-finnish", PreTokenizer(stages=(_WORDS,))),
     ("viking", PreTokenizer(stages=(_WORDS, _DIGIT))),
-    ("default", PreTokenizer(stages=(r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"))),
+    ("default", PreTokenizer(stages=(r"[\p{P}$+<=>^~|]+", GPT2_WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"))),
 )  # fmt: skip
 
 #: Name in the file -> how to cut.

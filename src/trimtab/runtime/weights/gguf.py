@@ -8,7 +8,7 @@ import numpy as np
 
 from trimtab.errors import UnsupportedModelError
 from trimtab.runtime.weights.packed import NUMPY_DTYPES, Packed
-from trimtab.spec.formats import FLOAT_KINDS, GGUF_BLOCKS, WeightFormat
+from trimtab.spec.formats import FILE_FORMATS, FLOAT_KINDS, GGUF_BLOCKS, WeightFormat
 from trimtab.spec.gguf_header import GgufHeader, Metadata, TensorInfo
 
 __all__ = ["GgufFile", "Metadata", "TensorInfo"]
@@ -26,13 +26,21 @@ class GgufFile(GgufHeader):
     def packed(self, name: str) -> Packed:
         """Return a tensor as a view of the file; a stack of matrices [e, n, k] has e * n rows.
 
+        Ternary and mxfp4 blocks, which Trimtab holds in another order, are copied: see `numerics.blocks.from_blocks`.
+
         Raises:
             KeyError: no tensor of that name.
             UnsupportedModelError: a type Trimtab does not read.
         """
         info = self.tensors[name]
+        if info.kind in FILE_FORMATS:
+            from trimtab.runtime.numerics.blocks import from_blocks
+
+            assert info.nbytes is not None
+            flat = np.frombuffer(self.buffer, np.uint8, info.nbytes, info.offset)
+            return from_blocks(info.kind, flat.reshape(info.shape[0], -1), info.shape[1])
         if info.kind not in FLOAT_KINDS and info.kind not in GGUF_BLOCKS:
-            known = ", ".join((*FLOAT_KINDS, *GGUF_BLOCKS))
+            known = ", ".join((*FLOAT_KINDS, *GGUF_BLOCKS, *FILE_FORMATS))
             raise UnsupportedModelError(
                 f"{self.path}: tensor {name} is stored as {info.kind}, which is not read. Known: {known}."
             )

@@ -6,6 +6,7 @@ and the pages they were read from are given back, so that the peak is the result
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,17 +17,24 @@ import numpy as np
 
 from trimtab.errors import MissingDependency, SpecError
 from trimtab.runtime.numerics import decode, encode, transcode
+from trimtab.runtime.numerics.blocks import TERNARY_ROWS
+from trimtab.runtime.numerics.lookup import pack_ternary
+from trimtab.runtime.numerics.tiles import grid_of
+from trimtab.runtime.weights.compressed import CompressedFolder, compression_of
+from trimtab.runtime.weights.export import own
 from trimtab.runtime.weights.gguf import GgufFile
 from trimtab.runtime.weights.packed import Packed, Weights
 from trimtab.runtime.weights.safetensors import SafetensorsFolder
-from trimtab.spec.configs import BUILT_IN, catalogue_entry, load_spec, spec_from_gguf
+from trimtab.spec import tree
+from trimtab.spec.configs import BUILT_IN, catalogue_entry, load_spec, read_config, spec_from_gguf
 from trimtab.spec.families.gguf import spelling_of
 from trimtab.spec.families.names import HUGGING_FACE, Spelling
 from trimtab.spec.families.sources import Source, Want, sources, wanted, with_stored_formats
-from trimtab.spec.formats import FP32, WeightFormat
+from trimtab.spec.formats import FP32, WeightFormat, float_format
 from trimtab.spec.leaves import EmbeddingSpec, LinearSpec, NormSpec
 from trimtab.spec.model import ModelSpec
 from trimtab.spec.nodes import AttentionSpec
+from trimtab.spec.serial import is_saved
 
 if TYPE_CHECKING:
     from trimtab.runtime.text.tokenizer import Tokenizer
@@ -60,11 +68,13 @@ class Loaded:
         spec: with the formats the weights have.
         weights: by path.
         tokenizer_source: the GGUF file or the folder that holds the tokenizer.
+        saved: True for a folder of Trimtab's own, whose spec says how caches are kept too.
     """
 
     spec: ModelSpec
     weights: Weights
     tokenizer_source: Path
+    saved: bool = False
 
     def tokenizer(self) -> Tokenizer:
         """Build the tokenizer (reads the vocabulary now).
@@ -91,9 +101,11 @@ def open_model(source: str | Path, dtype: str | None = "float32") -> Loaded:
     """Read a model.
 
     Args:
-        source: ``smollm2-135m``, a folder with config.json and safetensors, a .gguf file, or a hub id.
+        source: ``smollm2-135m``, a folder with config.json and safetensors, one that `trimtab convert` wrote, a .gguf file, or
+            a hub id.
         dtype: ``float32 | bfloat16 | float16`` stores every weight as that; ``"file"`` or None keeps what the file holds,
-            block formats included.
+            block formats included. ``auto``: float32, but codes of compressed-tensors stay codes. A folder of Trimtab's own
+            keeps its codes whatever is asked: a dtype is that of its floats, and ``auto`` leaves those too.
 
     Raises:
         SpecError: no such model, a broken file, missing weights.
@@ -101,9 +113,27 @@ def open_model(source: str | Path, dtype: str | None = "float32") -> Loaded:
         MissingDependency: the built-in model's package or huggingface_hub is not installed.
     """
     path = find(source)
+    as_stored = dtype in (None, "file")
+    if is_saved(path):
+        spec, weights = own.read(path)
+        return Loaded(*((spec, weights) if as_stored or dtype == "auto" else _recast(spec, weights, dtype)), path, True)
     stored, reader, found = _open(path, _name(source, path))
-    spec = stored if dtype in (None, "file") else stored.with_dtype(dtype, keep_packed=False)
+    coded = isinstance(reader, CompressedFolder)
+    name = "float32" if dtype in (None, "auto") else dtype
+    spec = stored if as_stored else stored.with_dtype(name, keep_packed=coded and dtype == "auto")
     return Loaded(spec, read_weights(spec, reader, found), path)
+
+
+def _recast(spec: ModelSpec, weights: Weights, dtype: str) -> tuple[ModelSpec, Weights]:
+    """A saved model with its plain floats, and its activations, in another dtype."""
+    wanted_format = float_format(dtype)
+
+    def change(node: tree.Node) -> dict[str, object]:
+        fields = ("format", "bias_format") if isinstance(node, LinearSpec | EmbeddingSpec | NormSpec) else ()
+        return {name: wanted_format for name in fields if getattr(getattr(node, name, None), "is_float", False)}
+
+    spec = dataclasses.replace(tree.mapped(spec, change), act_dtype=wanted_format.kind)
+    return spec, weights | {want.key: transcode(weights[want.key], _format(want)) for want in wanted(spec)}
 
 
 def stored_spec(source: str | Path) -> ModelSpec:
@@ -115,7 +145,7 @@ def stored_spec(source: str | Path) -> ModelSpec:
         SpecError, UnsupportedModelError, MissingDependency: as `open_model`.
     """
     path = find(source)
-    return _open(path, _name(source, path))[0]
+    return load_spec(str(path)) if is_saved(path) else _open(path, _name(source, path))[0]
 
 
 def _name(source: str | Path, path: Path) -> str:
@@ -127,7 +157,8 @@ def _open(path: Path, name: str) -> tuple[ModelSpec, Reader, dict[str, Source]]:
     if path.suffix == ".gguf":
         stored, file = spec_from_gguf(path, name), GgufFile(path)
         return stored, file, sources(stored, file.tensors, spelling_of(stored, file), str(path))
-    plain, folder = load_spec(str(path)), SafetensorsFolder(path)
+    plain, compression = load_spec(str(path)), compression_of(read_config(path))
+    folder = SafetensorsFolder(path) if compression is None else CompressedFolder(path, compression)
     found = sources(plain, folder.tensors, HUGGING_FACE.get(plain.family, Spelling()), str(path))
     kinds = {name: tensor.kind for name, tensor in folder.tensors.items()}
     return with_stored_formats(plain, found, kinds, str(path)), folder, found
@@ -217,7 +248,7 @@ def read_weights(spec: ModelSpec, reader: Reader, found: Mapping[str, Source]) -
         wanted_format = _format(want)
         if source.shift:
             packed = encode(decode(packed) + np.float32(source.shift), wanted_format)
-        items[want.key] = transcode(packed, wanted_format)
+        items[want.key] = _as_wanted(packed, wanted_format)
         base = next(iter(stored.buffers.values()))
         if not any(np.may_share_memory(base, buffer) for buffer in items[want.key].buffers.values()):
             reader.release(source.tensor)
@@ -226,30 +257,40 @@ def read_weights(spec: ModelSpec, reader: Reader, found: Mapping[str, Source]) -
 
 def _picked(stored: Packed, source: Source, want: Want, spec: ModelSpec) -> Packed:
     """The part of a stored tensor that is this weight, still in the stored format; views where the rows are in one piece."""
-    (name,) = (buffer.name for buffer in stored.format.buffers(*stored.shape))
-    data, cols = stored.buffers[name], stored.shape[1]
-    if source.block is not None:
-        data = data[source.block.start : source.block.stop]
-    if want.vector:
-        data = data.reshape(-1, 1)  # floats only: an element is a row
-        cols = 1
-    elif source.transposed:
-        data = data.T
-        cols = data.shape[1]
-    if isinstance(source.rows, range):
-        data = data[source.rows.start : source.rows.stop : source.rows.step]
-    elif source.rows is not None:
-        data = data[np.asarray(source.rows)]
-    data = np.ascontiguousarray(data)
-    if want.vector:
-        data, cols = data.reshape(1, -1), data.size
-    shape = (data.shape[0], cols)
-    if shape != want.shape:
-        raise SpecError(
-            f"{spec.name}: {source.tensor} gives {list(shape)} for {want.key}; the config says {list(want.shape)}. "
-            "Config and weights do not belong together."
-        )
-    return Packed(stored.format, shape, {name: data})
+    picked: dict[str, np.ndarray] = {}
+    shape = want.shape
+    for name, data in stored.buffers.items():
+        cols = stored.shape[1]
+        if source.block is not None:
+            data = data[source.block.start : source.block.stop]
+        if want.vector:
+            data = data.reshape(-1, 1)  # floats only: an element is a row
+            cols = 1
+        elif source.transposed:
+            data = data.T
+            cols = data.shape[1]
+        if isinstance(source.rows, range):
+            data = data[source.rows.start : source.rows.stop : source.rows.step]
+        elif source.rows is not None:
+            data = data[np.asarray(source.rows)]
+        data = np.ascontiguousarray(data)
+        if want.vector:
+            data, cols = data.reshape(1, -1), data.size
+        picked[name], shape = data, (data.shape[0], cols)
+        if shape != want.shape:
+            raise SpecError(
+                f"{spec.name}: {source.tensor} gives {list(shape)} for {want.key}; the config says {list(want.shape)}. "
+                "Config and weights do not belong together."
+            )
+    return Packed(stored.format, shape, picked)
+
+
+def _as_wanted(packed: Packed, format: WeightFormat) -> Packed:
+    """`transcode`, and ternary rows of a file into the tiles that ternary weights have here."""
+    if format.kind == "ternary" and packed.format == TERNARY_ROWS:
+        codes, scale, _ = grid_of(packed)
+        return pack_ternary(codes.view(np.int8) - np.int8(2), scale, format)
+    return transcode(packed, format)
 
 
 def _format(want: Want) -> WeightFormat:

@@ -18,6 +18,8 @@ from trimtab.runtime.weights.packed import NUMPY_DTYPES, Packed
 from trimtab.spec.formats import FLOAT_KINDS, ITEM_BYTES, WeightFormat
 
 _KINDS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+#: Types of codes, which are no weights by themselves.
+_CODES = {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 _INDEX = "model.safetensors.index.json"
 #: A header above this is no header; the format itself allows no more.
 _LARGEST_HEADER = 100_000_000
@@ -131,13 +133,25 @@ class SafetensorsFolder:
                 f"{tensor.file}: tensor {name} is stored as {tensor.kind}, which is not read. Known: {', '.join(_KINDS)}. "
                 f"Save the model in one of these."
             )
-        dtype = NUMPY_DTYPES[tensor.kind]
+        return Packed(WeightFormat(kind=tensor.kind), tensor.shape, {"data": self.array(name).reshape(tensor.shape)})
+
+    def array(self, name: str) -> np.ndarray:
+        """Return a tensor as an array, floats or codes, in the extents of the file; bfloat16 as its bits.
+
+        Raises:
+            KeyError: no tensor of that name.
+            UnsupportedModelError: a type without an array.
+        """
+        tensor = self.tensors[name]
+        dtype = NUMPY_DTYPES.get(tensor.kind) or _CODES.get(tensor.kind)
+        if dtype is None:
+            raise UnsupportedModelError(f"{tensor.file}: tensor {name} is stored as {tensor.kind}, which is not read.")
         if tensor.offset % dtype.itemsize:  # a header of odd length: torch wants aligned arrays, so this one is copied
             raw = np.frombuffer(self._maps[tensor.file], np.uint8, tensor.nbytes, tensor.offset)
             flat = np.frombuffer(raw.tobytes(), dtype)
         else:
             flat = np.frombuffer(self._maps[tensor.file], dtype, tensor.nbytes // dtype.itemsize, tensor.offset)
-        return Packed(WeightFormat(kind=tensor.kind), tensor.shape, {"data": flat.reshape(tensor.shape)})
+        return flat.reshape(tensor.dims)
 
     def release(self, name: str) -> None:
         """Let the system drop the pages of a tensor that was read; views stay valid and read them again."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from trimtab.errors import SpecError, UnsupportedModelError
 from trimtab.spec import tree
 from trimtab.spec.families.names import Spelling
-from trimtab.spec.formats import FLOAT_KINDS, GGUF_BLOCKS, WeightFormat
+from trimtab.spec.formats import FILE_FORMATS, FLOAT_KINDS, GGUF_BLOCKS, WeightFormat
 from trimtab.spec.leaves import EmbeddingSpec, LinearSpec, NormSpec
 from trimtab.spec.model import ModelSpec
 from trimtab.spec.nodes import AttentionSpec, MoESpec
@@ -134,6 +134,26 @@ def sources(spec: ModelSpec, tensors: Collection[str], spelling: Spelling, where
     return found
 
 
+def places(spec: ModelSpec, spelling: Spelling, *, gguf: bool) -> dict[str, Source]:
+    """Where a file that is written anew keeps every weight: key in `Weights` -> Source.
+
+    Args:
+        spec: the model.
+        spelling: of the file.
+        gguf: experts are stacked, and every name has an ending; else as the hub has them.
+    """
+    found = {}
+    for want in wanted(spec):
+        options = list(_candidates(spec, want, spelling, spelling.prefixes[0]))
+        chosen = 0
+        if want.path == "lm_head" or (gguf and want.expert is not None):
+            chosen = -1
+        elif gguf and want.part in ("sinks", "correction_bias"):
+            chosen = 1 if want.part == "sinks" else 2
+        found[want.key] = options[chosen]
+    return found
+
+
 def with_stored_biases(spec: ModelSpec, tensors: Collection[str], spelling: Spelling) -> ModelSpec:
     """Return `spec` with a bias on every linear that has one in the file: GGUF metadata do not say."""
     edits = []
@@ -149,20 +169,20 @@ def with_stored_biases(spec: ModelSpec, tensors: Collection[str], spelling: Spel
 
 
 def with_stored_formats(
-    spec: ModelSpec, found: Mapping[str, Source], kinds: Mapping[str, str], where: str
+    spec: ModelSpec, found: Mapping[str, Source], kinds: Mapping[str, str | WeightFormat], where: str
 ) -> ModelSpec:
     """Return `spec` with every matrix, bias and norm in the format its tensor has.
 
     Args:
         spec: the model.
         found: from `sources`.
-        kinds: format name of every tensor of the file.
+        kinds: format of every tensor of the file, or its name.
         where: the file or folder, for the message.
 
     Raises:
         UnsupportedModelError: a weight type Trimtab does not read.
     """
-    formats: dict[tuple[str, str], str] = {}
+    formats: dict[tuple[str, str], str | WeightFormat] = {}
     for want in wanted(spec):
         if want.expert not in (None, 0) or want.part not in ("weight", "bias"):
             continue
@@ -174,13 +194,15 @@ def with_stored_formats(
         formats["lm_head", "format"] = formats["embed_tokens", "format"]
     nodes, edits = dict(tree.walk(spec)), []
     for (path, name), kind in formats.items():
-        if kind not in FLOAT_KINDS and kind not in GGUF_BLOCKS:
-            known = ", ".join((*FLOAT_KINDS, *GGUF_BLOCKS))
-            raise UnsupportedModelError(
-                f"{where}: {path} is stored as {kind}, which is not read. Known: {known}. Convert the file."
-            )
-        if getattr(nodes[path], name).kind != kind:
-            edits.append(tree.Edit(path, name, WeightFormat(kind=kind)))
+        if isinstance(kind, str):
+            if kind not in FLOAT_KINDS and kind not in GGUF_BLOCKS and kind not in FILE_FORMATS:
+                known = ", ".join((*FLOAT_KINDS, *GGUF_BLOCKS, *FILE_FORMATS))
+                raise UnsupportedModelError(
+                    f"{where}: {path} is stored as {kind}, which is not read. Known: {known}. Convert the file."
+                )
+            kind = FILE_FORMATS.get(kind) or WeightFormat(kind=kind)
+        if getattr(nodes[path], name) != kind:
+            edits.append(tree.Edit(path, name, kind))
     edited, _ = tree.edit(spec, edits, "file", ())
     return edited
 

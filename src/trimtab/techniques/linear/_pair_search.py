@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,20 +53,25 @@ class PairSearch:
     search: tuple[int, int, int]
     sigma: float
     both: str
+    _memory: dict[str, Any] = field(default_factory=dict)
 
     @property
     def _how(self) -> dict[str, Any]:
         return {"search": self.search, "sigma": self.sigma, "both": self.both}
 
-    def scales(self, w_NK: np.ndarray, format: PairFormat) -> np.ndarray:
-        """Scales float32 [N, G] of a matrix."""
-        return pair_scales(w_NK, format, **self._how)[0]
+    def scales(self, path: str, normal: str) -> np.ndarray:
+        """Scales float32 [N, 1] of a weight."""
+        stored = base64.b64decode(self._searched(normal)[path][0])
+        return np.frombuffer(stored, np.float16).astype(np.float32)[:, None]
 
     def weight_normals(self) -> dict[str, str]:
         """The normal type of less squared error for every matrix, by the path of its node."""
-        if len(normals(self.wbits)) == 1:
-            return dict.fromkeys((node_path(path) for path, _ in weight_paths(self.spec)), normals(self.wbits)[0])
-        return _least(self._found("olive-weights", self.wbits, self._weight_errors))
+        found: dict[str, dict[str, float]] = {}
+        for normal in normals(self.wbits):
+            for path, (_, error) in self._searched(normal).items():
+                errors = found.setdefault(node_path(path), dict.fromkeys(normals(self.wbits), 0.0))
+                errors[normal] += error
+        return _least(found)
 
     def input_normals(self) -> dict[str, str]:
         """The same for the inputs of every matrix."""
@@ -89,19 +95,25 @@ class PairSearch:
             )
         return found[path][normal][0]
 
-    def _found(self, kind: str, bits: int, compute: Any) -> Any:
-        key = [fingerprint(self.weights), self.spec.hash, bits, *self.search, self.sigma, self.both]
+    def _found(self, kind: str, bits: int, compute: Any, *more: str) -> Any:
+        key = [fingerprint(self.weights), self.spec.hash, bits, *self.search, self.sigma, self.both, *more]
         return self.materials.cached(kind, key, compute)
 
-    def _weight_errors(self) -> dict[str, dict[str, float]]:
-        found: dict[str, dict[str, float]] = {}
-        for path, node in self.materials.progress("olive: normal types", [*weight_paths(self.spec)]):
-            w_NK = decode(self.weights[path])
-            errors = found.setdefault(node_path(path), dict.fromkeys(normals(self.wbits), 0.0))
-            for normal in errors:
+    def _searched(self, normal: str) -> dict[str, tuple[str, float]]:
+        """fp16 scales in base64 and squared error of every weight, by its path."""
+
+        def compute() -> dict[str, tuple[str, float]]:
+            found = {}
+            for path, node in self.materials.progress(f"olive: scales ({normal})", [*weight_paths(self.spec)]):
                 format = PairFormat(bits=self.wbits, normal=normal, group=node.k)
-                errors[normal] += float(pair_scales(w_NK, format, **self._how)[1].sum())
-        return found
+                scale, error = pair_scales(decode(self.weights[path]), format, **self._how)
+                stored = base64.b64encode(scale.astype(np.float16).tobytes()).decode()
+                found[path] = (stored, float(error.sum()))
+            return found
+
+        if normal not in self._memory:
+            self._memory[normal] = self._found("olive-weights", self.wbits, compute, normal)
+        return self._memory[normal]
 
     @functools.cached_property
     def _inputs(self) -> dict[str, dict[str, tuple[float, float]]]:

@@ -14,9 +14,10 @@ from trimtab.spec.model import ModelSpec
 from trimtab.spec.tree import Edit
 from trimtab.techniques.base import Stage, Technique, param
 from trimtab.techniques.blocks import check_floats, matrices, weight_paths
+from trimtab.techniques.linear.awq import Awq
 
 if TYPE_CHECKING:
-    import numpy as np
+    import torch
 
     from trimtab.runtime.weights.packed import Weights
     from trimtab.techniques.materials import Materials
@@ -26,8 +27,17 @@ TYPES = {
     "bitmod": (3, 4, 5, 6, 8), "er": (3, 4), "ea": (3, 4), "ant": (3, 4), "fp": (3, 4, 6), "int": (3, 4, 5, 6, 8),
     "intasym": (3, 4, 5, 6, 8), "mx": (3, 4, 6),
 }  # fmt: skip
-#: Shares of the full range that ``base=awq`` tries as a group's scale.
-SHARES = tuple(1 - step / 20 for step in range(11))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _AwqOnGrid(Awq):
+    """AWQ with the choice of a type in the place of its integer grid."""
+
+    grid: GridFormat
+
+    @property
+    def format(self) -> WeightFormat:
+        return self.grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +48,9 @@ class Bitmod(Technique):
     one of least squared error. Exact: bytes, codes, the type of every group. Approximated: the weights; activations stay floats.
     With 5, 6 or 8 bits weights are symmetric integers. `types` holds the rivals of the paper on the same groups.
 
-    Unlike the paper: `base=awq` is the search for smaller scales of AWQ under activation-weighted errors, without its scaling of
-    channels; intasym keeps its scale and minimum in fp16 whatever `scale_bits`; mx has scales that are powers of two of 8 bits.
+    `base=awq` scales columns and searches for ranges as `awq` does, with the choice of a type inside of that search; `metric=awq`
+    weighs errors alone. Unlike the paper: intasym keeps its scale and minimum in fp16 whatever `scale_bits`; mx has powers of
+    two as scales.
 
     Source: Chen et al., BitMoD, HPCA 2025, arXiv 2411.11745.
     """
@@ -54,9 +65,7 @@ class Bitmod(Technique):
     types: str = param("bitmod", "grids a group may choose from", ", ".join(TYPES))
     scale_bits: int = param(8, "bits of a scale: 8 = multiples of an fp16 step per row, 16 = fp16", "8, 16")
     metric: str = param("mse", "error a type is chosen by; awq: weighted by mean squares of the inputs", "mse, awq")
-    base: str = param(
-        "rtn", "rtn: scales of the full range; awq: search for smaller ones, weighted as well", "rtn, awq"
-    )
+    base: str = param("rtn", "rtn: weights as they are; awq: columns scaled and ranges searched first", "rtn, awq")
 
     def __post_init__(self) -> None:
         if self.types not in TYPES:
@@ -123,6 +132,8 @@ class Bitmod(Technique):
                 raise SpecError(
                     f"bitmod: group={self.group} {why} the rows of {node.k} of {path} ({spec.name}). {shown}"
                 )
+        if self.base == "awq" and isinstance(self.format, GridFormat):
+            _AwqOnGrid(grid=self.format).check(spec)
 
     def edits(self, spec: ModelSpec) -> Iterable[Edit]:
         """Every linear inside the layers; without calibration re-encoding follows from the format alone."""
@@ -133,27 +144,26 @@ class Bitmod(Technique):
         """Choose types (and scales) by the error that the inputs of a matrix weigh."""
         if not self.calibrates:
             return weights
-        from trimtab.runtime.numerics import decode
-        from trimtab.runtime.numerics.grids import encode_grid_with, grid_scales
-        from trimtab.runtime.weights.packed import Packed
-
         format = self.format
         assert isinstance(format, GridFormat)
+        if self.base == "awq":
+            window = min(256, materials.window)
+            samples = min(12288, materials.window * materials.windows)
+            return _AwqOnGrid(grid=format, samples=samples, window=window).convert(weights, old, new, materials)
+        from trimtab.model.rounding import rounded
+        from trimtab.model.tensors import float_matrix
+
         squares = self._mean_squares(weights, old, materials)
         replaced = {}
         for path, node in weight_paths(new):
-            if node.format != format or weights[path].format == format:
-                continue
-            w_NK = decode(weights[path])
-            found = grid_scales(w_NK, format, squares.get(path), SHARES if self.base == "awq" else (1.0,))
-            replaced[path] = Packed(format, (node.n, node.k), encode_grid_with(w_NK, format, *found))
+            if node.format == format and weights[path].format != format:
+                replaced[path] = rounded(float_matrix(weights[path]), format, squares.get(path), (1.0,))
         return weights | replaced
 
-    def _mean_squares(self, weights: Weights, old: ModelSpec, materials: Materials) -> dict[str, np.ndarray]:
-        """Mean square of every input column [K] of a matrix, by path; relative to their mean, so that sums stay in range."""
+    def _mean_squares(self, weights: Weights, old: ModelSpec, materials: Materials) -> dict[str, torch.Tensor]:
+        """Mean square of every input column [K] of a matrix, by path."""
         from trimtab.model.calibration import Inputs, observed
 
         windows = materials.token_windows()
         found = observed(old, weights, windows, lambda path: Inputs(moments=False), materials.progress)
-        squares = {path: inputs.mean_square.numpy() for path, inputs in found.items() if isinstance(inputs, Inputs)}
-        return {path: square / max(square.mean(), 1e-30) for path, square in squares.items()}
+        return {path: inputs.mean_square.float() for path, inputs in found.items() if isinstance(inputs, Inputs)}

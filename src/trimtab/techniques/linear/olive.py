@@ -146,11 +146,9 @@ class Olive(Technique):
         self.check(model.spec)
         search = self._search(model.weights, model.spec, materials)
         paths = [path for path, _ in matrices(model.spec)]
+        inputs = search.input_normals() if self.abits != 16 else {}
         found = search.weight_normals()
-        chosen = [found[path] for path in paths]
-        if self.abits != 16:
-            found = search.input_normals()
-            chosen += [found[path] for path in paths]
+        chosen = [found[path] for path in paths] + [inputs[path] for path in paths if inputs]
         return dataclasses.replace(self, normal="".join(normal[0] for normal in chosen))
 
     def convert(self, weights: Weights, old: ModelSpec, new: ModelSpec, materials: Materials) -> Weights:
@@ -164,14 +162,14 @@ class Olive(Technique):
         search = self._search(weights, old, materials)
         replaced = {}
         for path, node in weight_paths(new):
-            format = node.format
-            if isinstance(format, PairFormat) and weights[path].format != format:
-                w_NK = decode(weights[path])
-                scale = search.scales(w_NK, format)
-                replaced[path] = Packed(format, (node.n, node.k), encode_pairs_with(w_NK, format, scale, self.both))
             if isinstance(node.product, ExponentInteger):
                 scale = search.input_scale(path, node.product.normal)
                 replaced[f"{path}.act_scale"] = packed_float(np.array([scale], np.float32), "fp32")
+            format = node.format
+            if isinstance(format, PairFormat) and weights[path].format != format:
+                w_NK = decode(weights[path])
+                buffers = encode_pairs_with(w_NK, format, search.scales(path, format.normal), self.both)
+                replaced[path] = Packed(format, (node.n, node.k), buffers)
         return weights | replaced
 
     def _search(self, weights: Weights, spec: ModelSpec, materials: Materials) -> PairSearch:

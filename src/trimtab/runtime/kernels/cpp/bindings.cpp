@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "kernels.h"
+#include "lmul.h"
 #include "rows.h"
 #include "workers.h"
 
@@ -106,6 +107,41 @@ std::tuple<int64_t, int64_t, int64_t, int64_t> bound_gate_first(const BoundRows&
     return {done.rows_touched, done.gate_bytes, done.up_bytes, done.down_bytes};
 }
 
+// (multiply, mantissa, nearest, offset, low, high, sum, sum_bits), as `AddRule` names them.
+using RuleTuple = std::tuple<int, int, bool, int32_t, int32_t, int32_t, int, int>;
+
+AddRule add_rule(const RuleTuple& from) {
+    const auto& [multiply, mantissa, nearest, offset, low, high, sum, sum_bits] = from;
+    return {static_cast<Multiply>(multiply), mantissa, nearest, offset, low, high, static_cast<Sum>(sum), sum_bits};
+}
+
+void lmul(const RuleTuple& rule, Array<const float, 1> a, Array<const float, 1> b, int threads, Array<float, 1> y) {
+    const AddRule made = add_rule(rule);
+    nb::gil_scoped_release release;
+    parallel_ranges(static_cast<int64_t>(a.shape(0)), 1 << 14, threads, [&](int64_t begin, int64_t end) {
+        lmul_kernels().multiply(made, a.data() + begin, b.data() + begin, end - begin, y.data() + begin);
+    });
+}
+
+void lmul_matmul(const RuleTuple& rule, Array<const float, 2> x, Array<const float, 2> w, bool transposed, int threads,
+                 Array<float, 2> y) {
+    const AddRule made = add_rule(rule);
+    const auto tokens = static_cast<int64_t>(x.shape(0)), terms = static_cast<int64_t>(x.shape(1));
+    const auto outputs = static_cast<int64_t>(y.shape(1));
+    const int64_t w_row = transposed ? 1 : terms, w_col = transposed ? outputs : 1;
+    nb::gil_scoped_release release;
+    parallel_ranges(outputs, lmul_outputs, threads, [&](int64_t first, int64_t last) {
+        const LmulKernels& k = lmul_kernels();
+        std::vector<int32_t> scratch(static_cast<size_t>(k.scratch(tokens, terms)));
+        k.matmul(made, x.data(), tokens, terms, w.data(), w_row, w_col, first, last, scratch.data(), y.data(), outputs);
+    });
+}
+
+void lmul_round(const RuleTuple& rule, Array<const float, 1> x, Array<float, 1> y) {
+    nb::gil_scoped_release release;
+    lmul_kernels().round(add_rule(rule), x.data(), static_cast<int64_t>(x.shape(0)), y.data());
+}
+
 }  // namespace
 
 namespace trimtab {
@@ -127,6 +163,9 @@ NB_MODULE(_core, m) {
     m.def("int_gemv", &gemv<int_gemv>);
     m.def("int_gemv_t", &gemv<int_gemv_t>);
     m.def("gate_first", &bound_gate_first);
+    m.def("lmul", &lmul);
+    m.def("lmul_matmul", &lmul_matmul);
+    m.def("lmul_round", &lmul_round);
     m.def("isa", [] { return std::string(kernels().isa); });
     m.def("isas", [] {
         const char* names[4];

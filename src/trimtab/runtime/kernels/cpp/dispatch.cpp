@@ -6,6 +6,8 @@
 #include <string>
 
 #include "kernels.h"
+#include "lmul.h"
+#include "native/int8.h"
 #include "native/native.h"
 
 namespace trimtab {
@@ -13,17 +15,23 @@ namespace trimtab {
 namespace baseline {
 extern const Kernels table;
 extern const TileKernels tile_table;
+extern const LmulKernels lmul_table;
+extern const Int8Kernels int8_table;
 }
 #ifdef TRIMTAB_HAS_AVX2
 namespace avx2 {
 extern const Kernels table;
 extern const TileKernels tile_table;
+extern const LmulKernels lmul_table;
+extern const Int8Kernels int8_table;
 }
 #endif
 #ifdef TRIMTAB_HAS_AVX512
 namespace avx512 {
 extern const Kernels table;
 extern const TileKernels tile_table;
+extern const LmulKernels lmul_table;
+extern const Int8Kernels int8_table;
 }
 #endif
 
@@ -32,6 +40,8 @@ namespace {
 struct Isa {
     const Kernels* rows;
     const TileKernels* tiles;
+    const LmulKernels* lmul;
+    const Int8Kernels* int8;
 };
 
 // What this processor lacks of an instruction set that was compiled in, as the system spells it; empty if nothing.
@@ -63,12 +73,12 @@ std::string lacking([[maybe_unused]] const char* isa) {
 
 int compiled(Isa* out) {
     int count = 0;
-    out[count++] = {&baseline::table, &baseline::tile_table};
+    out[count++] = {&baseline::table, &baseline::tile_table, &baseline::lmul_table, &baseline::int8_table};
 #ifdef TRIMTAB_HAS_AVX2
-    out[count++] = {&avx2::table, &avx2::tile_table};
+    out[count++] = {&avx2::table, &avx2::tile_table, &avx2::lmul_table, &avx2::int8_table};
 #endif
 #ifdef TRIMTAB_HAS_AVX512
-    out[count++] = {&avx512::table, &avx512::tile_table};
+    out[count++] = {&avx512::table, &avx512::tile_table, &avx512::lmul_table, &avx512::int8_table};
 #endif
     return count;
 }
@@ -102,6 +112,9 @@ const Isa& chosen() {
 const Kernels& kernels() { return *chosen().rows; }
 
 const TileKernels& tile_kernels() { return *chosen().tiles; }
+
+const LmulKernels& lmul_kernels() { return *chosen().lmul; }
+const Int8Kernels& int8_kernels() { return *chosen().int8; }
 
 int available_isas(const char** out) {
     Isa tables[4];

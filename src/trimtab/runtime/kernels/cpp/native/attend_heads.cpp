@@ -426,6 +426,8 @@ void Program::attend_heads(const std::string& name, const Attention& attention, 
     watched_.resize(std::max(watched_.size(), static_cast<size_t>(attention.layer) + 1));
     watched_[static_cast<size_t>(attention.layer)] = {&kernel->queries, attention.heads, attention.head_dim};
     kernels_.push_back(std::move(kernel));
+    attends_.resize(watched_.size());
+    attends_[static_cast<size_t>(attention.layer)] = static_cast<int64_t>(kernels_.size());
     heads_ = std::max(heads_, attention.heads), head_dim_ = std::max(head_dim_, attention.head_dim);
     per_kv_ = std::max(per_kv_, attention.heads / attention.kv_heads);
 }

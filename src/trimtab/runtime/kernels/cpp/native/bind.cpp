@@ -44,7 +44,8 @@ struct BoundTiles {
 
 BoundTiles make_tiles(int coding, int scales, int bits, int64_t rows, int64_t cols, int64_t group, Bytes data,
                       std::optional<Bytes> scale, std::optional<Bytes> minimum, std::optional<Bytes> sub, int entry,
-                      int64_t table_group, bool fast_average) {
+                      int64_t table_group, bool fast_average, bool bipolar, std::optional<Array<const int32_t, 2>> values,
+                      std::optional<Bytes> choice) {
     BoundTiles b;
     b.tiles.coding = static_cast<Coding>(coding), b.tiles.scales = static_cast<Scales>(scales);
     b.tiles.bits = bits, b.tiles.rows = rows, b.tiles.cols = cols, b.tiles.group = group;
@@ -54,6 +55,12 @@ BoundTiles make_tiles(int coding, int scales, int bits, int64_t rows, int64_t co
     if (scale) b.tiles.scale = reinterpret_cast<const uint16_t*>(scale->data()), b.keep.push_back(nb::cast(*scale));
     if (minimum) b.tiles.minimum = reinterpret_cast<const uint16_t*>(minimum->data()), b.keep.push_back(nb::cast(*minimum));
     if (sub) b.tiles.sub = sub->data(), b.keep.push_back(nb::cast(*sub));
+    if (choice) b.tiles.choice = choice->data(), b.keep.push_back(nb::cast(*choice));
+    b.tiles.bipolar = bipolar;
+    if (values) {
+        if (static_cast<int64_t>(values->shape(1)) != int64_t{1} << bits) throw std::invalid_argument("A table has 2^bits values.");
+        b.tiles.grid = Grid::of(values->data(), static_cast<int>(values->shape(0)), bits, b.tiles.coding == Coding::pairs);
+    }
     return b;
 }
 
@@ -90,6 +97,9 @@ int64_t multiply(const BoundTiles& w, Array<const float, 2> x, int threads, Arra
     program.run_on(step, source, x.data(), out, y.data());
     return program.kernels()[0]->weight_read;
 }
+
+// W [N, K] of int8 rows, and the fp16 columns by which outliers are multiplied, where there are such.
+using Int8Tuple = std::tuple<Array<const int8_t, 2>, Floats, std::optional<Array<const uint16_t, 2>>>;
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -147,7 +157,8 @@ void bind_native(nb::module_& m) {
         .def_prop_ro("tile_bytes", [](const BoundTiles& b) { return b.tiles.tile_bytes() * b.tiles.tiles(); });
     m.def("tiles", &make_tiles, nb::arg("coding"), nb::arg("scales"), nb::arg("bits"), nb::arg("rows"), nb::arg("cols"),
           nb::arg("group"), nb::arg("data"), nb::arg("scale").none(), nb::arg("minimum").none(), nb::arg("sub").none(),
-          nb::arg("entry") = 0, nb::arg("table_group") = 0, nb::arg("fast_average") = false);
+          nb::arg("entry") = 0, nb::arg("table_group") = 0, nb::arg("fast_average") = false,
+          nb::arg("bipolar") = false, nb::arg("values").none() = nb::none(), nb::arg("choice").none() = nb::none());
     m.def("pack_tiles", packing<uint8_t, int>(&pack_tiles));
     m.def("unpack_tiles", unpacking<uint8_t, int>(&unpack_tiles));
     m.def("pack_planes", packing<uint8_t, int, bool>(&pack_planes));
@@ -157,6 +168,11 @@ void bind_native(nb::module_& m) {
     m.def("multiply", &multiply, nb::arg("w"), nb::arg("x"), nb::arg("threads"), nb::arg("y"),
           nb::arg("twice_from") = -1.0f, nb::arg("flat") = 1, nb::arg("decoded") = int64_t{1} << 40);
     m.def("time_products", &time_products);
+    m.def("int8_product", [](Array<const int8_t, 2> w, Array<const int8_t, 2> x, int threads, Array<int32_t, 2> out) {
+        nb::gil_scoped_release release;
+        int8_product(w.data(), static_cast<int64_t>(w.shape(0)), static_cast<int64_t>(w.shape(1)), x.data(),
+                     static_cast<int64_t>(x.shape(0)), threads, out.data());
+    });
     nb::class_<Norm>(m, "Norm");
     nb::class_<Bound>(m, "Program")
         .def(nb::init<int>(), nb::arg("threads"))
@@ -196,6 +212,29 @@ void bind_native(nb::module_& m) {
                  b.program.linear(name, source, norm, std::move(made), static_cast<Store>(store), static_cast<Act>(act));
              },
              nb::arg("name"), nb::arg("source"), nb::arg("norm").none(), nb::arg("products"), nb::arg("store"), nb::arg("act"))
+        .def("int8_linear",
+             [](Bound& b, const std::string& name, int source, const Norm* norm,
+                const std::vector<std::tuple<Int8Tuple, int, int64_t, std::optional<Floats>, float, float>>& products, float threshold,
+                std::optional<std::vector<int32_t>> columns, int store, int act) {
+                 std::vector<Int8Product> made;
+                 for (const auto& [matrix, values, column, bias, factor, softcap] : products) {
+                     const auto& [data, scale, halves] = matrix;
+                     Int8Product product;
+                     product.w.data = data.data(), product.w.scale = scale.data();
+                     product.w.rows = static_cast<int64_t>(data.shape(0)), product.w.cols = static_cast<int64_t>(data.shape(1));
+                     b.keep.push_back(nb::cast(data)), b.keep.push_back(nb::cast(scale));
+                     if (halves) product.w.columns = halves->data(), b.keep.push_back(nb::cast(*halves));
+                     product.values = values, product.column = column, product.bias = b.floats(bias);
+                     product.factor = factor, product.softcap = softcap;
+                     made.push_back(product);
+                 }
+                 Outliers how;
+                 how.threshold = threshold, how.listed = columns.has_value();
+                 if (columns) how.columns = *columns;
+                 b.program.int8_linear(name, source, norm, std::move(made), std::move(how), static_cast<Store>(store), static_cast<Act>(act));
+             },
+             nb::arg("name"), nb::arg("source"), nb::arg("norm").none(), nb::arg("products"), nb::arg("threshold"),
+             nb::arg("columns").none(), nb::arg("store"), nb::arg("act"))
         .def("gate_first",
              [](Bound& b, const std::string& name, int source, int values, const Norm& norm, const BoundTiles& gate,
                 const BoundRows& up, const BoundRows& down_t, int act, float threshold, int64_t max_tokens, bool prefill) {
@@ -262,7 +301,7 @@ void bind_native(nb::module_& m) {
         .def("run",
              [](Bound& b, Array<const int64_t, 1> ids, Array<const int64_t, 1> starts, Array<const int64_t, 1> past,
                 Array<const int64_t, 1> reach, Array<const int64_t, 1> logits_rows, Array<const int64_t, 4> records, int values,
-                bool timed, Array<float, 2> out, std::optional<Array<const int64_t, 1>> whole) {
+                bool timed, Array<float, 2> out, std::optional<Array<const int64_t, 1>> whole, int64_t first, int64_t end) {
                  Step step;
                  step.tokens = static_cast<int64_t>(ids.shape(0)), step.rows = static_cast<int64_t>(past.shape(0));
                  step.logits = static_cast<int64_t>(logits_rows.shape(0));
@@ -272,11 +311,12 @@ void bind_native(nb::module_& m) {
                  float* to = out.data();
                  const size_t bytes = out.nbytes();
                  nb::gil_scoped_release release;
-                 b.program.run(step, reach.data(), timed);
-                 if (bytes) memcpy(to, b.program.values(values).data, bytes);
+                 b.program.run(step, reach.data(), timed, first, end);
+                 if (bytes && end < 0) memcpy(to, b.program.values(values).data, bytes);
              },
              nb::arg("ids"), nb::arg("starts"), nb::arg("past"), nb::arg("reach"), nb::arg("logits_rows"), nb::arg("records"), nb::arg("values"),
-             nb::arg("timed"), nb::arg("out"), nb::arg("whole").none() = nb::none())
+             nb::arg("timed"), nb::arg("out"), nb::arg("whole").none() = nb::none(), nb::arg("first") = 0, nb::arg("end") = -1)
+        .def_prop_ro("attends", [](const Bound& b) { return b.program.attends(); })
         .def("metered",
              [](const Bound& b) {
                  std::vector<std::tuple<std::string, int64_t, int64_t, int64_t, int64_t, double>> found;
@@ -289,6 +329,13 @@ void bind_native(nb::module_& m) {
                  std::vector<std::tuple<std::string, int64_t, int64_t>> found;
                  for (const auto& k : b.program.kernels())
                      if (k->active_rows >= 0) found.emplace_back(k->name, k->active_rows, k->active_pairs);
+                 return found;
+             })
+        .def("outliers",
+             [](const Bound& b) {
+                 std::vector<std::pair<std::string, int64_t>> found;
+                 for (const auto& k : b.program.kernels())
+                     if (k->outliers >= 0) found.emplace_back(k->name, k->outliers);
                  return found;
              })
         .def_prop_ro("recomputed", [](const Bound& b) { return b.program.recomputed.load(); })

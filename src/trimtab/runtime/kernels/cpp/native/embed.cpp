@@ -1,6 +1,7 @@
 // Rows of tables of tiles: embeddings of ids, and of positions.
 #include "native/program.h"
 
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -22,7 +23,7 @@ void decode_row(const Tiles& w, int64_t row, float* out) {
         std::memcpy(&value, &word, 4);
         return value;
     };
-    if (w.coding != Coding::ints) {
+    if (!w.coded()) {
         for (int64_t k = 0; k < w.cols; ++k) {
             if (w.coding == Coding::f32) {
                 std::memcpy(out + k, data + (k * 16 + r) * 4, 4);
@@ -37,7 +38,7 @@ void decode_row(const Tiles& w, int64_t row, float* out) {
         }
         return;
     }
-    for (int64_t k = 0; k < w.cols; ++k) {
+    auto code_at = [&](int64_t k) {
         const uint8_t* unit = data + k / 32 * 64 * w.bits;
         const int64_t four = k % 32 / 4, j = k % 4;
         uint32_t code = 0;
@@ -48,22 +49,38 @@ void decode_row(const Tiles& w, int64_t row, float* out) {
             code |= (unit[four / per * 64 + r * 4 + j] >> (four % per * part) & ((1u << part) - 1)) << shift;
             unit += 64 * part, shift += part;
         }
+        return static_cast<int>(code);
+    };
+    // What a code without a minimum stands for, in units of its scale.
+    auto value_at = [&](int64_t k, int64_t g) {
+        const int code = code_at(k);
+        if (w.coding == Coding::grid) return w.grid.value(w.bits, w.choice_of(tile, g, r), code);
+        if (w.coding == Coding::pairs) return w.grid.value(w.bits, code_at(k ^ 1) == victim(w.bits), code);
+        return w.bipolar ? 2.0 * code + 1 - (1 << w.bits) : code - static_cast<double>(1 << (w.bits - 1));
+    };
+    for (int64_t k = 0; k < w.cols; ++k) {
         const int64_t g = k / w.group;
         float scale, minimum;
-        if (w.scales == Scales::half) {
-            const int64_t at = (tile * w.groups() + g) * 16 + r;
-            scale = half(w.scale + at);
-            minimum = w.minimum ? half(w.minimum + at) : -scale * static_cast<float>(1 << (w.bits - 1));
-        } else if (w.scales == Scales::q4_k) {
+        if (w.scales == Scales::q4_k) {
             const int64_t block = tile * (w.padded() / 256) + g / 8;
             scale = half(w.scale + block * 32 + r) * w.sub[(block * 16 + g % 8) * 16 + r];
             minimum = -half(w.scale + block * 32 + 16 + r) * w.sub[(block * 16 + 8 + g % 8) * 16 + r];
-        } else {
+        } else if (w.scales == Scales::q6_k) {
             const int64_t block = tile * (w.padded() / 256) + g / 16;
             scale = half(w.scale + block * 16 + r) * static_cast<int8_t>(w.sub[(block * 16 + g % 16) * 16 + r]);
             minimum = -32 * scale;
+        } else {
+            const int64_t at = (tile * w.groups() + g) * 16 + r;
+            scale = w.scales == Scales::stepped  ? half(w.scale + tile * 16 + r) * w.sub[at]
+                    : w.scales == Scales::powers ? std::ldexp(1.0f, w.sub[at] - 127)
+                                                 : half(w.scale + at);
+            if (!w.minimum) {
+                out[k] = scale * static_cast<float>(value_at(k, g));
+                continue;
+            }
+            minimum = half(w.minimum + at);
         }
-        out[k] = scale * static_cast<float>(code) + minimum;
+        out[k] = scale * static_cast<float>(code_at(k)) + minimum;
     }
 }
 

@@ -23,7 +23,7 @@ struct LinearKernel : Kernel {
     // Whether some product wants its tiles as floats, and so the input of codes as well.
     bool decodes(int64_t tokens) const {
         for (const Product& p : products)
-            if (p.w.coding == Coding::ints && p.flow.decodes(tokens)) return true;
+            if (p.w.integers() && p.flow.decodes(tokens)) return true;
         return false;
     }
     bool lookups = false;  // some product works by table lookup

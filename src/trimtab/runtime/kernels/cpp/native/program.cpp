@@ -122,8 +122,8 @@ void Program::lay_out(const Step& step) {
     }
 }
 
-// Lays out everything a step needs, and cuts its attention.
-Context Program::prepare(const Step& step) {
+// Lays out everything a step needs, and cuts its attention. What earlier parts of the same step left stays where it is.
+Context Program::prepare(const Step& step, bool starts) {
     lay_out(step);
     int64_t bytes = 0;
     for (const Rope& rope : ropes_) bytes += aligned(8 * rope.half() * step.tokens);
@@ -135,6 +135,7 @@ Context Program::prepare(const Step& step) {
         // Not the larger of both numbers: tables of a few rows may take more than floats of many.
         shared = std::max({shared, kernel->scratch_bytes(step.tokens), kernel->scratch_bytes(step.logits)});
         own = std::max(own, kernel->own_bytes(step.tokens));
+        if (!starts) continue;
         kernel->weight_read = 0, kernel->kv_read = 0, kernel->kv_written = 0, kernel->flops = 0, kernel->seconds = 0;
         kernel->active_rows = -1, kernel->active_pairs = 0;
         kernel->prepare(step, watch_);
@@ -159,22 +160,29 @@ void Program::run_one(const Step& step, size_t kernel) {
         &job, between_steps);
 }
 
-void Program::run(const Step& step, const int64_t* reach, bool timed) {
-    Context context = prepare(step);
+void Program::run(const Step& step, const int64_t* reach, bool timed, int64_t first, int64_t end) {
+    const int64_t count = static_cast<int64_t>(kernels_.size());
+    if (end < 0) end = count;
+    if (first < 0 || first > end || end > count) throw std::out_of_range("The program has no such kernels.");
+    Context context = prepare(step, first == 0);
     struct Job {
         Program& program;
         Context& context;
         const int64_t* reach;
         bool timed;
-    } job{*this, context, reach, timed};
+        size_t first, end;
+    } job{*this, context, reach, timed, static_cast<size_t>(first), static_cast<size_t>(end)};
     Workers::of_process().run(
         threads_,
         [](void* pointer, Worker& worker) {
             Job& j = *static_cast<Job*>(pointer);
-            j.program.turn(j.context.step, j.reach, worker);
-            worker.wait();
+            if (j.first == 0) {
+                j.program.turn(j.context.step, j.reach, worker);
+                worker.wait();
+            }
             using Clock = std::chrono::steady_clock;
-            for (const auto& kernel : j.program.kernels_) {
+            for (size_t i = j.first; i < j.end; ++i) {
+                const auto& kernel = j.program.kernels_[i];
                 const auto start = j.timed ? Clock::now() : Clock::time_point{};
                 kernel->run(j.context, worker);
                 if (j.timed && worker.id == 0)

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "native/int8.h"
 #include "native/native.h"
 #include "workers.h"
 
@@ -67,6 +68,7 @@ struct Kernel {
     std::string name;
     std::atomic<int64_t> weight_read{0}, kv_read{0}, kv_written{0}, flops{0};  // of the last step, all workers
     std::atomic<int64_t> active_rows{-1}, active_pairs{0};  // neurons some token needed, pairs of both; -1: not counted here
+    std::atomic<int64_t> outliers{-1};                      // columns of the input apart from its int8 codes; -1: it has none
     double seconds = 0;  // of worker 0 in the last step, if timed
     virtual ~Kernel() = default;
     virtual int64_t scratch_bytes(int64_t /*tokens*/) const { return 0; }  // of all workers together
@@ -148,6 +150,9 @@ class Program {
     // Products of one input, which is normed first where there is a norm. gated: they come in pairs (gate, up). twice_from: see Input.
     void linear(const std::string& name, int source, const Norm* norm, std::vector<Product> products, Store store, Act act,
                 float twice_from = -1);
+    // The same with matrices of int8 rows, outlier columns apart.
+    void int8_linear(const std::string& name, int source, const Norm* norm, std::vector<Int8Product> products, Outliers how,
+                     Store store, Act act);
     void gate_first(const std::string& name, GateFirstFFN ffn);
     void norm_add(const std::string& name, int source, const Norm& norm, int values);
     // `forms` is by KV head.
@@ -158,8 +163,10 @@ class Program {
     void split(int64_t keys) { split_ = keys; }
 
     // Runs one step; `reach` [B] is the length each row will have in the end, which chooses its rope. Throws std::invalid_argument
-    // where a key or value could not be coded; what pages of coded tokens hold is then unknown.
-    void run(const Step& step, const int64_t* reach, bool timed);
+    // where a key or value could not be coded; what pages of coded tokens hold is then unknown. A step may be run in parts: the
+    // kernels [first, end), an `end` below 0 being the last one's, all parts of one step after the other; records need to hold for
+    // the kernels of a part alone.
+    void run(const Step& step, const int64_t* reach, bool timed, int64_t first = 0, int64_t end = -1);
     // Runs one step on given values [T, width] instead of what an embedding yields, and copies out others.
     void run_on(const Step& step, int source, const float* x, int out, float* y);
     // Makes room for the values of a step, which then stay where they are while steps of this size run.
@@ -176,6 +183,8 @@ class Program {
         const std::vector<float>* queries = nullptr;
         int64_t heads = 0, head_dim = 0;
     };
+    // Behind the attention of each layer: where a step can be parted so that caches of one layer change before the next one runs.
+    const std::vector<int64_t>& attends() const { return attends_; }
     const Watched& watched(int layer) const { return watched_.at(static_cast<size_t>(layer)); }
     int64_t watching() const { return watch_; }
     const std::vector<std::unique_ptr<Kernel>>& kernels() const { return kernels_; }
@@ -192,7 +201,7 @@ class Program {
     };
 
     void lay_out(const Step& step);
-    Context prepare(const Step& step);
+    Context prepare(const Step& step, bool starts = true);
     void cut(const Step& step);
     void turn(const Step& step, const int64_t* reach, Worker& worker);
 
@@ -203,6 +212,7 @@ class Program {
     Arena values_arena_, scratch_arena_, partial_arena_, rope_arena_;
     int64_t split_ = 0, watch_ = 0;
     std::vector<Watched> watched_;  // by layer
+    std::vector<int64_t> attends_;  // by layer
     int64_t heads_ = 0, per_kv_ = 0, head_dim_ = 0, slots_ = 0;  // largest over attention kernels
     std::vector<Piece> pieces_;
 };

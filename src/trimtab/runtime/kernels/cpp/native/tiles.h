@@ -9,6 +9,8 @@
 //              then its 2-bit part, then its 1-bit part, as the binary digits of `bits` say (8 bits: whole bytes). In the
 //              f-bit part every 64-byte vector holds 32 / f columns: byte 4 r + j keeps, from its lowest f bits up,
 //              columns j, 4 + j, 8 + j, ... of row r.
+//   grid       codes as those of ints; what a code stands for is looked up, see Grid
+//   pairs      alike, and what a code stands for depends on its neighbour: columns 2 i and 2 i + 1 are a pair
 //   planes     codes [tiles, Kp / 32, bits, 64]: a unit of 32 columns is one 64-byte piece for each plane (bit of the code),
 //              lowest first. A piece holds the nibbles of 8 blocks of 4 columns: bit k of a nibble is column k of its block.
 //              Byte 32 h + 16 l + r keeps row r of block 4 h + l in its low and of block 4 h + 2 + l in its high half, so
@@ -28,13 +30,38 @@ constexpr int tile_rows = 16, unit_cols = 32;
 // Up to a whole cache line.
 constexpr int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-enum class Coding : int { f32, f16, bf16, ints, ternary, planes, lanes };
+enum class Coding : int { f32, f16, bf16, ints, ternary, planes, lanes, grid, pairs };
 // What a table of partial sums keeps of each: one byte, two bytes, or the float itself.
 enum class Entry : int { i8, i16, f32 };
-// How the scales of ints are kept, each for 16 rows: half: fp16 [tiles, groups, 16], minimum alike. q4_k: fp16
+// How the scales of ints, grids and pairs are kept, each for 16 rows: half: fp16 [tiles, groups, 16], minimum alike. q4_k: fp16
 // [tiles, K / 256, 2, 16] times uint8 [tiles, K / 256, 2, 8, 16]. q6_k: fp16 [tiles, K / 256, 16] times int8
-// [tiles, K / 256, 16, 16].
-enum class Scales : int { half, q4_k, q6_k };
+// [tiles, K / 256, 16, 16]. stepped: fp16 [tiles, 16] times uint8 [tiles, groups, 16]. powers: 2^(uint8 [tiles, groups, 16] - 127).
+enum class Scales : int { half, q4_k, q6_k, stepped, powers };
+
+// What the codes of a grid or of pairs stand for, as the integers a product multiplies.
+//   table        value + offset of code c of table t lies at low[16 t + c], or low[c] of codes of 5 and 6 bits
+//   magnitude    7 and 8 bits: the highest bit is the sign
+//   pairs        4 bits: low[c], or low[16 + c] where the other half of the pair is `victim`; the victim itself stands for 0
+//   split_pairs  alike where values are beyond int8: low, and 8 times what `high` holds, with an offset of its own
+//   wide_pairs   8 bits: normal values as those of magnitude; outliers have an exponent of 4 and a mantissa of 3 bits and are
+//                (8 + mantissa) * 2^(exponent + 4). No integers: tiles are decoded to floats and multiplied with floats.
+struct Grid {
+    enum class Form : int { table, magnitude, pairs, split_pairs, wide_pairs };
+    Form form = Form::table;
+    int tables = 1;  // 1, 2 or 4; which one a group has stands in `choice`
+    int offset = 0, high_offset = 0;
+    uint8_t low[64] = {}, high[32] = {};
+
+    int choice_bits() const { return tables / 2; }
+    int zero() const { return offset + 8 * high_offset; }
+
+    // Of `tables` tables of 2^bits values by code; pairs: normal values, then outliers. Throws std::invalid_argument where no
+    // kernel can hold them: beyond 16 with up to 5 bits, beyond 64 with 6, and with 7 and 8 whatever is not sign and magnitude.
+    static Grid of(const int32_t* values, int tables, int bits, bool pairs);
+    // What code `code` of table `table` stands for; of pairs, table 1 is that of outliers.
+    double value(int bits, int table, int code) const;
+};
+constexpr int victim(int bits) { return 1 << (bits - 1); }
 
 // How many times the typical scale of its token a group of activations has at least to be coded twice, see Input. What it keeps
 // of SmolLM2 on 2,048 tokens, against the same weights with float inputs: 3 keeps a top-1 of 98 % with 5 to 8 bits, or 4 in groups of
@@ -50,6 +77,9 @@ struct Tiles {
     const uint16_t* scale = nullptr;
     const uint16_t* minimum = nullptr;  // null: w = scale * (code - 2^(bits-1)), else scale * code + minimum
     const uint8_t* sub = nullptr;
+    bool bipolar = false;  // ints: w = scale * (2 * code + 1 - 2^bits)
+    Grid grid;
+    const uint8_t* choice = nullptr;  // [tiles, groups, 2 * choice_bits]: that of row r at bit r * choice_bits, little-endian
     int64_t rows = 0, cols = 0, group = 0;  // group: columns that share a scale, a multiple of 16 (lookups: of 4; ternary: any)
     // Products by table lookup alone.
     Entry entry = Entry::i8;
@@ -58,14 +88,22 @@ struct Tiles {
 
     int64_t tiles() const { return (rows + tile_rows - 1) / tile_rows; }
     int64_t padded() const {
-        return coding == Coding::ints || planes() ? (cols + unit_cols - 1) / unit_cols * unit_cols
+        return coded() || planes() ? (cols + unit_cols - 1) / unit_cols * unit_cols
                : coding == Coding::bf16 ? (cols + 1) / 2 * 2
                                         : cols;
     }
+    // Units of codes; and whether they are multiplied as integers.
+    bool coded() const { return coding == Coding::ints || coding == Coding::grid || coding == Coding::pairs; }
+    bool integers() const { return coded() && !(coding == Coding::pairs && grid.form == Grid::Form::wide_pairs); }
     bool planes() const { return coding == Coding::planes || coding == Coding::lanes; }
     bool lookup() const { return coding == Coding::ternary || planes(); }
+    // The table of a group's row.
+    int choice_of(int64_t tile, int64_t g, int64_t row) const {
+        const int bits = grid.choice_bits(), at = static_cast<int>(row) * bits;
+        return bits ? choice[(tile * groups() + g) * 2 * bits + at / 8] >> at % 8 & ((1 << bits) - 1) : 0;
+    }
     // Scales of a row. Padding has none: in rows of an odd number of groups of 16 it would be one group more.
-    int64_t groups() const { return coding == Coding::ints || lookup() ? (cols + group - 1) / group : 0; }
+    int64_t groups() const { return coded() || lookup() ? (cols + group - 1) / group : 0; }
     // Columns of an input that share one activation scale.
     int64_t act_group() const {
         if (lookup()) return table_group ? table_group : padded();
@@ -83,10 +121,13 @@ struct Tiles {
         }
     }
     int64_t tile_bytes() const {
-        if (coding != Coding::ints && !lookup()) return data_bytes();
+        if (!coded() && !lookup()) return data_bytes();
         if (scales == Scales::q4_k) return data_bytes() + padded() / 256 * (2 * 32 + 2 * 8 * 16);
         if (scales == Scales::q6_k) return data_bytes() + padded() / 256 * (32 + 16 * 16);
-        return data_bytes() + groups() * 32 * (minimum ? 2 : 1);
+        const int64_t choices = coding == Coding::grid ? groups() * 2 * grid.choice_bits() : 0;
+        if (scales == Scales::stepped) return data_bytes() + choices + 32 + groups() * 16;
+        if (scales == Scales::powers) return data_bytes() + choices + groups() * 16;
+        return data_bytes() + choices + groups() * 32 * (minimum ? 2 : 1);
     }
 };
 
@@ -133,7 +174,7 @@ struct Input {
     // twice_from below 0: as the bits of the weights ask for.
     static Input of(const Tiles& w, float twice_from = -1) {
         Input in;
-        in.ints = w.coding == Coding::ints, in.stride = w.padded();
+        in.ints = w.integers(), in.stride = w.padded();
         if (in.ints || w.lookup()) in.act_group = w.act_group(), in.group = w.group;
         if (in.ints) in.twice_from = twice_from < 0 ? outlier(w.bits, w.group) : twice_from;
         if (w.lookup()) {
