@@ -30,6 +30,7 @@ from trimtab.spec.product import CLIPPED, BitSerial
 from trimtab.techniques.apply import applied, reencode
 from trimtab.techniques.base import compose
 from trimtab.techniques.linear.bipolar import SHARES
+from trimtab.techniques.materials import Materials
 from trimtab.techniques.registry import parse_all, parse_technique
 
 KERNELS = ("cpu-popcnt", "cpu-vnni")
@@ -97,15 +98,15 @@ def test_planes_are_the_grid_in_another_order(group: int) -> None:
 def test_formats_are_refused_with_a_sentence() -> None:
     with pytest.raises(SpecError, match=r"64, 96, 192, 288"):
         BipolarPlanes(bits=2, group=128).buffers(4, 576)
-    for bad in ({"bits": 0}, {"bits": 9}, {"bits": 2, "group": 0}, {"bits": 2, "tiled": True}):
+    for bits, group, tiled in ((0, 32, False), (9, 32, False), (2, 0, False), (2, 32, True)):
         with pytest.raises(SpecError, match=r"llowed|no tiled layout"):
-            BipolarPlanes(**({"group": 32} | bad))
+            BipolarPlanes(bits=bits, group=group, tiled=tiled)
 
 
 @pytest.mark.parametrize("ascale", ["absmax", "percentile"])
 @pytest.mark.parametrize("cols", [31, 576])
 def test_tokens_are_coded_as_defined(isa: str, ascale: str, cols: int) -> None:
-    x = values(6, cols) * np.float32([[1], [1e-20], [1e20], [0], [3], [7]])
+    x = values(6, cols) * np.array([[1], [1e-20], [1e20], [0], [3], [7]], np.float32)
     for abits in (1, 2, 5, 8):
         most = np.float32(2**abits - 1)
         found, scale = code(x, BitSerial(abits=abits, ascale=ascale))
@@ -252,9 +253,8 @@ def test_errors_on_gaussian_weights_are_below_those_of_symmetric_integers(bits: 
 
 def test_scales_of_least_error_are_searched_from_the_range_down(tiny_model: Any) -> None:
     spec = compose(tiny_model.spec, parse_all(["bipolar:wbits=2,abits=16,group=32"]))
-    found = parse_technique("bipolar:wbits=2,abits=16,group=32").convert(
-        tiny_model.weights, tiny_model.spec, spec, None
-    )
+    technique = parse_technique("bipolar:wbits=2,abits=16,group=32")
+    found = technique.convert(tiny_model.weights, tiny_model.spec, spec, Materials())
     ranged = reencode(tiny_model.weights, spec)
     path = "layers.0.mlp.up_proj"
     w = decode(tiny_model.weights[path])
@@ -351,5 +351,5 @@ def test_coded_inputs_have_no_native_kernel(tiny_model: Any) -> None:
 def test_coded_inputs_cost_no_decoding(tiny_model: Any) -> None:
     from trimtab.graph.count import _coding, _decoding
 
-    node = compose(tiny_model.spec, parse_all(["bipolar:wbits=2,abits=2"])).layers[0].mlp.up_proj
+    node = dict(compose(tiny_model.spec, parse_all(["bipolar:wbits=2,abits=2"])).linears())["layers.0.mlp.up_proj"]
     assert _decoding(node) == 0 and _coding(node, 3) > 0

@@ -218,7 +218,7 @@ def _arms(planes: dict[int, Any], floats: Any, bytes_: Any, x: np.ndarray) -> di
     return {
         **{f"W{n}A{a} {kernel}": product(n, a, kernel) for n, a, kernel in pairs},
         "code": lambda: code(x, BitSerial(abits=2)),
-        "int8": lambda: torch._int_mm(x_8, bytes_),
+        "int8": lambda: torch._int_mm(x_8, bytes_),  # pyright: ignore[reportPrivateImportUsage]
         "fp32": lambda: x_t @ floats.T,
     }
 
@@ -370,20 +370,16 @@ def predicted_product(bench: Bench) -> Outcome:
 
 def predicted_inference(bench: Bench) -> Outcome:
     """A decode step of Llama-2-7B behind 128 tokens, W1A1 for the matrices of the layers, against eager PyTorch in 16 bits."""
-    from trimtab.api import predict
+    from trimtab.predict.predict import predict
     from trimtab.spec.machine import load_machine
     from trimtab.spec.workload import Workload
+    from trimtab.techniques.plan import make_plan
 
     shown, met = [], True
     for name in MACHINES:
         machine = load_machine(name)
-        rows = [
-            row
-            for row in predict(
-                model="llama-2-7b", machine=name, workload=Workload(prompt=128, gen=2), stack="hf-eager"
-            ).ops
-            if row.phase == "decode"
-        ]
+        plan = make_plan("llama-2-7b", name, Workload(prompt=128, gen=2), stack="hf-eager")
+        rows = [row for row in predict(plan).ops if row.phase == "decode"]
         linear = [row for row in rows if row.kind == "linear" and "lm_head" not in row.name]
         rest = sum(row.time_s for row in rows if row not in linear)
         reading = sum(row.bytes for row in linear) / 16 / machine.memory_bandwidth_bytes_per_s

@@ -210,3 +210,25 @@ class Program:
     def arena_bytes(self) -> int: ...
     @property
     def threads(self) -> int: ...
+
+# Planes of bits, see `cpp/popcount.h`.
+def pack_bits(codes: np.ndarray, bits: int, group: int, out: np.ndarray) -> None: ...
+def unpack_bits(planes: np.ndarray, bits: int, group: int, out: np.ndarray) -> None: ...
+def code_bits(x: np.ndarray, bits: int, clipped: float, codes: np.ndarray, scale: np.ndarray) -> None: ...
+def bit_integers(
+    planes: np.ndarray, bits: int, x: np.ndarray, act_bits: int, cols: int, bytes: bool, threads: int, out: np.ndarray
+) -> int: ...
+def bit_multiply(
+    planes: np.ndarray,
+    scale: np.ndarray | None,
+    bits: int,
+    cols: int,
+    group: int,
+    x: np.ndarray,
+    act_bits: int,
+    clipped: float,
+    bytes: bool,
+    fused: bool,
+    threads: int,
+    y: np.ndarray,
+) -> tuple[int, int]: ...

@@ -167,7 +167,7 @@ def time_kernels(format: BipolarPlanes, abits: int, rows: int, cols: int) -> dic
     found: dict[int, dict[str, float]] = {}
     for tokens in _TOKENS:
         x = rng.standard_normal((tokens, cols), dtype=np.float32)
-        best = dict.fromkeys(("cpu-popcnt", "cpu-vnni"), math.inf)
+        best: dict[str, float] = {"cpu-popcnt": math.inf, "cpu-vnni": math.inf}
         for _ in range(_RUNS):
             for backend in best:
                 start = time.perf_counter()
