@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "lmul.h"
+#include "binary.h"
 #include "native/int8.h"
 #include "native/native.h"
 
@@ -29,6 +30,7 @@ struct Isa {
     const TileKernels* table;
     const LmulKernels* lmul;
     const Int8Kernels* int8;
+    const BinaryKernels* binary;
     const Words* words;
 };
 const std::vector<Isa>& isas();

@@ -19,6 +19,7 @@ namespace trimtab {
     extern const TileKernels tile_table; \
     extern const LmulKernels lmul_table; \
     extern const Int8Kernels int8_table; \
+    extern const BinaryKernels binary_table; \
     extern const Words words;            \
     }
 TRIMTAB_TABLES(baseline)
@@ -28,28 +29,30 @@ TRIMTAB_TABLES(avx512)
 namespace {
 const TileKernels* current = &baseline::tile_table;
 const Int8Kernels* current_int8 = &baseline::int8_table;
+const BinaryKernels* current_binary = &baseline::binary_table;
 }
 
 const std::vector<Isa>& isas() {
     static const std::vector<Isa> all = {
-        {"baseline", &baseline::tile_table, &baseline::lmul_table, &baseline::int8_table, &baseline::words},
+        {"baseline", &baseline::tile_table, &baseline::lmul_table, &baseline::int8_table, &baseline::binary_table, &baseline::words},
 #ifdef TRIMTAB_HAS_AVX2
-        {"avx2", &avx2::tile_table, &avx2::lmul_table, &avx2::int8_table, &avx2::words},
+        {"avx2", &avx2::tile_table, &avx2::lmul_table, &avx2::int8_table, &avx2::binary_table, &avx2::words},
 #endif
 #ifdef TRIMTAB_EMULATED_AVX512
-        {"avx512 (emulated)", &avx512::tile_table, &avx512::lmul_table, &avx512::int8_table, &avx512::words},
+        {"avx512 (emulated)", &avx512::tile_table, &avx512::lmul_table, &avx512::int8_table, &avx512::binary_table, &avx512::words},
 #elif defined(TRIMTAB_HAS_AVX512)
-        {"avx512", &avx512::tile_table, &avx512::lmul_table, &avx512::int8_table, &avx512::words},
+        {"avx512", &avx512::tile_table, &avx512::lmul_table, &avx512::int8_table, &avx512::binary_table, &avx512::words},
 #endif
     };
     return all;
 }
 
-void use(const Isa& isa) { current = isa.table, current_int8 = isa.int8; }
+void use(const Isa& isa) { current = isa.table, current_int8 = isa.int8, current_binary = isa.binary; }
 
 // Stands in for dispatch.cpp, which would never choose an emulated table.
 const TileKernels& tile_kernels() { return *current; }
 const Int8Kernels& int8_kernels() { return *current_int8; }
+const BinaryKernels& binary_kernels() { return *current_binary; }
 
 namespace baseline {
 extern const Kernels table;

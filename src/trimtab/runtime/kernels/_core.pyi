@@ -74,6 +74,14 @@ def multiply(
 def time_products(
     w: list[Tiles], x: np.ndarray, threads: int, flows: list[tuple[int, int]], repeats: int
 ) -> list[list[float]]: ...
+
+#: Signs and scales in tiles, flat; rows, columns, rows and columns that share scales, bits, terms of a scale.
+Binary = tuple[np.ndarray, np.ndarray, int, int, int, int, int, int]
+#: Matrix, index of the values it writes, first column there, bias, factor, cap.
+BinaryProduct = tuple[Binary, int, int, np.ndarray | None, float, float]
+
+def binary_multiply(w: Binary, x: np.ndarray, threads: int, y: np.ndarray) -> None: ...
+def binary_multiply_plain(w: Binary, x: np.ndarray, y: np.ndarray) -> None: ...
 def int8_product(w: np.ndarray, x: np.ndarray, threads: int, out: np.ndarray) -> None: ...
 
 #: Rows int8 [N, K], what a unit of each stands for, and fp16 columns [columns, N] as their bits.
@@ -135,6 +143,9 @@ class Program:
         columns: list[int] | None,
         store: int,
         act: int,
+    ) -> None: ...
+    def binary_linear(
+        self, name: str, source: int, norm: Norm | None, products: list[BinaryProduct], store: int, act: int
     ) -> None: ...
     def gate_first(
         self,

@@ -14,7 +14,7 @@ def binary_matrix(packed: Packed) -> _core.Binary:
     format = packed.format
     assert isinstance(format, BcqFormat) and format.tiled
     rows, cols = packed.shape
-    return _core.binary(
+    return (
         packed.buffers["signs"].reshape(-1), packed.buffers["scales"].reshape(-1), rows, cols,
         format.scale_rows(rows), format.scale_cols, format.bits, format.apot,
     )  # fmt: skip

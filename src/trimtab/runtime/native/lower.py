@@ -15,6 +15,7 @@ from trimtab.errors import SpecError, UnsupportedModelError
 from trimtab.runtime import kernels
 from trimtab.runtime.cache.rows import head_forms
 from trimtab.runtime.kernels import _core
+from trimtab.runtime.kernels.binary import binary_matrix
 from trimtab.runtime.native.arena import Arena
 from trimtab.runtime.native.attention import unified_limits
 from trimtab.runtime.native.dataflow import ONLY, thresholds
@@ -25,6 +26,7 @@ from trimtab.runtime.numerics import decode
 from trimtab.runtime.rope import frequencies
 from trimtab.runtime.weights.packed import Packed, Weights
 from trimtab.spec import tree
+from trimtab.spec.bcq import BcqFormat
 from trimtab.spec.formats import FP32, WeightFormat
 from trimtab.spec.leaves import EmbeddingSpec, LinearSpec, NormSpec
 from trimtab.spec.model import ModelSpec
@@ -322,6 +324,14 @@ class _Builder:
     ) -> None:
         """Products of one input: paths -> nodes, and what `product` made of each."""
         made = [product for _, product in parts.values()]
+        binary = {isinstance(node.format, BcqFormat) for node, _ in parts.values()}
+        if len(binary) > 1:
+            raise UnsupportedModelError(
+                f"Binary-coded matrices and others that share an input ({', '.join(parts)}) have no native kernel."
+            )
+        if binary == {True}:
+            self.program.binary_linear(name, source, norm, [each[:6] for each in made], store, act)
+            return
         how = one_input({path: node for path, (node, _) in parts.items()})
         if how is None:
             self.program.linear(name, source, norm, made, store, act)
@@ -336,6 +346,8 @@ class _Builder:
         to = (values, column, self.bias(path, node), 1.0, 0.0)
         if isinstance(node.product, Int8Vector):
             return (self.int8(path, node), *to)
+        if isinstance(node.format, BcqFormat):
+            return (self.binary(path, node), *to)
         flow = self.flow(node, self.spec.embed_tokens.format if tied else node.format)
         return (tied or self.matrix(path, node), *to, *flow)
 
@@ -351,6 +363,13 @@ class _Builder:
         self.release(path)
         self.nbytes += copied
         return held
+
+    def binary(self, path: str, node: LinearSpec) -> _core.Binary:
+        """A binary-coded matrix, copied into the arena."""
+        packed = as_tiles(self.weights[path], node.format, self.arena.buffers(node.format, (node.n, node.k)))
+        self.release(path)
+        self.nbytes += packed.nbytes
+        return binary_matrix(packed)
 
     def matrix(self, path: str, node: LinearSpec) -> _core.Tiles:
         return self._tiles(path, node.format, (node.n, node.k), node.product)

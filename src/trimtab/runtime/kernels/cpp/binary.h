@@ -18,6 +18,14 @@ struct Binary {
     int bits = 1, apot = 1;
 
     int64_t chunks() const { return cols / chunk_cols; }
+    int64_t tiles() const { return (rows + 15) / 16; }
+    bool looks_up() const { return scale_cols == chunk_cols; }  // else columns have scales of their own, and tables would be theirs
+    // Signs of a tile, and the scales of the blocks of rows that begin in it: those of all tiles sum to the matrix.
+    int64_t tile_bytes(int64_t tile) const {
+        const int64_t end = (tile + 1) * 16 < rows ? (tile + 1) * 16 : rows;
+        const int64_t blocks = (end + scale_rows - 1) / scale_rows - (tile * 16 + scale_rows - 1) / scale_rows;
+        return chunks() * bits * 16 + blocks * (cols / scale_cols) * bits * apot;
+    }
     const uint8_t* chunk(int64_t tile, int64_t c) const { return signs + (tile * chunks() + c) * bits * 16; }
     const uint8_t* scale(int64_t row, int64_t col) const {
         return scales + (row / scale_rows * (cols / scale_cols) + col / scale_cols) * bits * apot;
@@ -74,6 +82,15 @@ struct BinaryKernels {
 };
 
 const BinaryKernels& binary_kernels();  // of the instruction set in use
+
+// A matrix, and where its products go.
+struct BinaryProduct {
+    Binary w;
+    int values = 0;
+    int64_t column = 0;
+    const float* bias = nullptr;
+    float factor = 1, softcap = 0;
+};
 
 // y [T, N] = x [T, K] times W: few tokens by look-up, many (or where columns have scales of their own) with the decoded matrix.
 void binary_multiply(const Binary& w, const float* x, int64_t tokens, int threads, float* y);

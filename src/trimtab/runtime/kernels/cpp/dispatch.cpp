@@ -5,6 +5,7 @@
 #include <cstring>
 #include <string>
 
+#include "binary.h"
 #include "kernels.h"
 #include "lmul.h"
 #include "native/int8.h"
@@ -17,6 +18,7 @@ extern const Kernels table;
 extern const TileKernels tile_table;
 extern const LmulKernels lmul_table;
 extern const Int8Kernels int8_table;
+extern const BinaryKernels binary_table;
 }
 #ifdef TRIMTAB_HAS_AVX2
 namespace avx2 {
@@ -24,6 +26,7 @@ extern const Kernels table;
 extern const TileKernels tile_table;
 extern const LmulKernels lmul_table;
 extern const Int8Kernels int8_table;
+extern const BinaryKernels binary_table;
 }
 #endif
 #ifdef TRIMTAB_HAS_AVX512
@@ -32,6 +35,7 @@ extern const Kernels table;
 extern const TileKernels tile_table;
 extern const LmulKernels lmul_table;
 extern const Int8Kernels int8_table;
+extern const BinaryKernels binary_table;
 }
 #endif
 
@@ -42,6 +46,7 @@ struct Isa {
     const TileKernels* tiles;
     const LmulKernels* lmul;
     const Int8Kernels* int8;
+    const BinaryKernels* binary;
 };
 
 // What this processor lacks of an instruction set that was compiled in, as the system spells it; empty if nothing.
@@ -73,12 +78,12 @@ std::string lacking([[maybe_unused]] const char* isa) {
 
 int compiled(Isa* out) {
     int count = 0;
-    out[count++] = {&baseline::table, &baseline::tile_table, &baseline::lmul_table, &baseline::int8_table};
+    out[count++] = {&baseline::table, &baseline::tile_table, &baseline::lmul_table, &baseline::int8_table, &baseline::binary_table};
 #ifdef TRIMTAB_HAS_AVX2
-    out[count++] = {&avx2::table, &avx2::tile_table, &avx2::lmul_table, &avx2::int8_table};
+    out[count++] = {&avx2::table, &avx2::tile_table, &avx2::lmul_table, &avx2::int8_table, &avx2::binary_table};
 #endif
 #ifdef TRIMTAB_HAS_AVX512
-    out[count++] = {&avx512::table, &avx512::tile_table, &avx512::lmul_table, &avx512::int8_table};
+    out[count++] = {&avx512::table, &avx512::tile_table, &avx512::lmul_table, &avx512::int8_table, &avx512::binary_table};
 #endif
     return count;
 }
@@ -115,6 +120,8 @@ const TileKernels& tile_kernels() { return *chosen().tiles; }
 
 const LmulKernels& lmul_kernels() { return *chosen().lmul; }
 const Int8Kernels& int8_kernels() { return *chosen().int8; }
+
+const BinaryKernels& binary_kernels() { return *chosen().binary; }
 
 int available_isas(const char** out) {
     Isa tables[4];

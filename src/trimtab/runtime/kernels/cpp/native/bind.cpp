@@ -101,6 +101,37 @@ int64_t multiply(const BoundTiles& w, Array<const float, 2> x, int threads, Arra
 // W [N, K] of int8 rows, and the fp16 columns by which outliers are multiplied, where there are such.
 using Int8Tuple = std::tuple<Array<const int8_t, 2>, Floats, std::optional<Array<const uint16_t, 2>>>;
 
+// Signs and scales of a binary-coded matrix in tiles, and what they mean: rows, columns, rows and columns that share scales, bits, terms.
+using BinaryTuple = std::tuple<Bytes, Bytes, int64_t, int64_t, int64_t, int64_t, int, int>;
+
+Binary binary_of(const BinaryTuple& matrix) {
+    const auto& [signs, scales, rows, cols, scale_rows, scale_cols, bits, apot] = matrix;
+    Binary w;
+    w.signs = signs.data(), w.scales = scales.data(), w.rows = rows, w.cols = cols;
+    w.scale_rows = scale_rows, w.scale_cols = scale_cols, w.bits = bits, w.apot = apot;
+    return w;
+}
+
+// A number with additions and shifts, and no multiplication.
+struct Additive {
+    float value;
+    explicit Additive(float v) : value(v) {}
+    Additive operator+(Additive other) const { return Additive(value + other.value); }
+    Additive operator-(Additive other) const { return Additive(value - other.value); }
+};
+Additive shifted(Additive v, Term by) { return Additive(trimtab::shifted(v.value, by)); }
+
+void binary_multiply_plain(const BinaryTuple& matrix, Array<const float, 2> x, Array<float, 2> y) {
+    const Binary w = binary_of(matrix);
+    const size_t cols = x.shape(1), rows = y.shape(1);
+    std::vector<Additive> in(cols, Additive(0.0f)), out(rows, Additive(0.0f));
+    for (size_t t = 0; t < x.shape(0); ++t) {
+        for (size_t k = 0; k < cols; ++k) in[k] = Additive(x.data()[t * cols + k]);
+        binary_plain(w, in.data(), out.data());
+        for (size_t n = 0; n < rows; ++n) y.data()[t * rows + n] = out[n].value;
+    }
+}
+
 double seconds_since(std::chrono::steady_clock::time_point start) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
@@ -168,6 +199,12 @@ void bind_native(nb::module_& m) {
     m.def("multiply", &multiply, nb::arg("w"), nb::arg("x"), nb::arg("threads"), nb::arg("y"),
           nb::arg("twice_from") = -1.0f, nb::arg("flat") = 1, nb::arg("decoded") = int64_t{1} << 40);
     m.def("time_products", &time_products);
+    m.def("binary_multiply", [](const BinaryTuple& w, Array<const float, 2> x, int threads, Array<float, 2> y) {
+        const Binary made = binary_of(w);
+        nb::gil_scoped_release release;
+        binary_multiply(made, x.data(), static_cast<int64_t>(x.shape(0)), threads, y.data());
+    });
+    m.def("binary_multiply_plain", &binary_multiply_plain);
     m.def("int8_product", [](Array<const int8_t, 2> w, Array<const int8_t, 2> x, int threads, Array<int32_t, 2> out) {
         nb::gil_scoped_release release;
         int8_product(w.data(), static_cast<int64_t>(w.shape(0)), static_cast<int64_t>(w.shape(1)), x.data(),
@@ -235,6 +272,21 @@ void bind_native(nb::module_& m) {
              },
              nb::arg("name"), nb::arg("source"), nb::arg("norm").none(), nb::arg("products"), nb::arg("threshold"),
              nb::arg("columns").none(), nb::arg("store"), nb::arg("act"))
+        .def("binary_linear",
+             [](Bound& b, const std::string& name, int source, const Norm* norm,
+                const std::vector<std::tuple<BinaryTuple, int, int64_t, std::optional<Floats>, float, float>>& products, int store, int act) {
+                 std::vector<BinaryProduct> made;
+                 for (const auto& [matrix, values, column, bias, factor, softcap] : products) {
+                     BinaryProduct product;
+                     product.w = binary_of(matrix);
+                     b.keep.push_back(nb::cast(std::get<0>(matrix))), b.keep.push_back(nb::cast(std::get<1>(matrix)));
+                     product.values = values, product.column = column, product.bias = b.floats(bias);
+                     product.factor = factor, product.softcap = softcap;
+                     made.push_back(product);
+                 }
+                 b.program.binary_linear(name, source, norm, std::move(made), static_cast<Store>(store), static_cast<Act>(act));
+             },
+             nb::arg("name"), nb::arg("source"), nb::arg("norm").none(), nb::arg("products"), nb::arg("store"), nb::arg("act"))
         .def("gate_first",
              [](Bound& b, const std::string& name, int source, int values, const Norm& norm, const BoundTiles& gate,
                 const BoundRows& up, const BoundRows& down_t, int act, float threshold, int64_t max_tokens, bool prefill) {

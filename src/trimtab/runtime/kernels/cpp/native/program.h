@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "binary.h"
 #include "native/int8.h"
 #include "native/native.h"
 #include "workers.h"
@@ -153,6 +154,8 @@ class Program {
     // The same with matrices of int8 rows, outlier columns apart.
     void int8_linear(const std::string& name, int source, const Norm* norm, std::vector<Int8Product> products, Outliers how,
                      Store store, Act act);
+    // The same with sums of signs times powers of two.
+    void binary_linear(const std::string& name, int source, const Norm* norm, std::vector<BinaryProduct> products, Store store, Act act);
     void gate_first(const std::string& name, GateFirstFFN ffn);
     void norm_add(const std::string& name, int source, const Norm& norm, int values);
     // `forms` is by KV head.
