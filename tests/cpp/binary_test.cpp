@@ -53,9 +53,11 @@ TEST(binary_products_agree) {
             isa.binary->tabulate(x.data(), 8 * chunks, tables.data());
             std::vector<float> decoded(static_cast<size_t>(8 * chunks * 16));
             for (int64_t tile = 0; tile < m.w.tiles(); ++tile) {
-                float out[16];
+                float out[16] = {};
                 isa.binary->decode(m.w, tile, decoded.data());
-                if (m.w.looks_up()) isa.binary->dot(m.w, tile, tables.data(), out);
+                const int64_t middle = random.between(0, chunks);
+                if (m.w.looks_up())
+                    isa.binary->dot(m.w, tile, 0, middle, tables.data(), out), isa.binary->dot(m.w, tile, middle, chunks, tables.data(), out);
                 for (int64_t r = 0; r < 16 && tile * 16 + r < rows; ++r) {
                     const int64_t n = tile * 16 + r;
                     double sum = 0, size = 0;

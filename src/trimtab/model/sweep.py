@@ -10,6 +10,7 @@ Source: Frantar et al., GPTQ, arXiv 2210.17323, algorithm 1.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -86,6 +87,7 @@ def factor(hessian_KK: torch.Tensor, damp: float = 0.01, order: torch.Tensor | N
         raise CalibrationError("The calibration text gave a matrix nothing but zeros. Give another text.")
     mean = float(diagonal[~dead].mean())
     diagonal[dead] = mean
+    asked = damp
     for _ in range(_RAISES):
         damped = h + torch.eye(len(h), dtype=h.dtype) * (damp * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
@@ -93,6 +95,11 @@ def factor(hessian_KK: torch.Tensor, damp: float = 0.01, order: torch.Tensor | N
             inverse = torch.cholesky_inverse(lower)
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not int(failed):
+                if damp > asked:
+                    warnings.warn(
+                        f"A Hessian is singular: damped by {damp:g} of its mean instead of {asked:g}. A longer calibration text helps.",
+                        stacklevel=2,
+                    )
                 return Factor(upper.float(), order, dead, damp)
         damp = max(damp, 1e-4) * _RAISE
     raise CalibrationError(

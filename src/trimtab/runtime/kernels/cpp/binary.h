@@ -9,6 +9,7 @@
 namespace trimtab {
 
 constexpr int64_t chunk_cols = 8, chunk_sums = 256;
+constexpr int64_t chunk_block = 24;  // chunks whose tables stay in the nearest cache while all tiles look into them
 
 struct Binary {
     const uint8_t* signs = nullptr;   // [ceil(N / 16), K / 8, q, 16]: bit s is column 8 c + s, 1 for +1; rows beyond N are 0
@@ -75,8 +76,8 @@ void binary_plain(const Binary& w, const F* x, F* y) {
 struct BinaryKernels {
     // tables [K / 8, 256]: entry p of a chunk is the sum of +x_s where bit s of p is set and of -x_s elsewhere.
     void (*tabulate)(const float* x, int64_t cols, float* tables);
-    // out [16] = rows of a tile times the input whose tables these are; scales of whole chunks only.
-    void (*dot)(const Binary& w, int64_t tile, const float* tables, float* out);
+    // out [16] += rows of a tile times chunks [first, last) of the input whose tables these are; scales of whole chunks only.
+    void (*dot)(const Binary& w, int64_t tile, int64_t first, int64_t last, const float* tables, float* out);
     // The rows of a tile as floats [K, 16].
     void (*decode)(const Binary& w, int64_t tile, float* out);
 };

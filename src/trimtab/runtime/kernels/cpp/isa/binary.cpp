@@ -39,56 +39,62 @@ inline FV gather(const float* table, const uint8_t* bytes) {
 #endif
 }
 
-// `shifted` of every lane, by terms whose exponents are shifted to their place; lanes of `keep` 0 become 0.
-inline FV shift(FV v, IV exponent, IV flip, IV keep) {
-    const IV bits = as<IV>(v), have = bits & 0x7f800000, sum = have + exponent;
-    const IV ordinary = keep & (have != 0) & (sum > 0);
-    const IV moved = (sum >= 0x7f800000 ? (bits & static_cast<int32_t>(0x80000000)) | 0x7f800000 : bits + exponent);
-    return as<FV>((moved ^ flip) & ordinary);
-}
-
-// Terms of the rows of one register: where all share their scales, that is one.
-struct Terms {
-    IV exponent, flip, keep;
+// By code of a term: the exponent, far below all floats where there is no term; and the sign.
+struct Codes {
+    float exponent[256];
+    uint32_t sign[256];
+    Codes() {
+        for (int code = 0; code < 256; ++code) {
+            const Term t = term(static_cast<uint8_t>(code));
+            exponent[code] = t.none ? -1000.0f : static_cast<float>(t.exponent), sign[code] = t.negative ? 0x80000000u : 0u;
+        }
+    }
 };
 
-inline Terms same(uint8_t code) {
-    const Term t = term(code);
-    return {splat_i(t.exponent * (1 << 23)), splat_i(t.negative ? static_cast<int32_t>(0x80000000) : 0), splat_i(t.none ? 0 : -1)};
+// v * 2^exponent with the sign flipped where `sign` says so, by adding to the exponents of v.
+inline FV shift(FV v, FV exponent, UV sign) {
+#if defined(__AVX512F__)
+    const FV moved = as<FV>(_mm512_maskz_scalef_ps(0xffff, as<__m512>(v), as<__m512>(exponent)));
+    return as<FV>(as<UV>(moved) ^ sign);
+#else
+    const IV bits = as<IV>(v), by = __builtin_convertvector(exponent, IV) * (1 << 23), have = bits & 0x7f800000, sum = have + by;
+    const IV ordinary = (have != 0) & (sum > 0) & (exponent > splat_f(-999.0f));
+    const IV moved = sum >= 0x7f800000 ? (bits & static_cast<int32_t>(0x80000000)) | 0x7f800000 : bits + by;
+    return as<FV>(as<UV>(moved & ordinary) ^ sign);
+#endif
 }
 
-inline Terms of_rows(const Binary& w, int64_t row, int64_t col, int at) {
-    Terms out;
-    for (int i = 0; i < lanes; ++i) {
-        const int64_t r = row + i < w.rows ? row + i : w.rows - 1;
-        const Term t = term(w.scale(r, col)[at]);
-        out.exponent[i] = t.exponent * (1 << 23), out.flip[i] = t.negative ? static_cast<int32_t>(0x80000000) : 0, out.keep[i] = t.none ? 0 : -1;
-    }
-    return out;
-}
-
-void dot(const Binary& w, int64_t tile, const float* tables, float* out) {
-    FV sum[parts];
-    for (int p = 0; p < parts; ++p) sum[p] = FV{};
-    const int64_t chunks = w.chunks();
+void dot(const Binary& w, int64_t tile, int64_t first, int64_t last, const float* tables, float* out) {
+    static const Codes terms;
+    const int count = w.bits * w.apot;
     for (int p = 0; p < parts; ++p) {
-        const int64_t row = tile * 16 + p * lanes, last = row + lanes - 1 < w.rows ? row + lanes - 1 : w.rows - 1;
+        const int64_t row = tile * 16 + p * lanes, end = row + lanes - 1 < w.rows ? row + lanes - 1 : w.rows - 1;
         if (row >= w.rows) break;
-        const bool shared = row / w.scale_rows == last / w.scale_rows;
-        const uint8_t* codes = w.scale(row, 0);
-        for (int64_t c = 0; c < chunks; ++c) {
+        const bool shared = row / w.scale_rows == end / w.scale_rows;
+        const uint8_t* codes = w.scale(row, first * chunk_cols);
+        FV sum[2] = {load<FV>(out + p * lanes), FV{}};  // two chains: an addition takes several cycles
+        for (int64_t c = first; c < last; ++c, codes += count) {
             const uint8_t* bytes = w.chunk(tile, c) + p * lanes;
             for (int i = 0; i < w.bits; ++i) {
                 const FV v = gather(tables + c * chunk_sums, bytes + i * 16);
                 for (int t = 0; t < w.apot; ++t) {
                     const int at = i * w.apot + t;
-                    const Terms by = shared ? same(codes[c * w.bits * w.apot + at]) : of_rows(w, row, c * chunk_cols, at);
-                    sum[p] += shift(v, by.exponent, by.flip, by.keep);
+                    FV exponent;
+                    UV sign;
+                    if (shared) {
+                        exponent = splat_f(terms.exponent[codes[at]]), sign = UV{} + terms.sign[codes[at]];
+                    } else {
+                        for (int r = 0; r < lanes; ++r) {
+                            const uint8_t code = w.scale(row + r < w.rows ? row + r : w.rows - 1, c * chunk_cols)[at];
+                            exponent[r] = terms.exponent[code], sign[r] = terms.sign[code];
+                        }
+                    }
+                    sum[t & 1] += shift(v, exponent, sign);
                 }
             }
         }
+        store_f(out + p * lanes, sum[0] + sum[1]);
     }
-    for (int p = 0; p < parts; ++p) store_f(out + p * lanes, sum[p]);
 }
 
 void decode(const Binary& w, int64_t tile, float* out) {

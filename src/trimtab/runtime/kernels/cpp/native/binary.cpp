@@ -27,9 +27,14 @@ struct BinaryLinear : Kernel {
         return aligned(4 * tokens * cols()) + (tokens <= lookup_tokens ? tokens * table_bytes() : 0);
     }
     int64_t scratch_bytes(int64_t tokens) const override { return input_bytes(tokens); }
-    // Two decoded tiles; the input, where every worker prepares it for itself.
+    int64_t sum_bytes(int64_t tokens) const {
+        int64_t tiles = 0;
+        for (const BinaryProduct& p : products) tiles += p.w.tiles();
+        return tokens <= lookup_tokens ? aligned(4 * tile_rows * tiles * tokens) : 0;
+    }
+    // Two decoded tiles; sums of the tiles that are looked up; the input, where every worker prepares it for itself.
     int64_t own_bytes(int64_t tokens) const override {
-        return 2 * aligned(4 * tile_rows * cols()) + input_bytes(std::min(tokens, alone));
+        return 2 * aligned(4 * tile_rows * cols()) + sum_bytes(tokens) + input_bytes(std::min(tokens, alone));
     }
 
     void run(Context& c, Worker& worker) override {
@@ -39,7 +44,8 @@ struct BinaryLinear : Kernel {
         const bool own = tokens <= alone;
         char* private_ = c.own + worker.id * c.own_bytes;
         auto* room = reinterpret_cast<float*>(private_);
-        char* at = own ? private_ + 2 * aligned(4 * tile_rows * width) : c.shared;
+        auto* sums = reinterpret_cast<float*>(private_ + 2 * aligned(4 * tile_rows * width));
+        char* at = own ? private_ + 2 * aligned(4 * tile_rows * width) + sum_bytes(tokens) : c.shared;
         auto* x = reinterpret_cast<float*>(at);
         char* tables = at + aligned(4 * tokens * width);
         const int64_t first = own ? 0 : worker.begin(tokens), last = own ? tokens : worker.end(tokens);
@@ -58,9 +64,15 @@ struct BinaryLinear : Kernel {
         const int64_t begin = worker.begin(jobs), end = worker.end(jobs);
         for (size_t p = 0; p < products.size(); p += by) {
             const int64_t tiles = products[p].w.tiles();
-            for (int64_t j = std::max(begin, before); j < std::min(end, before + tiles); ++j)
-                bytes += multiply(c, x, tables, room, p, j - before, tokens);
+            const int64_t first_tile = std::max(begin, before) - before, last_tile = std::min(end, before + tiles) - before;
             before += tiles;
+            if (first_tile >= last_tile) continue;
+            float* theirs = look_up(products[p], tables, first_tile, last_tile, tokens, sums);
+            if (by == 2) look_up(products[p + 1], tables, first_tile, last_tile, tokens, theirs);
+            for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+                const int64_t at_sum = (tile - first_tile) * tokens * tile_rows;
+                bytes += multiply(c, x, sums + at_sum, theirs + at_sum, room, p, tile, tokens);
+            }
         }
         weight_read += bytes;
         if (worker.id == 0) {
@@ -72,8 +84,22 @@ struct BinaryLinear : Kernel {
 
     float* table(char* tables, int64_t t) const { return reinterpret_cast<float*>(tables + t * table_bytes()); }
 
+    // Sums of tiles [first, last) where they are looked up, [tile, token, 16]; returns where those of another product begin.
+    float* look_up(const BinaryProduct& p, char* tables, int64_t first, int64_t last, int64_t tokens, float* sums) const {
+        if (!looks(p, tokens)) return sums;
+        float* end = sums + (last - first) * tokens * tile_rows;
+        std::fill(sums, end, 0.0f);
+        for (int64_t c = 0; c < p.w.chunks(); c += chunk_block)
+            for (int64_t t = 0; t < tokens; ++t)
+                for (int64_t tile = first; tile < last; ++tile)
+                    binary_kernels().dot(p.w, tile, c, std::min(c + chunk_block, p.w.chunks()), table(tables, t),
+                                         sums + ((tile - first) * tokens + t) * tile_rows);
+        return end;
+    }
+
     // A tile of product p, and of the one after it where they come in pairs; returns the bytes it read of them.
-    int64_t multiply(Context& c, const float* x, char* tables, float* room, size_t p, int64_t tile, int64_t tokens) {
+    int64_t multiply(Context& c, const float* x, const float* sums, const float* theirs, float* room, size_t p, int64_t tile,
+                     int64_t tokens) {
         const BinaryProduct& one = products[p];
         const Values& to = c.program.values(one.values);
         const int64_t n0 = tile * tile_rows, count = std::min<int64_t>(tile_rows, one.w.rows - n0);
@@ -84,8 +110,8 @@ struct BinaryLinear : Kernel {
         alignas(64) float out[token_block * tile_rows], second[token_block * tile_rows];
         for (int64_t t0 = 0; t0 < tokens; t0 += token_block) {
             const int64_t here = std::min(token_block, tokens - t0);
-            dot(one, x, tables, room, tile, tokens, t0, here, out);
-            if (gated) dot(products[p + 1], x, tables, other, tile, tokens, t0, here, second);
+            dot(one, x, sums, room, tile, tokens, t0, here, out);
+            if (gated) dot(products[p + 1], x, theirs, other, tile, tokens, t0, here, second);
             if (act != Act::none) tile_kernels().activate(act, out, gated ? second : nullptr, here * tile_rows);
             for (int64_t t = 0; t < here; ++t) {
                 float* row = to.data + (t0 + t) * to.width + one.column + n0;
@@ -103,10 +129,10 @@ struct BinaryLinear : Kernel {
         return p.w.tile_bytes(tile) + (p.bias ? 4 * count : 0);
     }
 
-    void dot(const BinaryProduct& p, const float* x, char* tables, float* room, int64_t tile, int64_t tokens, int64_t t0, int64_t here,
+    void dot(const BinaryProduct& p, const float* x, const float* sums, float* room, int64_t tile, int64_t tokens, int64_t t0, int64_t here,
              float* out) const {
         if (looks(p, tokens)) {
-            for (int64_t t = 0; t < here; ++t) binary_kernels().dot(p.w, tile, table(tables, t0 + t), out + t * tile_rows);
+            std::memcpy(out, sums + t0 * tile_rows, static_cast<size_t>(4 * here * tile_rows));
         } else {
             Tiles decoded;
             decoded.data = reinterpret_cast<const uint8_t*>(room), decoded.rows = tile_rows, decoded.cols = cols();
