@@ -26,7 +26,7 @@ CASES = [
     ((), "fp8", 2e-2),
     (("streaming-llm:sink=2,recent=20",), "float32", 1e-4),
     (("streaming-llm:sink=4,recent=12",), "bfloat16", 2e-3),
-    (("streaming-llm:sink=3,recent=17",), "int8", 2e-3),
+    (("streaming-llm:sink=3,recent=17",), "int8", 4e-3),  # 20 keys: a value that falls to the other code weighs more
     (("kivi:bits=8,group=16,residual=16",), "float32", 2e-3),
     (("kivi:bits=4,group=16,residual=32",), "bfloat16", 2e-2),
     (("kivi:bits=2,group=32,residual=32",), "float32", 5e-2),

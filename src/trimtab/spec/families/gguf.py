@@ -160,6 +160,8 @@ def refuse_parts(header: GgufHeader) -> None:
 
     heads = ("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length")
     for key in ("embedding_length", "feed_forward_length", "expert_count", *heads):
+        if isinstance(size(key), float):
+            raise SpecError(f"{header.path} announces {key} {size(key)}, which is no whole number. Fetch it again.")
         if isinstance(size(key), int) and size(key) > header.size:
             raise SpecError(f"{header.path} announces {key} {size(key)} and has {header.size} bytes. Fetch it again.")
     announced = size("block_count")
