@@ -128,7 +128,7 @@ def swept_against_unswept(bench: Bench) -> Outcome:
         ratios.append(errors[0] / errors[1])
     return Outcome(
         measured=f"mean {np.mean(ratios):.3f} over {len(ratios)} matrices (worst {max(ratios):.2f})",
-        met=np.mean(ratios) <= 0.7,
+        met=float(np.mean(ratios)) <= 0.7,
     )
 
 
