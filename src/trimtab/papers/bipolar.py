@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import statistics
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.errors import TrimtabError
-from trimtab.papers.claims import Bench, Line, Outcome
+from trimtab.papers.claims import Bench, Documented, Line, Outcome
 
 BITS = range(1, 9)
 KERNELS = ("cpu-popcnt", "cpu-vnni")
@@ -150,7 +151,9 @@ TRAINING = {"steps": 300, "seed": 0}
 
 
 def _fake(grid: str, bits: int) -> Callable[[Any], Any]:
-    """Rounds along the last axis, every row with the scale that suits normal values best; the gradient passes as it comes."""
+    """Rounds along the last axis, every row with the scale that suits normal values best; values that are cut have no gradient."""
+    import torch
+
     from trimtab.spec.product import CLIPPED
 
     most = 2**bits - 1 if grid == "bipolar" else 2 ** (bits - 1)
@@ -161,10 +164,11 @@ def _fake(grid: str, bits: int) -> Callable[[Any], Any]:
         scale = x.detach().abs().kthvalue(cols - int(share * cols), dim=-1, keepdim=True).values / most
         units = x.detach() / scale.clamp_min(1e-12)
         if grid == "bipolar":
-            units = 2 * ((units + most) / 2).round().clamp(0, most) - most
+            codes, inside = 2 * ((units + most) / 2).round().clamp(0, most) - most, units.abs() <= most + 1
         else:
-            units = units.round().clamp(-most, most - 1)
-        return x + (units * scale - x).detach()
+            codes, inside = units.round().clamp(-most, most - 1), (units + 0.5).abs() <= most
+        passing = torch.where(inside, x, x.detach())
+        return passing + (codes * scale - passing).detach()
 
     return rounded
 
@@ -188,14 +192,14 @@ def _trained_loss(bench: Bench, grid: str, wbits: int, abits: int) -> float:
     return bench.once(f"bipolar.trained.{grid}.{wbits}.{abits}", compute)
 
 
-def training_loses_less(bench: Bench) -> Outcome:
+def training_loses_less(wbits: int, abits: int) -> Callable[[Bench], Outcome]:
     """Quantization-aware training of one tiny model from one seed over the same text, bipolar and two's complement."""
-    shown, met = [], True
-    for wbits, abits in ((2, 2), (1, 2)):
+
+    def check(bench: Bench) -> Outcome:
         ours, theirs = (_trained_loss(bench, grid, wbits, abits) for grid in ("bipolar", "int"))
-        met &= ours <= theirs
-        shown.append(f"W{wbits}A{abits}: {ours:.3f} / {theirs:.3f} nats")
-    return Outcome(measured=f"bipolar / two's complement, {TRAINING['steps']} steps: {', '.join(shown)}", met=met)
+        return Outcome(measured=f"{ours:.3f} / {theirs:.3f} nats after {TRAINING['steps']} steps", met=ours <= theirs)
+
+    return check
 
 
 # ---------------------------------------------------------------------------------------------------------- speed
@@ -439,8 +443,22 @@ LINES = (
         id="a3.2", text="perplexity, bipolar-4 in groups of 64 calibrated / int4", needed="<= 1.15", check=calibration_makes_up_for_zero
     ),
     Line(
-        id="a3.3", text="quantization-aware training of a tiny model, W2A2 and W1A2", needed="loss <= two's complement",
-        check=training_loses_less,
+        id="a3.3", text="quantization-aware training of a tiny model, W1A2", needed="loss <= two's complement",
+        check=training_loses_less(1, 2),
+    ),
+    Line(
+        id="a3.4", text="the same, W2A2", needed="loss <= two's complement", check=training_loses_less(2, 2),
+        documented=Documented(
+            figure="4.348 / 4.259 nats: activations of 2 bits, many of them near 0, miss the zero more than the fourth value helps",
+            tried=(
+                "gradients through values that are cut: 4.970 / 4.653",
+                "scales of the range for both operands: 4.518 / 4.461",
+                "scales from the root mean square: 4.769 / 4.445, without gradients of what is cut 4.513 / 4.459",
+                "weights cut where it is best for normal values, activations by their range: 4.791 / 4.354",
+                "the same, activations by root mean square: 4.646 / 4.242",
+            ),
+            date=datetime.date(2026, 11, 27),
+        ),
     ),
     Line(
         id="a4.1", text="counting bits / torch int8, 2048 x 2048, one thread", needed="W1A1 faster at N=1, 16, 128, W2A2 at 1, 16",
