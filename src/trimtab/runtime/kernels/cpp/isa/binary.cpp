@@ -57,10 +57,11 @@ inline FV shift(FV v, FV exponent, UV sign) {
     const FV moved = as<FV>(_mm512_maskz_scalef_ps(0xffff, as<__m512>(v), as<__m512>(exponent)));
     return as<FV>(as<UV>(moved) ^ sign);
 #else
-    const IV bits = as<IV>(v), by = __builtin_convertvector(exponent, IV) * (1 << 23), have = bits & 0x7f800000, sum = have + by;
-    const IV ordinary = (have != 0) & (sum > 0) & (exponent > splat_f(-999.0f));
-    const IV moved = sum >= 0x7f800000 ? (bits & static_cast<int32_t>(0x80000000)) | 0x7f800000 : bits + by;
-    return as<FV>(as<UV>(moved & ordinary) ^ sign);
+    const UV bits = as<UV>(v);
+    const IV have = as<IV>((bits >> 23) & 255), sum = have + __builtin_convertvector(exponent, IV);
+    const UV ordinary = as<UV>((have != 0) & (sum > 0)), beyond = as<UV>(sum >= 255);
+    const UV moved = (bits & 0x807fffffu) | (as<UV>(sum & 255) << 23), most = (bits & 0x80000000u) | 0x7f800000u;
+    return as<FV>((((moved & ~beyond) | (most & beyond)) & ordinary) ^ sign);
 #endif
 }
 
