@@ -36,7 +36,7 @@ class Shiftadd(Technique):
 
     Exact: bytes (signs in planes of bits, scales as powers of two). Approximated: the weights, coded inside a sweep that makes up
     for every column's error in later ones. Unlike the paper: every calibration token weighs the same (`tokens=unitnorm`); coding
-    starts from even levels too, which halves nothing at 2 bits and a sixth of the error at 3; an average of bits is allotted by
+    starts from even levels too, which saves a sixth of the error at 3 bits; an average of bits is allotted by
     an integer program over measured sensitivities; ``acc`` is stored in planes as well, without random rotations.
 
     Source: You et al., ShiftAddLLM, NeurIPS 2024, arXiv 2406.05981.
