@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,12 +15,12 @@ from trimtab.spec.model import ModelSpec
 from trimtab.spec.product import BitSerial
 from trimtab.spec.tree import Edit
 from trimtab.techniques.base import Stage, Technique, param
-from trimtab.techniques.blocks import change_blocks, check_floats, matrices, weight_paths, windows_of
+from trimtab.techniques.blocks import check_floats, matrices, weight_paths
+from trimtab.techniques.sweeping import sweep_blocks
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from trimtab.model.calibration import Inputs
     from trimtab.runtime.weights.packed import Packed, Weights
     from trimtab.techniques.materials import Materials
 
@@ -154,29 +154,13 @@ class Bipolar(Technique):
         return planes_of(packed, format) if isinstance(format, BipolarPlanes) else packed
 
     def _swept(self, weights: Weights, old: ModelSpec, new: ModelSpec, materials: Materials) -> Weights:
-        from trimtab.model.calibration import Inputs
         from trimtab.model.grid_rule import GridRule
-        from trimtab.model.sweep import factor, group_order, sweep
-        from trimtab.model.tensors import float_matrix
 
         nodes = dict(weight_paths(new))
-
-        def change(found: Mapping[str, Inputs], now: Weights) -> dict[str, Packed]:
-            replaced = {}
-            for path, inputs in found.items():
-                grid, w_NK = self.grid(nodes[path]), float_matrix(now[path])
-
-                def factored(inputs: Inputs = inputs, group: int = grid.group):
-                    return factor(inputs.hessian, order=group_order(inputs.hessian.diagonal(), group))
-
-                how = inputs.once("factor", factored)
-                rule = GridRule(grid, w_NK.shape, how.order, SHARES)
-                sweep(w_NK, how, rule)
-                replaced[path] = self._held(nodes[path], w_NK.shape, rule.buffers())
-            return replaced
-
-        windows = windows_of(self.name, materials, SAMPLES, WINDOW)
-        key = f"bipolar:wbits={self.wbits},group={self.group},planes={self.abits != 16}"
-        return change_blocks(
-            key, weights, old, new, materials, windows, nodes.__contains__, lambda path: Inputs("unitnorm"), change
-        )
+        return sweep_blocks(
+            f"bipolar:wbits={self.wbits},group={self.group},planes={self.abits != 16}", weights, old, new, materials,
+            group_of=lambda path: self.grid(nodes[path]).group,
+            rule_of=lambda path, shape, order: GridRule(self.grid(nodes[path]), shape, order, SHARES),
+            stored=lambda path, rule: self._held(nodes[path], rule.codes.shape, rule.buffers()),
+            samples=SAMPLES, window=WINDOW,
+        )  # fmt: skip

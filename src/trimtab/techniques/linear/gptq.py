@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -18,10 +18,10 @@ from trimtab.spec.tree import Edit
 from trimtab.techniques import allocation
 from trimtab.techniques.allocation import Budget, groups
 from trimtab.techniques.base import Stage, Technique, param
-from trimtab.techniques.blocks import change_blocks, check_floats, matrices, weight_paths, windows_of
+from trimtab.techniques.blocks import check_floats, matrices, weight_paths
+from trimtab.techniques.sweeping import sweep_blocks
 
 if TYPE_CHECKING:
-    from trimtab.model.calibration import Inputs
     from trimtab.model.variant import Model
     from trimtab.runtime.weights.packed import Packed, Weights
     from trimtab.techniques.materials import Materials
@@ -145,39 +145,14 @@ class Gptq(Technique):
 
     def convert(self, weights: Weights, old: ModelSpec, new: ModelSpec, materials: Materials) -> Weights:
         """Sweep every matrix on the calibration text, block by block."""
-        from trimtab.model.calibration import Inputs
         from trimtab.model.rounding import SHARES, IntRule
-        from trimtab.model.sweep import factor, group_order, sweep
-        from trimtab.model.tensors import float_matrix
 
         forms = {path: node.format for path, node in weight_paths(new)}
-
-        def change(found: Mapping[str, Inputs], now: Weights) -> dict[str, Packed]:
-            replaced = {}
-            for path, inputs in found.items():
-                w_NK = float_matrix(now[path])
-                k = w_NK.shape[1]
-
-                def factored(inputs: Inputs = inputs, k: int = k):
-                    h = inputs.hessian
-                    order = group_order(h.diagonal(), self.group) if self.order == "act" else None
-                    return factor(h, self.damp, order)
-
-                how = inputs.once("factor", factored)
-                rule = IntRule(forms[path], w_NK.shape, how.order, SHARES if self.search else (1.0,))
-                sweep(w_NK, how, rule)
-                replaced[path] = rule.packed()
-            return replaced
-
-        windows = windows_of(self.name, materials, self.samples, self.window)
-        return change_blocks(
-            str(self),
-            weights,
-            old,
-            new,
-            materials,
-            windows,
-            forms.__contains__,
-            lambda path: Inputs(self.tokens),
-            change,
-        )
+        shares = SHARES if self.search else (1.0,)
+        return sweep_blocks(
+            str(self), weights, old, new, materials,
+            group_of=lambda path: self.group,
+            rule_of=lambda path, shape, order: IntRule(forms[path], shape, order, shares),
+            stored=lambda path, rule: rule.packed(),
+            samples=self.samples, window=self.window, tokens=self.tokens, damp=self.damp, act_order=self.order == "act",
+        )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -18,10 +18,10 @@ from trimtab.spec.tree import Edit
 from trimtab.techniques import allocation
 from trimtab.techniques.allocation import Budget, groups
 from trimtab.techniques.base import Stage, Technique, param
-from trimtab.techniques.blocks import change_blocks, check_floats, matrices, weight_paths, windows_of
+from trimtab.techniques.blocks import check_floats, matrices, weight_paths
+from trimtab.techniques.sweeping import sweep_blocks
 
 if TYPE_CHECKING:
-    from trimtab.model.calibration import Inputs
     from trimtab.model.variant import Model
     from trimtab.runtime.weights.packed import Packed, Weights
     from trimtab.techniques.materials import Materials
@@ -176,37 +176,18 @@ class Shiftadd(Technique):
     def convert(self, weights: Weights, old: ModelSpec, new: ModelSpec, materials: Materials) -> Weights:
         """Sweep every matrix on the calibration text, block by block."""
         from trimtab.model.binary import BinaryRule
-        from trimtab.model.calibration import Inputs
-        from trimtab.model.sweep import factor, group_order, sweep
-        from trimtab.model.tensors import float_matrix
 
         forms = {path: node.format for path, node in weight_paths(new)}
 
-        def change(found: Mapping[str, Inputs], now: Weights) -> dict[str, Packed]:
-            replaced = {}
-            for path, inputs in found.items():
-                form, w_NK = forms[path], float_matrix(now[path])
-                assert isinstance(form, BcqFormat)
+        def form_of(path: str) -> BcqFormat:
+            form = forms[path]
+            assert isinstance(form, BcqFormat)
+            return form
 
-                def factored(inputs: Inputs = inputs, wide: int = form.scale_cols):
-                    h = inputs.hessian
-                    return factor(h, self.damp, group_order(h.diagonal(), wide) if self.act_order else None)
-
-                how = inputs.once("factor", factored)
-                rule = BinaryRule(form, (w_NK.shape[0], w_NK.shape[1]), how.order, self.rounds, self.bst)
-                sweep(w_NK, how, rule)
-                replaced[path] = rule.packed()
-            return replaced
-
-        windows = windows_of(self.name, materials, self.samples, self.window)
-        return change_blocks(
-            str(self),
-            weights,
-            old,
-            new,
-            materials,
-            windows,
-            forms.__contains__,
-            lambda path: Inputs(self.tokens),
-            change,
-        )
+        return sweep_blocks(
+            str(self), weights, old, new, materials,
+            group_of=lambda path: form_of(path).scale_cols,
+            rule_of=lambda path, shape, order: BinaryRule(form_of(path), shape, order, self.rounds, self.bst),
+            stored=lambda path, rule: rule.packed(),
+            samples=self.samples, window=self.window, tokens=self.tokens, damp=self.damp, act_order=self.act_order,
+        )  # fmt: skip

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "native/finish.h"
 #include "native/program.h"
 
 namespace trimtab {
@@ -113,14 +114,7 @@ struct BinaryLinear : Kernel {
             dot(one, x, sums, room, tile, tokens, t0, here, out);
             if (gated) dot(products[p + 1], x, theirs, other, tile, tokens, t0, here, second);
             if (act != Act::none) tile_kernels().activate(act, out, gated ? second : nullptr, here * tile_rows);
-            for (int64_t t = 0; t < here; ++t) {
-                float* row = to.data + (t0 + t) * to.width + one.column + n0;
-                const float* from = out + t * tile_rows;
-                if (store == Store::add)
-                    for (int64_t i = 0; i < count; ++i) row[i] += from[i];
-                else
-                    std::memcpy(row, from, static_cast<size_t>(count) * 4);
-            }
+            put(to, one.column + n0, t0, store, out, count, here);
         }
         return bytes_of(one, tile, count) + (gated ? bytes_of(products[p + 1], tile, count) : 0);
     }
@@ -141,13 +135,7 @@ struct BinaryLinear : Kernel {
             tile_kernels().dot_tile(decoded, 0, in, t0, here, out);
         }
         const int64_t n0 = tile * tile_rows, count = std::min<int64_t>(tile_rows, p.w.rows - n0);
-        if (p.bias)
-            for (int64_t t = 0; t < here; ++t)
-                for (int64_t i = 0; i < count; ++i) out[t * tile_rows + i] += p.bias[n0 + i];
-        if (p.factor != 1)
-            for (int64_t i = 0; i < here * tile_rows; ++i) out[i] *= p.factor;
-        if (p.softcap > 0)
-            for (int64_t i = 0; i < here * tile_rows; ++i) out[i] = p.softcap * std::tanh(out[i] / p.softcap);
+        finish(p.bias ? p.bias + n0 : nullptr, p.factor, p.softcap, count, here, out);
     }
 };
 

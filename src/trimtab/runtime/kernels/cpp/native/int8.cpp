@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "native/finish.h"
 #include "native/program.h"
 
 namespace trimtab {
@@ -119,14 +120,7 @@ struct Int8Kernel : Kernel {
             dot(one, in, panels, n0, count, t0, here, out);
             if (gated) dot(products[p + 1], in, others, n0, count, t0, here, second);
             if (act != Act::none) k.activate(act, out, gated ? second : nullptr, here * tile_rows);
-            for (int64_t t = 0; t < here; ++t) {
-                float* row = to.data + (t0 + t) * to.width + one.column + n0;
-                const float* from = out + t * tile_rows;
-                if (store == Store::add)
-                    for (int64_t i = 0; i < count; ++i) row[i] += from[i];
-                else
-                    std::memcpy(row, from, static_cast<size_t>(count) * 4);
-            }
+            put(to, one.column + n0, t0, store, out, count, here);
         }
         return bytes;
     }
@@ -152,13 +146,7 @@ struct Int8Kernel : Kernel {
             std::fill(out, out + here * tile_rows, 0.0f);
         }
         if (in.count) k.add(panel, in.listed, in.count, in.x + t0 * cols(), cols(), here, out);
-        if (p.bias)
-            for (int64_t t = 0; t < here; ++t)
-                for (int64_t i = 0; i < count; ++i) out[t * tile_rows + i] += p.bias[n0 + i];
-        if (p.factor != 1)
-            for (int64_t i = 0; i < here * tile_rows; ++i) out[i] *= p.factor;
-        if (p.softcap > 0)
-            for (int64_t i = 0; i < here * tile_rows; ++i) out[i] = p.softcap * std::tanh(out[i] / p.softcap);
+        finish(p.bias ? p.bias + n0 : nullptr, p.factor, p.softcap, count, here, out);
     }
 };
 

@@ -1,4 +1,5 @@
 // Products of one input with several matrices, what stands before them (norm) and behind (bias, activation, residual).
+#include "native/finish.h"
 #include "native/program.h"
 
 #include <algorithm>
@@ -113,23 +114,16 @@ struct LinearKernel : Kernel {
         for (int64_t t0 = 0; t0 < tokens; t0 += token_block) {
             const int64_t here = std::min(token_block, tokens - t0);
             dot(one, decoded, tile, ready[one.input], tokens, t0, here, out);
-            finish(one, n0, count, here, out);
+            finish(one.bias ? one.bias + n0 : nullptr, one.scale, one.softcap, count, here, out);
             if (store == Store::gated) {
                 const Product& other = products[p + 1];
                 dot(other, decoded2, tile, ready[other.input], tokens, t0, here, second);
-                finish(other, n0, count, here, second);
+                finish(other.bias ? other.bias + n0 : nullptr, other.scale, other.softcap, count, here, second);
                 k.activate(act, out, second, here * tile_rows);
             } else if (act != Act::none) {
                 k.activate(act, out, nullptr, here * tile_rows);
             }
-            for (int64_t t = 0; t < here; ++t) {
-                float* row = to.data + (t0 + t) * to.width + one.column + n0;
-                const float* from = out + t * tile_rows;
-                if (store == Store::add)
-                    for (int64_t i = 0; i < count; ++i) row[i] += from[i];
-                else
-                    std::memcpy(row, from, static_cast<size_t>(count) * 4);
-            }
+            put(to, one.column + n0, t0, store, out, count, here);
         }
         int64_t bytes = one.w.tile_bytes() + (one.bias ? 4 * count : 0);
         if (store == Store::gated) bytes += products[p + 1].w.tile_bytes() + (products[p + 1].bias ? 4 * count : 0);
@@ -153,16 +147,6 @@ struct LinearKernel : Kernel {
         if (p.w.lookup()) return k.dot_tile(p.w, tile, in, t0, here, out);
         if (p.flow.decodes(tokens)) return k.dot_decoded(p.w, tile, in, t0, here, out);
         (tokens < p.flow.flat ? k.dot_each : k.dot_tile)(p.w, tile, in, t0, here, out);
-    }
-
-    static void finish(const Product& p, int64_t n0, int64_t count, int64_t tokens, float* out) {
-        if (p.bias)
-            for (int64_t t = 0; t < tokens; ++t)
-                for (int64_t i = 0; i < count; ++i) out[t * tile_rows + i] += p.bias[n0 + i];
-        if (p.scale != 1)
-            for (int64_t i = 0; i < tokens * tile_rows; ++i) out[i] *= p.scale;
-        if (p.softcap > 0)
-            for (int64_t i = 0; i < tokens * tile_rows; ++i) out[i] = p.softcap * std::tanh(out[i] / p.softcap);
     }
 };
 
