@@ -295,6 +295,10 @@ def test_what_cannot_be_calibrated_is_refused(tiny_model: Any, tiny_materials: A
         derive(tiny_model.variant, parse_all([f"gptq:group=16,{QUICK}"]), short)
     with pytest.raises(CalibrationError, match=r"at least 2048 are needed, 12288 were asked"):
         derive(tiny_model.variant, parse_all(["gptq:group=16"]), tiny_materials)
+    some = "group=16,samples=4096,window=128"
+    longer = dataclasses.replace(tiny_materials, texts={"t": " ".join([tiny_materials.texts["random"]] * 3)})
+    with pytest.warns(UserWarning, match=r"holds 3072 tokens in windows of 128, 4096 were asked for"):
+        derive(tiny_model.variant, parse_all([f"gptq:{some}"]), longer)
     with pytest.raises(SpecError, match=r"gptq: layers.0.*group=64 does not divide the row length 96.*Try group=48"):
         derive(tiny_model.variant, parse_all(["gptq"]), tiny_materials)
     with (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from typing import Any
 
 import typer
@@ -97,9 +98,16 @@ def root(
     """Options before the verb."""
 
 
+def _warning(message: Warning | str, *_: object) -> str:
+    """A warning as a sentence, without the line of code it came from."""
+    return f"trimtab: {message}\n"
+
+
 def main() -> None:
     """Run the command line; exit codes 0, 1 failed, 2 user error, 130 interrupted."""
     debug = "--debug" in sys.argv
+    if not debug:
+        warnings.formatwarning = _warning
     try:
         code = typer.main.get_command(app)(standalone_mode=False)
         if code == 130:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ LEAST_TOKENS = 2048
 
 
 def windows_of(name: str, materials: Materials, tokens: int, window: int) -> list[np.ndarray]:
-    """Calibration windows of `window` tokens, together about `tokens` or all there are.
+    """Calibration windows of `window` tokens, together about `tokens`, or all there are with a warning.
 
     Raises:
         CalibrationError: less text than `LEAST_TOKENS`, or than asked for where that is less.
@@ -44,6 +45,11 @@ def windows_of(name: str, materials: Materials, tokens: int, window: int) -> lis
         raise CalibrationError(
             f"{name}: the calibration text holds {count} tokens in windows of {window}; at least {min(LEAST_TOKENS, tokens)} are "
             f"needed, {tokens} were asked for. Give a longer text with --calibration FILE."
+        )
+    if count < tokens - window:
+        warnings.warn(
+            f"{name}: the calibration text holds {count} tokens in windows of {window}, {tokens} were asked for: it goes with fewer.",
+            stacklevel=2,
         )
     return found
 
