@@ -287,6 +287,7 @@ def test_the_sweep_makes_up_for_the_missing_zero() -> None:
     assert loss(packed) < 0.5 * loss(plain)
 
 
+@pytest.mark.filterwarnings("ignore:bipolar. the calibration text")
 def test_gptq_calibrates_block_by_block(tiny_model: Any, tiny_materials: Any) -> None:
     words = " ".join(str(t) for t in np.random.default_rng(2).integers(0, 131, 4096))
     materials = dataclasses.replace(tiny_materials, texts={"random": words})

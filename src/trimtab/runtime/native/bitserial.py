@@ -5,20 +5,16 @@ Legend: T tokens, N rows, K columns of a matrix.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import math
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from trimtab.errors import SpecError
-from trimtab.runtime.files import write_atomically
 from trimtab.runtime.kernels import _core
-from trimtab.runtime.native.dataflow import processor
+from trimtab.runtime.native.timings import processor, settled
 from trimtab.runtime.numerics.bipolar import unpack_planes
 from trimtab.runtime.weights.packed import Packed
 from trimtab.spec.bipolar import BipolarPlanes
@@ -138,24 +134,13 @@ def kernel_of(packed: Packed, product: BitSerial, tokens: int) -> str:
 @functools.cache
 def _bytes_from(format: BipolarPlanes, abits: int, rows: int, cols: int, isa: str) -> int:
     """Tokens from which multiplying bytes was faster."""
-    path = home() / "bitserial-kernels.json"
+
+    def find() -> int:
+        found = time_kernels(format, abits, rows, cols)
+        return next((tokens for tokens, times in found.items() if times["cpu-vnni"] < times["cpu-popcnt"]), NEVER)
+
     key = f"{processor()}|{isa}|{format}|a{abits}|{rows}x{cols}"
-    known = _remembered(path)
-    if key in known:
-        return known[key]
-    found = time_kernels(format, abits, rows, cols)
-    best = next((tokens for tokens, times in found.items() if times["cpu-vnni"] < times["cpu-popcnt"]), NEVER)
-    with contextlib.suppress(OSError):  # a home that cannot be written to: timed again next time
-        write_atomically(path, json.dumps(_remembered(path) | {key: best}, indent=1, sort_keys=True))
-    return best
-
-
-def _remembered(path: Path) -> dict[str, int]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {k: v for k, v in found.items() if isinstance(v, int)} if isinstance(found, dict) else {}
+    return settled(home() / "bitserial-kernels.json", key, lambda kept: isinstance(kept, int), find)
 
 
 def time_kernels(format: BipolarPlanes, abits: int, rows: int, cols: int) -> dict[int, dict[str, float]]:

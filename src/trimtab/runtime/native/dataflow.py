@@ -6,8 +6,6 @@ Legend: T rows of input, K inputs, N outputs.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ import numpy as np
 from trimtab.errors import SpecError
 from trimtab.runtime.files import write_atomically
 from trimtab.runtime.kernels import _core
+from trimtab.runtime.native.timings import processor
 from trimtab.runtime.weights.packed import NUMPY_DTYPES, Packed
 from trimtab.spec.formats import WeightFormat
 from trimtab.spec.leaves import PRODUCT_KERNELS
@@ -154,14 +153,3 @@ def _read(path: Path) -> dict[str, Any]:
         return table if isinstance(table, dict) else {}
     except (OSError, ValueError):
         return {}
-
-
-def processor() -> str:
-    """Name of the processor and how many of it there are: part of the key of timings."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()} ({os.cpu_count()} processors)"
-    except OSError:
-        pass
-    return f"{platform.processor() or platform.machine()} ({os.cpu_count()} processors)"

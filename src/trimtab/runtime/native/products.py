@@ -5,19 +5,15 @@ Legend: T tokens, N rows, K columns of a matrix.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import math
-import platform
 import time
-from pathlib import Path
 
 import numpy as np
 
 from trimtab.errors import SpecError
-from trimtab.runtime.files import write_atomically
 from trimtab.runtime.kernels import _core, use_isa
+from trimtab.runtime.native.timings import processor, settled
 from trimtab.runtime.numerics.lookup import encode_ternary, grid_format, lay_out
 from trimtab.runtime.numerics.tiles import tile, tiled_format
 from trimtab.runtime.weights.packed import Packed
@@ -160,24 +156,12 @@ def kernel_of(planes: WeightFormat, product: LookupTable, rows: int, cols: int) 
 
 @functools.cache
 def _fastest(planes: WeightFormat, product: LookupTable, rows: int, cols: int, isa: str) -> str:
-    path = home() / "kernels.json"
-    key = f"{_processor()}|{isa}|{planes}|act{product.act_group}|{rows}x{cols}"
-    known = _remembered(path)
-    if key in known:
-        return known[key]
-    found = time_kernels(planes, product, rows, cols)
-    best = min(found, key=lambda name: found[name])
-    with contextlib.suppress(OSError):  # a home that cannot be written to: timed again next time
-        write_atomically(path, json.dumps(_remembered(path) | {key: best}, indent=1, sort_keys=True))
-    return best
+    def find() -> str:
+        found = time_kernels(planes, product, rows, cols)
+        return min(found, key=lambda name: found[name])
 
-
-def _remembered(path: Path) -> dict[str, str]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {k: v for k, v in found.items() if v in ("lut", "vnni")} if isinstance(found, dict) else {}
+    key = f"{processor()}|{isa}|{planes}|act{product.act_group}|{rows}x{cols}"
+    return settled(home() / "kernels.json", key, lambda kept: kept in ("lut", "vnni"), find)
 
 
 def time_kernels(planes: WeightFormat, product: LookupTable, rows: int, cols: int) -> dict[str, float]:
@@ -202,12 +186,3 @@ def time_kernels(planes: WeightFormat, product: LookupTable, rows: int, cols: in
             multiply(packed, LookupTable(act_group=product.act_group), x)
             best[kernel] = min(best[kernel], time.perf_counter() - start)
     return best
-
-
-@functools.cache
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
