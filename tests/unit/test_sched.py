@@ -22,10 +22,12 @@ from trimtab.sched import (
     StepWork,
     Trace,
     block_hashes,
+    cache_bytes,
     lengths,
     replay,
 )
 from trimtab.sched.kv import KVBudget
+from trimtab.spec.configs import spec_from_config
 
 BLOCK = 4
 
@@ -49,7 +51,9 @@ def model(tokens: int = 100) -> ModelledExecutor:
     return ModelledExecutor(seconds, lengths(lambda *_: tokens))
 
 
-def drive(scheduler: Scheduler, executor: ModelledExecutor, steps: int = 1000, now: float = 0.0) -> tuple[list[StepWork], list[Ended]]:
+def drive(
+    scheduler: Scheduler, executor: ModelledExecutor, steps: int = 1000, now: float = 0.0
+) -> tuple[list[StepWork], list[Ended]]:
     works, ended = [], []
     while scheduler.busy and len(works) < steps:
         works.append(scheduler.step(now))
@@ -199,7 +203,10 @@ def test_deadlines_end_requests_wherever_they_are() -> None:
     scheduler.submit(ask("stays"), 0.0)
     drive(scheduler, executor, 2, now=0.4)
     work = scheduler.step(1.0)
-    assert [(end.request, end.reason, end.output_tokens) for end in work.ended] == [("waits", "expired", 0), ("runs", "expired", 2)]
+    assert [(end.request, end.reason, end.output_tokens) for end in work.ended] == [
+        ("waits", "expired", 0),
+        ("runs", "expired", 2),
+    ]
     assert work.free == (0,) and [start.request for start in work.starts] == ["stays"]
 
 
@@ -275,7 +282,10 @@ def test_less_urgent_requests_are_sent_back_first() -> None:
 
 
 def test_a_request_is_sent_back_so_often_and_no_more() -> None:
-    scheduler, executor = make(capacity=60, reserve_tokens=1, grow_tokens=1, max_preemptions=2, prefix_cache=False), model(30)
+    scheduler, executor = (
+        make(capacity=60, reserve_tokens=1, grow_tokens=1, max_preemptions=2, prefix_cache=False),
+        model(30),
+    )
     for number in range(6):
         scheduler.submit(ask(f"r{number}", 6, max_tokens=30), 0.0)
     works, ended = drive(scheduler, executor)
@@ -310,6 +320,17 @@ def test_a_failed_prompt_ends_all_its_samples() -> None:
     assert scheduler.commit(work, Outcome([()], {0: "error"})) == (Ended("a", "finished", ("error", "error"), 0),)
     work = scheduler.step(0.0)
     assert work.free == (0, 1) and not work.marks and not scheduler.counters().kv_bytes
+
+
+def test_bytes_come_from_the_description_of_the_cache() -> None:
+    config = {
+        "model_type": "llama", "vocab_size": 50, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3,
+        "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    spec = spec_from_config(config, "tiny").with_dtype("float32", "float32")
+    nbytes = cache_bytes(spec)
+    for tokens in (0, 1, 64, 65, 1000):
+        assert nbytes(tokens) == sum(layer.cache.nbytes(tokens).reserved for layer in spec.layers)
 
 
 # Prefixes.

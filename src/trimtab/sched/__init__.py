@@ -1,8 +1,8 @@
 """Iteration-level scheduling: queue, token budget, KV bytes, prefix index. No clock, no torch, no pages, no threads.
 
-    work = scheduler.step(now)
-    outcome = executor.run(work)
-    ended = scheduler.commit(work, outcome)
+work = scheduler.step(now)
+outcome = executor.run(work)
+ended = scheduler.commit(work, outcome)
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from trimtab.sched.budget import Seconds
 from trimtab.sched.config import SchedulerConfig
 from trimtab.sched.counters import Counters
+from trimtab.sched.kv import cache_bytes
 from trimtab.sched.modelled import ModelledExecutor, lengths
 from trimtab.sched.prefix import PrefixIndex, block_hashes
 from trimtab.sched.request import Admitted, Ended, Refusal, Request
@@ -38,6 +39,7 @@ __all__ = [
     "StepWork",
     "Trace",
     "block_hashes",
+    "cache_bytes",
     "lengths",
     "replay",
 ]

@@ -69,7 +69,12 @@ class SchedulerConfig:
                 ("target_step_s", _optional(self.target_step_s, positive), "None or seconds above 0", "0.05"),
                 ("min_prefill_tokens", whole(self.min_prefill_tokens, 1), count, "1"),
                 ("max_queue", whole(self.max_queue, 0), more, "256"),
-                ("max_queue_tokens", _optional(self.max_queue_tokens, lambda v: whole(v, 0)), f"None or {more}", "65536"),
+                (
+                    "max_queue_tokens",
+                    _optional(self.max_queue_tokens, lambda v: whole(v, 0)),
+                    f"None or {more}",
+                    "65536",
+                ),
                 ("max_queue_s", _optional(self.max_queue_s, positive), "None or seconds above 0", "30.0"),
                 ("ageing_s", positive(self.ageing_s), "seconds above 0, so that nothing waits for ever", "30.0"),
                 ("input_weight", weights, "weights of 0 or more, for inputs and outputs", "1.0"),

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 from trimtab.errors import SpecError
 from trimtab.sched.checks import whole
 from trimtab.sched.request import Request
+from trimtab.spec.model import ModelSpec
 from trimtab.units import format_bytes
 
 #: Lengths whose bytes are remembered; a cache description takes far longer to add up than to look up.
 _REMEMBERED = 1 << 16
 
 NBytes = Callable[[int], int]
+
+
+def cache_bytes(spec: ModelSpec) -> NBytes:
+    """Make the function tokens -> bytes of one sequence's whole pages, states included; heads that are alike are added up once.
+
+    Exact where tokens stay as they are written. A cache that codes or gives up tokens when a prompt ends takes more while the
+    prompt runs: hand the scheduler a bound of your own there.
+    """
+    heads = Counter(head for layer in spec.layers for head in layer.cache.heads)
+    states = sum(layer.cache.state_bytes for layer in spec.layers)
+
+    def nbytes(tokens: int) -> int:
+        return states + sum(count * head.nbytes(tokens).reserved for head, count in heads.items())
+
+    return nbytes
 
 
 class KVBudget:
@@ -42,7 +59,9 @@ class KVBudget:
         self.capacity, self.used = capacity_bytes, 0
         self._raw, self._shared = nbytes, shared_bytes or nbytes
         self._memo: dict[int, int] = {}
-        self._shared_memo: dict[int, int] = {0: 0}  # a sequence may have bytes before its first token; nothing shares them
+        self._shared_memo: dict[int, int] = {
+            0: 0
+        }  # a sequence may have bytes before its first token; nothing shares them
 
     @property
     def free(self) -> int:
@@ -81,7 +100,9 @@ class KVBudget:
         most = _largest(prompt + request.max_tokens, lambda tokens: self._raw(tokens) <= self.capacity)
         if most < 2:
             return f"{said} Not even one token fits: give the cache more bytes."
-        return f"{said} Prompt and answer together may have {most} tokens: shorten the prompt{', or lower n' * (n > 1)}."
+        return (
+            f"{said} Prompt and answer together may have {most} tokens: shorten the prompt{', or lower n' * (n > 1)}."
+        )
 
 
 def _recall(memo: dict[int, int], function: NBytes, tokens: int) -> int:

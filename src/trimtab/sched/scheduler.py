@@ -298,6 +298,8 @@ class Scheduler:
     def _admit(self, draft: _Draft) -> None:
         """Start requests in the order of the queue while bytes, sequences and tokens of the step are left."""
         config = self.config
+        if not len(self._queue) or self._slots >= config.max_running:
+            return
         left = config.max_step_tokens - sum(
             group.goal(seq) - seq.computed for group in self._running.values() for seq in group.running
         )
@@ -530,7 +532,9 @@ class Scheduler:
                 )
         for id in outcome.finished:
             if id not in self._seqs:
-                raise SpecError(f"Sequence {id} has finished, but none of that id is known. Name sequences of this step's rows.")
+                raise SpecError(
+                    f"Sequence {id} has finished, but none of that id is known. Name sequences of this step's rows."
+                )
 
     def _note(self, work: StepWork, outcome: Outcome) -> None:
         counters = self._counters
