@@ -237,7 +237,7 @@ def test_nothing_starts_above_the_capacity() -> None:
     scheduler.submit(ask("a", 10, max_tokens=20), 0.0)
     scheduler.submit(ask("b", 6, max_tokens=15), 0.0)
     works, _ = drive(scheduler, executor)
-    starts = [(work.index, start.request) for work in works for start in work.starts]
+    starts = [(work.number, start.request) for work in works for start in work.starts]
     assert starts == [(0, "a"), (20, "b")]
 
 
@@ -263,10 +263,10 @@ def test_the_last_to_come_is_sent_back_and_recomputed() -> None:
     works, ended = drive(scheduler, executor)
     sent = next(work for work in works if work.preempt)
     assert sent.preempt == (1,) and not sent.starts
-    done = 8 + sum(1 for work in works[: sent.index] for row in work.rows if row.seq == 1 and row.sample)
-    again = next(start for work in works[sent.index :] for start in work.starts)
+    done = 8 + sum(1 for work in works[: sent.number] for row in work.rows if row.seq == 1 and row.sample)
+    again = next(start for work in works[sent.number :] for start in work.starts)
     assert (again.seq, again.tokens) == (1, 0)
-    prefill = [row for work in works[sent.index :] for row in work.rows if row.seq == 1][:2]
+    prefill = [row for work in works[sent.number :] for row in work.rows if row.seq == 1][:2]
     assert sum(row.count for row in prefill) in (done, done + 1)  # prompt and answer so far, once more
     assert {end.request: end.output_tokens for end in ended} == {"a": 20, "b": 20}
     assert scheduler.counters().preemptions == 1

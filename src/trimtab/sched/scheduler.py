@@ -7,13 +7,14 @@ import heapq
 import itertools
 
 from trimtab.errors import SpecError, TrimtabError
+from trimtab.sched.admission import Admission
 from trimtab.sched.budget import Seconds, StepBudget
 from trimtab.sched.config import SchedulerConfig
 from trimtab.sched.counters import Counters
 from trimtab.sched.group import ENDED, RUNNING, WAITING, Group, Sequence, Tokens
 from trimtab.sched.intake import refuse
 from trimtab.sched.kv import KVBudget, NBytes
-from trimtab.sched.prefix import PrefixIndex, Span
+from trimtab.sched.prefix import PrefixIndex
 from trimtab.sched.queue import FairShare, WaitingQueue
 from trimtab.sched.request import Admitted, Ended, Refusal, Request
 from trimtab.sched.throughput import Throughput
@@ -73,6 +74,7 @@ class Scheduler:
         self.config, self.trace = config, trace
         self.kv = KVBudget(capacity_bytes, nbytes, shared_bytes)
         self.index = PrefixIndex(self.kv, config.block_tokens, config.rewindable)
+        self._admission = Admission(config, self.kv, self.index)
         self._seconds, self._rate = seconds, Throughput(tokens_per_s)
         self._queue = WaitingQueue(FairShare() if config.fair else None)
         self._counters = Counters(kv_capacity_bytes=capacity_bytes)
@@ -165,6 +167,8 @@ class Scheduler:
             waiting_tokens=self._queue.prompt_tokens,
             kv_bytes=self.kv.used,
             prefix_bytes=self.index.bytes,
+            prefix_query_tokens=self._admission.query_tokens,
+            prefix_hit_tokens=self._admission.hit_tokens,
             rejected=self._counters.rejected.copy(),
             aborted=self._counters.aborted.copy(),
         )
@@ -194,8 +198,17 @@ class Scheduler:
         rows, load = self._rows()
         ended, self._ended = self._ended, []
         work = StepWork(
-            next(self._steps), *(tuple(getattr(draft, name)) for name in _Draft.__slots__), tuple(rows), load, tuple(ended)
-        )  # fmt: skip
+            number=next(self._steps),
+            marks=tuple(draft.marks),
+            forks=tuple(draft.forks),
+            free=tuple(draft.free),
+            preempt=tuple(draft.preempt),
+            release=tuple(draft.release),
+            starts=tuple(draft.starts),
+            rows=tuple(rows),
+            load=load,
+            ended=tuple(ended),
+        )
         self._in_flight = work
         if self.trace is not None:
             self.trace.add(now, Stepped(work))
@@ -222,7 +235,7 @@ class Scheduler:
             if group.state is not RUNNING:  # cancelled meanwhile
                 continue
             seq.computed = done = row.first + row.count
-            if row.first < group.prompt and self._markable(group, done):
+            if row.first < group.prompt and self._admission.markable(group, done):
                 self._prompts_done.append(group)
             if row.seq in finished and not group.forked and len(tokens) < max(len(row.sample), 1):
                 for other in group.unfinished:  # a prompt that failed
@@ -248,26 +261,27 @@ class Scheduler:
         """Keep prefixes, fork samples, and free what has ended."""
         for group in self._prompts_done:
             if group.state is RUNNING:
-                self._mark_prompt(group, draft)
+                self._add_mark(draft, self._admission.mark_prompt(group))
                 self._fork(group, draft)
         for seq in self._finished:
             if seq.group.state is RUNNING:  # others of its request go on
                 draft.free.append(seq.id)
                 seq.freed = True
                 self._slots -= 1
-                seq.group.slots -= 1
-                seq.group.bytes -= (own := self.kv.nbytes(seq.reach) - seq.group.common)
-                self.kv.used -= own
-                seq.held = False
+                self._admission.drop_sample(seq)
         for group in self._leaving:
             if group.started:
                 if group.reason == "finished":
-                    self._mark_answer(group, draft)
+                    self._add_mark(draft, self._admission.mark_answer(group))
                 draft.free.extend(seq.id for seq in group.samples if not seq.freed)
             self._let_go(group)
             for seq in group.samples:
                 del self._seqs[seq.id]
         self._prompts_done, self._finished, self._leaving = [], [], []
+
+    def _add_mark(self, draft: _Draft, mark: MarkPrefix | None) -> None:
+        if mark is not None:
+            draft.marks.append(mark)
 
     def _grow(self, draft: _Draft) -> bool:
         """Promise more bytes to answers that have used up theirs; returns whether a request was sent back for that."""
@@ -275,25 +289,14 @@ class Scheduler:
         for group in list(self._running.values()):
             for seq in group.running:
                 while group.state is RUNNING and seq.total > seq.reach:
-                    if self._promise(seq, draft):
+                    if self._admission.grow(seq, draft.release):
                         continue
-                    victims = (g for g in self._running.values() if not self._protected(g))
+                    victims = (g for g in self._running.values() if not self._admission.protected(g))
                     self._preempt(max(victims, key=lambda g: (g.key, g.order)), draft)
                     sent_back = True
                 if group.state is not RUNNING:
                     break
         return sent_back
-
-    def _promise(self, seq: Sequence, draft: _Draft) -> bool:
-        most = seq.total + seq.left
-        for reach in (min(seq.total + self.config.grow_tokens - 1, most), seq.total):
-            more = self.kv.nbytes(reach) - self.kv.nbytes(seq.reach)
-            if self.index.make_room(more, draft.release):
-                self.kv.used += more
-                seq.group.bytes += more
-                seq.reach = reach
-                return True
-        return False
 
     def _admit(self, draft: _Draft) -> None:
         """Start requests in the order of the queue while bytes, sequences and tokens of the step are left."""
@@ -310,45 +313,18 @@ class Scheduler:
             left -= group.goal(group.running[0]) - group.running[0].computed
 
     def _start(self, group: Group, draft: _Draft) -> bool:
-        kv, config, live = self.kv, self.config, group.unfinished
-        first, several = live[0], len(live) > 1
-        most = config.reserve_tokens
-        whole = most is None or self._protected(group)
-        reaches = [seq.total + (seq.left if whole or most is None else min(seq.left, most)) for seq in live]
-        common = kv.shared(group.prompt // config.block_tokens * config.block_tokens) if several else 0
-        size = kv.samples(common, reaches)
-        goal = group.prompt if several else first.total
-        look = config.prefix_cache and group.request.reuse
-        # The last token is always run, for its logits.
-        hit = self.index.find(group.prefix_hashes(first, goal - 1, config.block_tokens), goal - 1) if look else None
-        # A kept prefix can be larger than what is used of it, so that it fits without the prefix only.
-        for span, base in [hit, (None, 0)] if hit else [(None, 0)]:
-            if span is not None:
-                self.index.pin(span)
-            need = size - kv.shared(base)
-            if self.index.make_room(need, draft.release):
-                break
-            if span is not None:
-                self.index.unpin(span)
-        else:
+        if not self._admission.start(group, draft.release):
             return False
         self._queue.pop(group)
-        kv.used += need
-        group.bytes, group.common, group.span, group.base = need, common, span, base
-        group.slots, group.forked, group.state = len(live), not several, RUNNING
-        for seq, reach in zip(live, reaches, strict=True):
-            seq.reach, seq.computed = reach, 0
-        first.computed, first.held, group.running = base, True, [first]
+        if not group.started and self._queue.fair is not None:
+            self._queue.fair.charge(group.request.tenant, self.config.input_weight * group.prompt)
+        group.state, group.started = RUNNING, True
+        first = group.unfinished[0]
+        first.held, group.running = True, [first]
         self._slots += group.slots
         self._running[group.order] = group
-        if not group.started and self._queue.fair is not None:
-            self._queue.fair.charge(group.request.tenant, config.input_weight * group.prompt)
-        group.started = True
-        if look:
-            self._counters.prefix_query_tokens += goal
-            self._counters.prefix_hit_tokens += base
-        mark = None if span is None else span.mark
-        draft.starts.append(Start(first.id, group.request.id, first.sample, mark, base, first.reach))
+        mark = None if group.span is None else group.span.mark
+        draft.starts.append(Start(first.id, group.request.id, first.sample, mark, group.base, first.reach))
         return True
 
     def _rows(self) -> tuple[list[Row], Load]:
@@ -371,7 +347,7 @@ class Scheduler:
         for seq in prompts:
             group, first = seq.group, seq.computed
             goal = group.goal(seq)
-            count = self._to_block(group, first, budget.take_prompt(first, goal - first))
+            count = self._admission.row_tokens(group, first, budget.take_prompt(first, goal - first))
             if not count:
                 break
             budget.spend(first, count)
@@ -383,65 +359,6 @@ class Scheduler:
         if group.forked:
             return seq.only
         return () if seq.generated else tuple(each.id for each in group.samples)
-
-    def _to_block(self, group: Group, first: int, count: int) -> int:
-        """Let a row of a prompt end with a block, where prefixes can be marked only at the end of a row."""
-        config = self.config
-        if config.rewindable or not config.prefix_cache or not count:
-            return count
-        block = config.block_tokens
-        cut = min(first + count, (group.prompt - 1) // block * block)
-        return count if first >= cut or cut // block * block <= first else cut // block * block - first
-
-    # Prefixes.
-
-    def _markable(self, group: Group, done: int) -> bool:
-        """Whether the next step should see to the prefix or the samples of a request whose prompt has got so far."""
-        return done >= group.prompt or not (self.config.rewindable or done % self.config.block_tokens)
-
-    def _mark_prompt(self, group: Group, draft: _Draft) -> None:
-        seq = group.running[0]
-        tokens = self._blocks(min(seq.computed, group.prompt), seq)
-        if tokens <= group.base:
-            return
-        size = self.kv.nbytes(tokens)
-        more = size - self.kv.shared(tokens)  # what two hold of it, once the sequence writes on
-        if self.kv.free < more:
-            return
-        span = self._keep(group, seq, tokens, size - self.kv.shared(group.base), draft)
-        if span is None:
-            return
-        self.kv.used += more
-        group.bytes -= self.kv.shared(tokens) - self.kv.shared(group.base)
-        self.index.pin(span)
-        if group.span is not None:
-            self.index.unpin(group.span)
-        group.span, group.base = span, tokens
-
-    def _mark_answer(self, group: Group, draft: _Draft) -> None:
-        """Keep prompt and answer of a finished request: the next turn of a conversation begins with them."""
-        seq = group.samples[0]
-        tokens = self._blocks(seq.computed, seq)
-        if len(group.samples) > 1 or tokens <= group.base or seq.finish == "error":
-            return
-        size = self.kv.nbytes(tokens) - self.kv.shared(group.base)
-        if size <= group.bytes and self._keep(group, seq, tokens, size, draft) is not None:
-            # It is promised what the request gives back right after this.
-            self.kv.used += size
-
-    def _keep(self, group: Group, seq: Sequence, tokens: int, size: int, draft: _Draft) -> Span | None:
-        hashes = group.prefix_hashes(seq, tokens, self.config.block_tokens)
-        if self.index.holds(hashes[-1]):
-            return None
-        span = self.index.add(hashes, tokens, group.span, size)
-        draft.marks.append(MarkPrefix(span.mark, seq.id, tokens))
-        return span
-
-    def _blocks(self, tokens: int, seq: Sequence) -> int:
-        """Tokens of the whole blocks that can be marked now; 0 = none."""
-        config = self.config
-        whole = tokens // config.block_tokens * config.block_tokens
-        return whole if config.prefix_cache and (config.rewindable or whole == seq.computed) else 0
 
     # Ways out.
 
@@ -475,17 +392,9 @@ class Scheduler:
         self._queue.push(group)
 
     def _let_go(self, group: Group) -> None:
-        """Take back what is promised to a request."""
-        self.kv.used -= group.bytes
         self._slots -= group.slots
-        group.bytes = group.slots = group.base = 0
-        if group.span is not None:
-            self.index.unpin(group.span)
-            group.span = None
         self._running.pop(group.order, None)
-        group.running = []
-        for seq in group.samples:
-            seq.held, seq.computed = False, 0
+        self._admission.let_go(group)
 
     def _abort(self, group: Group, reason: str) -> None:
         """End a request that has not finished."""
@@ -511,10 +420,6 @@ class Scheduler:
         if group is None or group.order != order or (reason == "queue_timeout" and group.started):
             return
         self._abort(group, reason)
-
-    def _protected(self, group: Group) -> bool:
-        """Whether all its bytes are promised when it starts, so that it is never sent back again."""
-        return group.preemptions >= self.config.max_preemptions or self.config.reserve_tokens is None
 
     # What came of a step.
 

@@ -22,7 +22,7 @@ class Row(NamedTuple):
 
     seq: int
     first: int
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]  # nobody counts values in a row
     sample: tuple[int, ...]
 
     @property
@@ -93,7 +93,7 @@ class StepWork(NamedTuple):
     """One step. The executor carries it out in this order: marks, forks, free, preempt, release, starts, rows.
 
     Args:
-        index: of the step.
+        number: of the step, from 0.
         marks: prefixes to keep.
         forks: sequences to copy.
         free: sequences that have ended; one that was never started or is preempted has no pages left, only what the
@@ -106,7 +106,7 @@ class StepWork(NamedTuple):
         ended: requests that have ended since the last step otherwise than by finishing.
     """
 
-    index: int
+    number: int
     marks: tuple[MarkPrefix, ...]
     forks: tuple[Fork, ...]
     free: tuple[int, ...]
