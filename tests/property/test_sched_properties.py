@@ -200,7 +200,7 @@ class Watch:
             self.step()
         assert not self.scheduler.busy, "some request does not end"
         counters = self.scheduler.counters()
-        assert (counters.running, counters.waiting, counters.waiting_tokens) == (0, 0, 0)
+        assert (counters.running, counters.running_sequences, counters.waiting, counters.waiting_tokens) == (0, 0, 0, 0)
         assert counters.kv_bytes == counters.prefix_bytes == self.scheduler.index.bytes
         assert (
             self.scheduler._queue.fresh
@@ -326,7 +326,7 @@ def test_traces_survive_their_file(events: list[Any], capacity: int) -> None:
 def test_backlogged_tenants_are_served_alike(lengths_: list[tuple[int, int]], tokens: int) -> None:
     """Service of two tenants who always wait differs by at most twice the larger of one input and one full batch.
 
-    Source: Sheng et al., arXiv 2401.00588, theorem 4.4, for M tokens in a batch.
+    Source: Sheng et al., arXiv 2401.00588, the bound of two backlogged clients, for M tokens in a batch.
     """
     rows, w_in, w_out = 4, 1.0, 2.0
     config = SchedulerConfig(

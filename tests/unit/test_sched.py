@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -541,3 +543,16 @@ def test_the_tokens_of_a_row_are_those_of_prompt_and_answer() -> None:
             seen += scheduler.tokens(row)
         scheduler.commit(work, executor.run(work))
     assert seen == [7, 8, 9, 10, 11, 12, 13, 0, 1]
+
+
+def test_the_page_of_the_docs_runs(repository: Path) -> None:
+    page = (repository / "docs" / "scheduler.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    assert names["ended"] == () and names["scheduler"].counters().finished == 1
+    tests = {name for name in re.findall(r"`(test_\w+)`", page)}
+    here = "".join(
+        (repository / "tests" / file).read_text()
+        for file in ("unit/test_sched.py", "property/test_sched_properties.py")
+    )
+    assert tests and not {name for name in tests if f"def {name}(" not in here}

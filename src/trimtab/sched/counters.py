@@ -11,7 +11,8 @@ class Counters:
     """Gauges are of now, the rest are sums since the start.
 
     Args:
-        running: sequences that hold keys and values (gauge).
+        running: requests that hold keys and values (gauge).
+        running_sequences: counted against `max_running`: their samples (gauge).
         waiting: requests in the queue, preempted ones included (gauge).
         waiting_tokens: their tokens to run before an answer goes on (gauge).
         kv_bytes: reserved by running sequences and kept prefixes (gauge).
@@ -29,6 +30,7 @@ class Counters:
     """
 
     running: int = 0
+    running_sequences: int = 0
     waiting: int = 0
     waiting_tokens: int = 0
     kv_bytes: int = 0

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from trimtab.errors import SpecError
 from trimtab.sched.checks import whole
 from trimtab.sched.request import Request
-from trimtab.spec.model import ModelSpec
 from trimtab.units import format_bytes
+
+if TYPE_CHECKING:
+    from trimtab.spec.model import ModelSpec
 
 #: Lengths whose bytes are remembered; a cache description takes far longer to add up than to look up.
 _REMEMBERED = 1 << 16

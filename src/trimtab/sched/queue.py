@@ -21,7 +21,8 @@ class FairShare:
     Service is a weighted sum of the tokens of prompts, counted when a request starts, and of answers, counted when they are
     sampled. A tenant whose queue was empty starts with no less than the least of those who wait, so that idling earns no credit.
 
-    Source: Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024 (arXiv 2401.00588), algorithm 2.
+    Source: Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024 (arXiv 2401.00588), the VTC algorithm. As
+    there, a prompt counts whole, whatever of it was cached; unlike there, a request may be sent back, and is not charged again.
     """
 
     __slots__ = ("_last", "service")

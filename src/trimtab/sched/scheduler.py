@@ -162,7 +162,8 @@ class Scheduler:
         """A copy of the counters, gauges as of now."""
         return dataclasses.replace(
             self._counters,
-            running=self._slots,
+            running=len(self._running),
+            running_sequences=self._slots,
             waiting=len(self._queue),
             waiting_tokens=self._queue.prompt_tokens,
             kv_bytes=self.kv.used,
