@@ -356,6 +356,20 @@ def test_bytes_come_from_the_description_of_the_cache() -> None:
         assert nbytes(tokens) == sum(layer.cache.nbytes(tokens).reserved for layer in spec.layers)
 
 
+def test_a_failed_step_ends_its_requests_and_no_others() -> None:
+    scheduler, executor = make(max_running=2), model(3)
+    scheduler.submit(ask("answers", 8), 0.0)
+    drive(scheduler, executor, 2)
+    scheduler.submit(ask("prompt", 20), 0.0)
+    scheduler.submit(ask("waits", 8), 0.0)
+    work = scheduler.step(0.0)
+    ended = scheduler.commit(work, Outcome([()] * len(work.rows), {row.seq: "error" for row in work.rows}))
+    assert {(end.request, end.finish) for end in ended} == {("answers", ("error",)), ("prompt", ("error",))}
+    works, ended = drive(scheduler, executor)
+    assert works[0].free == (0, 1) and not works[0].marks
+    assert [(end.request, end.output_tokens) for end in ended] == [("waits", 3)]
+
+
 # Prefixes.
 
 
