@@ -85,10 +85,10 @@ class Running:
         assert loop is not None
         loop.call_soon_threadsafe(work)
 
-    def messages(self, kind: str, name: str = "") -> list[list[Any]]:
-        """What the engine received: [kind, id, at, reason, salt, priority]."""
+    def messages(self, kind: str, name: str = "") -> list[dict[str, Any]]:
+        """What the engine received of one kind, about one request."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
-        return [line for line in map(json.loads, lines) if line[0] == kind and (not name or line[1] == name)]
+        return [line for line in map(json.loads, lines) if line["kind"] == kind and (not name or line.get("id") == name)]
 
     def wait_for(self, found: Callable[[], Any], seconds: float = 5.0) -> Any:
         """Poll until something is true."""
@@ -101,7 +101,6 @@ class Running:
 
     def stop(self) -> None:
         if self._thread.is_alive():
-            self.service.config = self.service.front.engine._config = self.service.config
             with contextlib.suppress(RuntimeError):
                 self.call(self.service.drain)
         self._thread.join(20)

@@ -110,9 +110,11 @@ class Scripted:
     def note(self, message: m.Message) -> None:
         if self.log:
             with Path(self.log).open("a") as out:
-                name = getattr(message, "id", "")
-                salt, priority = getattr(message, "salt", ""), getattr(message, "priority", 0)
-                out.write(json.dumps([type(message).__name__, name, time.monotonic(), getattr(message, "reason", ""), salt, priority]) + "\n")
+                fields = {name: getattr(message, name) for name in message.__struct_fields__ if name not in ("prompt", "kind")}
+                if isinstance(message, m.Submit):
+                    fields["sampling"] = {name: getattr(message.sampling, name) for name in message.sampling.__struct_fields__}
+                    fields["grammar"] = message.grammar and [message.grammar.kind, message.grammar.text]
+                out.write(json.dumps({"kind": type(message).__name__, "at": time.monotonic(), **fields}) + "\n")
 
     def take(self, message: m.Message) -> None:
         send = self.channel.send

@@ -39,4 +39,7 @@ async def _not_routed(request: Request, error: Exception) -> Response:
     path = request.scope["path"][:200]
     told = {404: f"There is no {path}. See /openapi.json.", 405: f"{request.method} is not possible for {path}. See /openapi.json."}
     failed = ApiError(error.status_code, told.get(error.status_code, str(error.detail)), code="unknown_url")
-    return Response(failed.encoded(), error.status_code, dict(error.headers or {}), "application/json")
+    call = Call(request.scope)
+    call.write_log(error.status_code)
+    headers = {"x-request-id": call.id, **(error.headers or {})}
+    return Response(failed.encoded(), error.status_code, headers, "application/json")

@@ -111,7 +111,7 @@ _LEAST: dict[str, float] = {
 
 
 def _flag(name: str) -> str:
-    return (name[:-2] + "-seconds" if name.endswith("_s") else name).replace("_", "-")
+    return "grace" if name == "grace_s" else (name[:-2] + "-seconds" if name.endswith("_s") else name).replace("_", "-")
 
 
 def is_loopback(host: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -47,7 +48,7 @@ class Endpoint:
             await self._refuse(call, answer, ApiError(400, str(error)))
         except Exception:
             _log.exception("request %s broke", call.id)
-            await self._refuse(call, answer, ApiError(500, f"Something broke in the server; its log names {call.id}.", code="internal_error"))
+            await self._refuse(call, answer, _broke(call))
         finally:
             self._front.calls -= 1
             self._front.metrics.http.labels(self._route.path, str(answer.status)).inc()
@@ -94,35 +95,38 @@ class Endpoint:
 
     async def _stream(self, call: Call, answer: _Sender, result: Events) -> None:
         """Send events as they come; comments while none come; the reader may not stand still for long."""
-        config, parts = self._front.config, result.parts
-        following: asyncio.Future[bytes] = asyncio.ensure_future(anext(parts))  # type: ignore[arg-type]
+        beating = asyncio.create_task(self._beat(call, answer))
         try:
-            while True:
-                await asyncio.wait([following], timeout=config.heartbeat_s)
-                if following.done():
-                    try:
-                        part = following.result()
-                    except StopAsyncIteration:
-                        break
-                    except ApiError as error:
-                        if not answer.started:
-                            raise
-                        call.log["code"] = error.code
-                        self._front.metrics.rejected.labels(str(error.status), error.code or "").inc()
-                        part = b""
-                        await self._push(call, answer, result.failed(error))
-                        break
-                    following = asyncio.ensure_future(anext(parts))  # type: ignore[arg-type]
-                else:
-                    part = HEARTBEAT
-                await self._push(call, answer, part)
-            await answer.finish()
+            # Leaving closes the generator, which tells the engine, also when this task is cancelled.
+            async with contextlib.aclosing(result.parts) as parts:
+                async for part in parts:
+                    await self._push(call, answer, part)
+        except (ConnectionError, asyncio.CancelledError):
+            raise
+        except Exception as raised:
+            if not answer.started:
+                raise
+            error = raised
+            if not isinstance(error, ApiError):
+                _log.exception("request %s broke", call.id)
+                error = _broke(call)
+            call.log["code"] = error.code
+            self._front.metrics.rejected.labels(str(error.status), error.code or "").inc()
+            await self._push(call, answer, result.failed(error))
         finally:
-            # The generator's own end tells the engine; it must run even if this task is being cancelled.
-            following.cancel()
-            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, ApiError):
-                await following
-            await parts.aclose()  # type: ignore[attr-defined]
+            beating.cancel()
+        await answer.finish()
+
+    async def _beat(self, call: Call, answer: _Sender) -> None:
+        """Send a comment whenever nothing else was sent for a while."""
+        seconds = self._front.config.heartbeat_s
+        while True:
+            await asyncio.sleep(answer.last + seconds - time.monotonic())
+            if time.monotonic() - answer.last >= seconds and not answer.busy:
+                with contextlib.suppress(ConnectionError):
+                    await self._push(call, answer, HEARTBEAT)
+            elif answer.busy:
+                await asyncio.sleep(seconds)
 
     async def _push(self, call: Call, answer: _Sender, part: bytes) -> None:
         try:
@@ -135,17 +139,24 @@ class Endpoint:
             raise ConnectionError from None
 
 
+_EVENT_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
 class _Sender:
     """The answer to one request.
 
     Attributes:
         status: sent, or 0.
         started: whether headers have gone out.
+        last: when something was sent, or the request came.
+        busy: a piece is being sent: its reader has yet to take what came before.
     """
 
     def __init__(self, call: Call, send: Send) -> None:
         self._call, self._raw = call, send
         self.status, self.started = 0, False
+        self.last, self.busy = call.arrived, False
+        self._turn = asyncio.Lock()
 
     async def whole(self, status: int, body: bytes, content_type: str, headers: dict[str, str] | None = None) -> None:
         """An answer in one piece."""
@@ -155,9 +166,12 @@ class _Sender:
 
     async def part(self, data: bytes) -> None:
         """A piece of a stream."""
-        if not self.started:
-            await self._start(200, {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"})
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        async with self._turn:
+            self.busy = True
+            if not self.started:
+                await self._start(200, _EVENT_HEADERS)
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+            self.busy, self.last = False, time.monotonic()
 
     async def finish(self) -> None:
         """The end of a stream."""
@@ -181,6 +195,10 @@ class _Sender:
             await self._raw(message)
         except OSError as error:
             raise ConnectionError from error
+
+
+def _broke(call: Call) -> ApiError:
+    return ApiError(500, f"Something broke in the server; its log names {call.id}.", code="internal_error")
 
 
 async def _unless_gone(work: Coroutine[Any, Any, Any], receive: Receive) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -49,7 +49,7 @@ class Events:
         failed: turns a later error into the last event.
     """
 
-    parts: AsyncIterator[bytes]
+    parts: AsyncGenerator[bytes, None]
     failed: Callable[[ApiError], bytes]
 
 

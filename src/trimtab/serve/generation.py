@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from trimtab.serve.call import Call
@@ -108,32 +109,33 @@ class Generation:
         """Cancel on request: the client gets an error now."""
         self._stream.fail(ApiError(499, "The request was cancelled.", code="request_cancelled", retry=False), "request")
 
-    async def events(self) -> AsyncIterator[tuple[int, Piece | None]]:
+    async def events(self) -> AsyncGenerator[tuple[int, Piece | None], None]:
         """Yield (choice, piece), choices counted over all prompts; (-1, None) when the work has begun.
 
         Raises:
             ApiError: it did not come to its end.
         """
-        async for place, event, at_s in self._stream.events():
-            if isinstance(event, Admitted):
-                self._cached[place] = event.cached_tokens
-                self._predicted = self._predicted or event
-                self._front.metrics.queued.labels(self._model.id).observe(event.queued_s)
-                yield -1, None
-            elif isinstance(event, Piece):
-                choice = place * self._choices + event.choice
-                self._observe(choice, event, at_s)
-                yield choice, event
-                if event.finish == "cancelled":
-                    raise ApiError(499, "The request was cancelled.", code="request_cancelled", retry=False)
-                if event.finish == "deadline":
-                    raise deadline_error(self._front.config.request_s)
-            elif isinstance(event, Finished):
-                self.finished[place] = event
-                self._cached[place] = event.cached_tokens
-            elif isinstance(event, Embedded):
-                self.vectors[place] = event.vector
-                self._cached[place] = event.cached_tokens
+        async with aclosing(self._stream.events()) as events:
+            async for place, event, at_s in events:
+                if isinstance(event, Admitted):
+                    self._cached[place] = event.cached_tokens
+                    self._predicted = self._predicted or event
+                    self._front.metrics.queued.labels(self._model.id).observe(event.queued_s)
+                    yield -1, None
+                elif isinstance(event, Piece):
+                    choice = place * self._choices + event.choice
+                    self._observe(choice, event, at_s)
+                    yield choice, event
+                    if event.finish == "cancelled":
+                        raise ApiError(499, "The request was cancelled.", code="request_cancelled", retry=False)
+                    if event.finish == "deadline":
+                        raise deadline_error(self._front.config.request_s)
+                elif isinstance(event, Finished):
+                    self.finished[place] = event
+                    self._cached[place] = event.cached_tokens
+                elif isinstance(event, Embedded):
+                    self.vectors[place] = event.vector
+                    self._cached[place] = event.cached_tokens
 
     def _observe(self, choice: int, piece: Piece, at_s: float) -> None:
         metrics, label = self._front.metrics, self._model.id

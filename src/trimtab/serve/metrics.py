@@ -61,15 +61,24 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Gauges of now, counters over all engines of this server."""
         engine, stats, before = self._engine, self._engine.stats, self._engine.before
-        yield GaugeMetricFamily("vllm:num_requests_running", "Requests in the batch.", stats.running)
-        yield GaugeMetricFamily("vllm:num_requests_waiting", "Requests in the queue.", max(stats.waiting, engine.waiting))
+        # The batch and the cache belong to all model ids together; the label names the default one.
+        model = next(iter(engine.models.values())).id if engine.models else ""
         used = stats.kv_used_bytes / stats.kv_bytes if stats.kv_bytes else 0.0
-        yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of the cache in use, 0 to 1.", used)
+        for name, told, value in (
+            ("vllm:num_requests_running", "Requests in the batch.", stats.running),
+            ("vllm:num_requests_waiting", "Requests in the queue.", max(stats.waiting, engine.waiting)),
+            ("vllm:kv_cache_usage_perc", "Share of the cache in use, 0 to 1.", used),
+        ):
+            gauge = GaugeMetricFamily(name, told, labels=["model_name"])
+            gauge.add_metric([model], value)
+            yield gauge
         yield GaugeMetricFamily("trimtab_requests_paused", "Requests whose reader is slow.", stats.paused)
         yield GaugeMetricFamily("trimtab_engine_up", "1 while the engine takes requests.", float(engine.state == "ready"))
         yield CounterMetricFamily("trimtab_engine_restarts", "Times the engine was started again.", engine.restarts)
         for name, field, told in _COUNTERS:
-            yield CounterMetricFamily(name, told, getattr(stats, field) + getattr(before, field))
+            counter = CounterMetricFamily(name, told, labels=["model_name"])
+            counter.add_metric([model], getattr(stats, field) + getattr(before, field))
+            yield counter
         cancelled = CounterMetricFamily("trimtab_requests_cancelled", "Cancelled, by reason.", labels=["reason"])
         for reason, count in engine.cancelled.items():
             cancelled.add_metric([reason], count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from trimtab.serve.errors import ApiError
 from trimtab.serve.messages import (
@@ -107,7 +107,7 @@ class Stream:
             self._send(Cancel(name, reason))
         self._open.clear()
 
-    async def events(self) -> AsyncIterator[tuple[int, Event, float]]:
+    async def events(self) -> AsyncGenerator[tuple[int, Event, float], None]:
         """Yield (place, event, engine time) until every request has ended.
 
         Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -190,7 +190,7 @@ def fingerprint(model: ModelInfo) -> str | None:
 
 async def _stream(
     generation: Generation, request: ChatRequest, submit: Submit, model: ModelInfo, texts: TokenTexts, tools: ToolSetup
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     options = request.stream_options
     wanted = bool(options and (options.include_usage or options.continuous_usage_stats))
     always = bool(options and options.continuous_usage_stats)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -139,7 +139,7 @@ class _Maker:
         return out
 
 
-async def _stream(generation: Generation, make: _Maker) -> AsyncIterator[bytes]:
+async def _stream(generation: Generation, make: _Maker) -> AsyncGenerator[bytes, None]:
     request, options = make.request, make.request.stream_options
     always = bool(options and options.continuous_usage_stats)
     wanted = always or bool(options and options.include_usage)

@@ -32,7 +32,7 @@ class EventWriter:
         """The number of the next event."""
         return next(self._numbers)
 
-    def event(self, name: str, **fields: object) -> bytes:
+    def event(self, name: str, /, **fields: object) -> bytes:
         """One event."""
         return named(name, ResponseEvent(type=name, sequence_number=self.next(), **fields))  # type: ignore[arg-type]
 

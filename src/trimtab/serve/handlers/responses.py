@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 import msgspec
@@ -225,7 +225,7 @@ class _Job:
             self.front.responses.put(self.call.tenant.entry.name, done, (*self.said, answer))
         return done
 
-    async def stream(self) -> AsyncIterator[bytes]:
+    async def stream(self) -> AsyncGenerator[bytes, None]:
         """Events in the order OpenAI's clients expect."""
         writer, begun = self.writer, False
         with self.generation:
