@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope
 
 from trimtab.serve.errors import ApiError, bad
 from trimtab.serve.keys import Tenant
+from trimtab.serve.messages import CancelReason
 
 _access = logging.getLogger("trimtab.serve.access")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}\Z")
@@ -27,7 +28,7 @@ class Call:
         tenant: whose key it is.
         arrived: `time.monotonic()`.
         log: fields of the access log; holds names and numbers, never text of the client's.
-        open: False once the answer has ended.
+        leaves: the reason the engine is told when the answer ends early.
     """
 
     def __init__(self, scope: Scope, tenant: Tenant | None = None) -> None:
@@ -38,6 +39,7 @@ class Call:
         self.arrived = time.monotonic()
         self.tenant: Tenant = tenant  # type: ignore[assignment]  # set once the key is known
         self.log: dict[str, Any] = {}
+        self.leaves: CancelReason = "disconnect"
         self.path_params: dict[str, str] = scope.get("path_params", {})
 
     def new_id(self, prefix: str) -> str:

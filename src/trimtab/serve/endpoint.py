@@ -133,8 +133,7 @@ class Endpoint:
             async with asyncio.timeout(self._front.config.slow_reader_s):
                 await answer.part(part)
         except TimeoutError:
-            call.log["code"] = "slow_reader"
-            self._front.engine.cancelled["slow_reader"] = self._front.engine.cancelled.get("slow_reader", 0) + 1
+            call.log["code"] = call.leaves = "slow_reader"
             answer.abort()
             raise ConnectionError from None
 

@@ -73,7 +73,7 @@ class Generation:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         # A generator that is dropped, or a task that is cancelled: the client went.
-        self._front.engine.close(self._stream, "disconnect")
+        self._front.engine.close(self._stream, self._call.leaves)
         self._front.open.pop(self._name, None)
         self._lease.end(self.prompt_tokens + self.total_new)
         self._call.log |= {"completion_tokens": self.total_new, "cached_tokens": self.cached_tokens}

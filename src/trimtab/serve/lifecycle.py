@@ -153,7 +153,12 @@ def serve(config: ServeConfig, launcher: Launcher | None = None, tokenizer: Call
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, service.signalled, number)
-        await service.run(lambda ready: print(announcement(ready, config, service.port), file=sys.stderr, flush=True))
+        try:
+            await service.run(lambda ready: print(announcement(ready, config, service.port), file=sys.stderr, flush=True))
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)  # all that is left to do is to end
 
     try:
         asyncio.run(main())
