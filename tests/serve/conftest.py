@@ -88,7 +88,9 @@ class Running:
     def messages(self, kind: str, name: str = "") -> list[dict[str, Any]]:
         """What the engine received of one kind, about one request."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
-        return [line for line in map(json.loads, lines) if line["kind"] == kind and (not name or line.get("id") == name)]
+        return [
+            line for line in map(json.loads, lines) if line["kind"] == kind and (not name or line.get("id") == name)
+        ]
 
     def wait_for(self, found: Callable[[], Any], seconds: float = 5.0) -> Any:
         """Poll until something is true."""

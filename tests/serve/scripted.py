@@ -69,7 +69,15 @@ class Choice:
             text += self.stop.push(self.decoder.decode(b"", True)) + self.stop.finish()
         self.finish = finish
         logprobs = tuple(entry(token, drawn.logprobs) for token in ids) if drawn.logprobs is not None else ()
-        return m.Piece(id=request.id, choice=self.index, ids=ids, text=text, logprobs=logprobs, finish=finish, stopped_by=stopped_by)
+        return m.Piece(
+            id=request.id,
+            choice=self.index,
+            ids=ids,
+            text=text,
+            logprobs=logprobs,
+            finish=finish,
+            stopped_by=stopped_by,
+        )
 
 
 def entry(token: int, top: int) -> m.TokenLogprob:
@@ -97,7 +105,10 @@ class Scripted:
     def run(self) -> int:
         while True:
             now = time.monotonic()
-            due = min([job.next_at for job in self.jobs.values() if not job.paused and not job.orders.get("stall")] + [self.stats_at])
+            due = min(
+                [job.next_at for job in self.jobs.values() if not job.paused and not job.orders.get("stall")]
+                + [self.stats_at]
+            )
             for message in self.channel.receive(max(due - now, 0.0)):
                 self.note(message)
                 if isinstance(message, m.Drain):
@@ -110,9 +121,13 @@ class Scripted:
     def note(self, message: m.Message) -> None:
         if self.log:
             with Path(self.log).open("a") as out:
-                fields = {name: getattr(message, name) for name in message.__struct_fields__ if name not in ("prompt", "kind")}
+                fields = {
+                    name: getattr(message, name) for name in message.__struct_fields__ if name not in ("prompt", "kind")
+                }
                 if isinstance(message, m.Submit):
-                    fields["sampling"] = {name: getattr(message.sampling, name) for name in message.sampling.__struct_fields__}
+                    fields["sampling"] = {
+                        name: getattr(message.sampling, name) for name in message.sampling.__struct_fields__
+                    }
                     fields["grammar"] = message.grammar and [message.grammar.kind, message.grammar.text]
                 out.write(json.dumps({"kind": type(message).__name__, "at": time.monotonic(), **fields}) + "\n")
 
@@ -125,14 +140,23 @@ class Scripted:
                 raise SystemExit(2)
             time.sleep(float(os.environ.get("SCRIPTED_LOAD", "0")))
             self.models = list(message.models)
-            memory = m.MemoryPlan(weight_bytes=1 << 20, kv_bytes=1 << 20, kv_bytes_per_token=64, kv_tokens=1 << 14, max_sequences=8, full_contexts=4.0)
+            memory = m.MemoryPlan(
+                weight_bytes=1 << 20,
+                kv_bytes=1 << 20,
+                kv_bytes_per_token=64,
+                kv_tokens=1 << 14,
+                max_sequences=8,
+                full_contexts=4.0,
+            )
             send(m.Ready(models=tuple(map(self.info, self.models)), memory=memory, pid=os.getpid()))
         elif isinstance(message, m.Submit | m.Embed):
             self.submit(message)
         elif isinstance(message, m.Cancel):
             if job := self.jobs.pop(message.id, None):
                 finished = sum(choice.count for choice in job.choices)
-                pieces = tuple(m.Piece(id=message.id, choice=c.index, finish="cancelled") for c in job.choices if c.finish is None)
+                pieces = tuple(
+                    m.Piece(id=message.id, choice=c.index, finish="cancelled") for c in job.choices if c.finish is None
+                )
                 send(m.Tokens(pieces, time.monotonic()))
                 send(m.Finished(id=message.id, completion_tokens=finished, at_s=time.monotonic()))
         elif isinstance(message, m.Pause | m.Resume):
@@ -166,7 +190,13 @@ class Scripted:
         elif isinstance(request, m.Embed):
             numbers = [float(len(request.prompt)), *[0.0] * (WIDTH - 2), 1.0]
             length = sum(x * x for x in numbers) ** 0.5
-            send(m.Embedded(id=request.id, vector=struct.pack(f"<{WIDTH}f", *(x / length for x in numbers)), at_s=time.monotonic()))
+            send(
+                m.Embedded(
+                    id=request.id,
+                    vector=struct.pack(f"<{WIDTH}f", *(x / length for x in numbers)),
+                    at_s=time.monotonic(),
+                )
+            )
         else:
             self.jobs[request.id] = Job(request)
 
@@ -178,7 +208,15 @@ class Scripted:
                 continue
             if not job.admitted:
                 job.admitted = True
-                self.channel.send(m.Admitted(id=job.request.id, queued_s=now - job.arrived, cached_tokens=3, predicted_first_s=0.01, predicted_s=0.1))
+                self.channel.send(
+                    m.Admitted(
+                        id=job.request.id,
+                        queued_s=now - job.arrived,
+                        cached_tokens=3,
+                        predicted_first_s=0.01,
+                        predicted_s=0.1,
+                    )
+                )
                 if job.orders.get("stall"):
                     continue
             many = 1 if job.orders.get("delay") else 64  # without a delay, several tokens a step
@@ -193,12 +231,32 @@ class Scripted:
         for job in ended:
             del self.jobs[job.request.id]
             drawn = job.request.sampling
-            prompt = tuple(entry(token, drawn.prompt_logprobs) for token in job.request.prompt[1:]) if drawn.prompt_logprobs is not None else ()
+            prompt = (
+                tuple(entry(token, drawn.prompt_logprobs) for token in job.request.prompt[1:])
+                if drawn.prompt_logprobs is not None
+                else ()
+            )
             count = sum(choice.count for choice in job.choices) * drawn.best_of // drawn.n
-            self.channel.send(m.Finished(id=job.request.id, cached_tokens=3, completion_tokens=count, prompt_logprobs=prompt, at_s=time.monotonic()))
+            self.channel.send(
+                m.Finished(
+                    id=job.request.id,
+                    cached_tokens=3,
+                    completion_tokens=count,
+                    prompt_logprobs=prompt,
+                    at_s=time.monotonic(),
+                )
+            )
         if now >= self.stats_at:
             self.stats_at = now + 0.2
-            self.channel.send(m.Stats(at_s=now, running=len(self.jobs), kv_used_bytes=len(self.jobs), kv_bytes=100, generation_tokens=self.generated))
+            self.channel.send(
+                m.Stats(
+                    at_s=now,
+                    running=len(self.jobs),
+                    kv_used_bytes=len(self.jobs),
+                    kv_bytes=100,
+                    generation_tokens=self.generated,
+                )
+            )
 
 
 def main(channel: BlockingChannel) -> int:

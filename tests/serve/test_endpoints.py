@@ -48,7 +48,11 @@ def test_chat(ask: Run) -> None:
 
 
 def test_chat_stream(ask: Run) -> None:
-    chunks = ask(lambda c: c.chat.completions.create(model="tiny", messages=ASK, stream=True, stream_options={"include_usage": True}))
+    chunks = ask(
+        lambda c: c.chat.completions.create(
+            model="tiny", messages=ASK, stream=True, stream_options={"include_usage": True}
+        )
+    )
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == "Hello, wörld!"
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1] if chunk.choices[0].finish_reason] == ["stop"]
@@ -94,7 +98,9 @@ def test_log_probabilities(ask: Run, order: Any) -> None:
     assert half.bytes == [0xC3]  # half a character: the bytes say what the text cannot
     assert end.token == "<|im_end|>"
     chunks = ask(lambda c: c.chat.completions.create(model="tiny", messages=said, logprobs=True, stream=True))
-    streamed = [entry.token for chunk in chunks if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
+    streamed = [
+        entry.token for chunk in chunks if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content
+    ]
     assert len(streamed) == 4
 
 
@@ -129,7 +135,9 @@ def test_tool_calls(ask: Run, order: Any, stream: bool) -> None:
 
 def test_without_tools_the_same_text_is_text(ask: Run, order: Any) -> None:
     text = '<tool_call>{"name": "add", "arguments": {}}</tool_call>'
-    answer = ask(lambda c: c.chat.completions.create(model="tiny", messages=[{"role": "user", "content": order(say=text)}]))
+    answer = ask(
+        lambda c: c.chat.completions.create(model="tiny", messages=[{"role": "user", "content": order(say=text)}])
+    )
     assert answer.choices[0].message.content == text
     assert answer.choices[0].message.tool_calls is None
 
@@ -137,7 +145,11 @@ def test_without_tools_the_same_text_is_text(ask: Run, order: Any) -> None:
 def test_completions(ask: Run) -> None:
     answer = ask(lambda c: c.completions.create(model="tiny", prompt="abc"))
     assert answer.choices[0].text == "Hello, wörld!"
-    chunks = ask(lambda c: c.completions.create(model="tiny", prompt="abc", stream=True, echo=True, stream_options={"include_usage": True}))
+    chunks = ask(
+        lambda c: c.completions.create(
+            model="tiny", prompt="abc", stream=True, echo=True, stream_options={"include_usage": True}
+        )
+    )
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == "abcHello, wörld!"
     assert chunks[-1].usage.prompt_tokens == 3
 
@@ -206,9 +218,16 @@ def test_responses(ask: Run) -> None:
 def test_a_response_as_events(ask: Run, order: Any) -> None:
     call = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
     tool = {"type": "function", "name": "add", "parameters": TOOL["function"]["parameters"], "strict": False}
-    events = ask(lambda c: c.responses.create(model="tiny", input=order(say=f"Well. {call}"), tools=[tool], stream=True))
+    events = ask(
+        lambda c: c.responses.create(model="tiny", input=order(say=f"Well. {call}"), tools=[tool], stream=True)
+    )
     kinds = [event.type for event in events]
-    assert kinds[:4] == ["response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"]
+    assert kinds[:4] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
     assert [event.sequence_number for event in events] == list(range(len(events)))
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == "Well. "
     assert kinds[-5:] == [
@@ -222,7 +241,11 @@ def test_a_response_as_events(ask: Run, order: Any) -> None:
 
 def test_a_response_that_was_cut_is_incomplete(ask: Run) -> None:
     answer = ask(lambda c: c.responses.create(model="tiny", input="hi", max_output_tokens=3))
-    assert (answer.status, answer.incomplete_details.reason, answer.output_text) == ("incomplete", "max_output_tokens", "Hel")
+    assert (answer.status, answer.incomplete_details.reason, answer.output_text) == (
+        "incomplete",
+        "max_output_tokens",
+        "Hel",
+    )
     events = ask(lambda c: c.responses.create(model="tiny", input="hi", max_output_tokens=3, stream=True))
     assert events[-1].type == "response.incomplete"
 
@@ -237,7 +260,12 @@ def test_a_function_output_goes_back(ask: Run, server: Any) -> None:
 
 
 def test_structured_output_reaches_the_engine(ask: Run, server: Any) -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
     answer = ask(lambda c: c.chat.completions.create(model="tiny", messages=ASK, response_format=form))
     kind, text = server.messages("Submit", answer.id)[0]["grammar"]
@@ -255,9 +283,17 @@ def test_errors_are_openais(ask: Run, order: Any) -> None:
         ask(lambda c: c.chat.completions.create(model="tiny", messages=ASK, top_logprobs=3))
     assert caught.value.param == "top_logprobs"
     with pytest.raises(openai.RateLimitError, match="full") as limited:
-        ask(lambda c: c.chat.completions.create(model="tiny", messages=[{"role": "user", "content": order(refuse=[429, "It is full.", 7.2])}]))
+        ask(
+            lambda c: c.chat.completions.create(
+                model="tiny", messages=[{"role": "user", "content": order(refuse=[429, "It is full.", 7.2])}]
+            )
+        )
     assert limited.value.response.headers["retry-after"] == "8"
     with pytest.raises(openai.InternalServerError, match="broke"):
-        ask(lambda c: c.chat.completions.create(model="tiny", messages=[{"role": "user", "content": order(fail="It broke.")}]))
+        ask(
+            lambda c: c.chat.completions.create(
+                model="tiny", messages=[{"role": "user", "content": order(fail="It broke.")}]
+            )
+        )
     with pytest.raises(openai.NotFoundError):
         ask(lambda c: c.chat.completions.create(model="gpt-4", messages=ASK))

@@ -29,7 +29,10 @@ def submitted(server: Any, **fields: Any) -> dict[str, Any]:
     ("fields", "told"),
     [
         ({"temperature": 0}, {"temperature": 0.0}),
-        ({"temperature": 2, "top_p": 0.5, "top_k": 7, "min_p": 0.1}, {"temperature": 2.0, "top_p": 0.5, "top_k": 7, "min_p": 0.1}),
+        (
+            {"temperature": 2, "top_p": 0.5, "top_k": 7, "min_p": 0.1},
+            {"temperature": 2.0, "top_p": 0.5, "top_k": 7, "min_p": 0.1},
+        ),
         ({"top_k": -1}, {"top_k": 0}),
         ({"repetition_penalty": 1.5}, {"repetition_penalty": 1.5}),
         ({"presence_penalty": -2, "frequency_penalty": 2}, {"presence_penalty": -2.0, "frequency_penalty": 2.0}),
@@ -59,7 +62,12 @@ def test_without_a_limit_the_answer_may_fill_the_context(server: Any) -> None:
 
 @pytest.mark.parametrize(
     ("fields", "told"),
-    [({"priority": 5}, 5), ({"service_tier": "flex"}, 10), ({"service_tier": "priority"}, -10), ({"service_tier": "auto"}, 0)],
+    [
+        ({"priority": 5}, 5),
+        ({"service_tier": "flex"}, 10),
+        ({"service_tier": "priority"}, -10),
+        ({"service_tier": "auto"}, 0),
+    ],
 )
 def test_priority(server: Any, fields: dict[str, Any], told: int) -> None:
     assert submitted(server, **fields)["priority"] == told
@@ -144,7 +152,9 @@ def test_unknown_fields_are_named_in_the_debug_log_without_their_values(caplog: 
         ({"structured_outputs": {}}, "structured_outputs", "exactly one"),
     ],
 )  # fmt: skip
-def test_refused_in_one_sentence_that_names_the_field(server: Any, fields: dict[str, Any], param: str, words: str) -> None:
+def test_refused_in_one_sentence_that_names_the_field(
+    server: Any, fields: dict[str, Any], param: str, words: str
+) -> None:
     answer = chat(server, **fields)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
@@ -194,14 +204,22 @@ def test_every_unsupported_field_has_an_endpoint_that_names_it(field: str) -> No
     assert kinds
     bodies = {"messages": '[{"role": "user", "content": "x"}]', "input": '"x"', "prompt": '"x"'}
     for kind in kinds:
-        bodies = {name: value for name, value in bodies.items() if name != "prompt" or "instructions" not in kind.__struct_fields__}
-        needed = ", ".join(f'"{name}": {value}' for name, value in bodies.items() if name in kind.__struct_fields__ and name != field)
+        bodies = {
+            name: value
+            for name, value in bodies.items()
+            if name != "prompt" or "instructions" not in kind.__struct_fields__
+        }
+        needed = ", ".join(
+            f'"{name}": {value}' for name, value in bodies.items() if name in kind.__struct_fields__ and name != field
+        )
         value = '"x"' if field == "suffix" else "true"
         with pytest.raises(ApiError, match=f"'{field}' is not supported"):
             decode(f'{{"model": "m", {needed}, "{field}": {value}}}'.encode(), kind)
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"\xff", b'{"a": "\\ud800"}', b"[" * 100_000, b'{"messages": ' + b"[" * 100_000])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b"\xff", b'{"a": "\\ud800"}', b"[" * 100_000, b'{"messages": ' + b"[" * 100_000]
+)
 def test_bodies_that_are_no_request(server: Any, body: bytes) -> None:
     with server.client() as client:
         answer = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})

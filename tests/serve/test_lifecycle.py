@@ -21,11 +21,17 @@ HERE = Path(__file__).parent
 
 
 def chat(client: Any, content: str = "hi", **fields: Any) -> Any:
-    return client.post("/v1/chat/completions", json={"model": "tiny", "messages": [{"role": "user", "content": content}], **fields})
+    return client.post(
+        "/v1/chat/completions", json={"model": "tiny", "messages": [{"role": "user", "content": content}], **fields}
+    )
 
 
 def endless(order: Any) -> dict[str, Any]:
-    return {"model": "tiny", "stream": True, "messages": [{"role": "user", "content": order(say="x", repeat=4000, delay=0.01)}]}
+    return {
+        "model": "tiny",
+        "stream": True,
+        "messages": [{"role": "user", "content": order(say="x", repeat=4000, delay=0.01)}],
+    }
 
 
 def test_a_killed_engine_is_503_and_comes_back(start: Any, order: Any) -> None:
@@ -88,7 +94,11 @@ def test_models_come_and_go_and_survive_a_restart(start: Any) -> None:
         os.kill(server.service.front.engine.pid, signal.SIGKILL)
         server.wait_for(lambda: server.service.front.engine.restarts == 1 and client.get("/health").status_code == 200)
         assert chat(client, model="tiny@snapkv").status_code == 200
-        assert client.delete("/admin/models/tiny@snapkv").json() == {"id": "tiny@snapkv", "deleted": True, "object": "model"}
+        assert client.delete("/admin/models/tiny@snapkv").json() == {
+            "id": "tiny@snapkv",
+            "deleted": True,
+            "object": "model",
+        }
         assert chat(client, model="tiny@snapkv").status_code == 404
 
 
@@ -144,7 +154,9 @@ class Program:
     def __init__(self, model: str = "tiny", grace: float = 5.0) -> None:
         program = PROGRAM.format(here=str(HERE), model=model, grace=grace)
         environment = os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path))}
-        self.process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self.lines: list[str] = []
         self.port = 0
 
@@ -213,7 +225,10 @@ def test_a_second_sigterm_ends_at_once(program: Any, order: Any) -> None:
     server.wait_ready()
     engine = server.engine()
     body = endless(order)
-    with httpx.Client(base_url=f"http://127.0.0.1:{server.port}") as client, client.stream("POST", "/v1/chat/completions", json=body) as answer:
+    with (
+        httpx.Client(base_url=f"http://127.0.0.1:{server.port}") as client,
+        client.stream("POST", "/v1/chat/completions", json=body) as answer,
+    ):
         lines = answer.iter_lines()  # dropping it would end the stream
         next(lines)
         server.process.send_signal(signal.SIGTERM)

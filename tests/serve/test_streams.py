@@ -36,7 +36,9 @@ def test_the_form_of_a_stream(server: Any) -> None:
 
 def test_characters_are_never_cut(server: Any, order: Any) -> None:
     with server.client() as client:
-        answer = client.post("/v1/completions", json={"model": "tiny", "prompt": order(say="aé漢🎈"), "stream": True, "max_tokens": 99})
+        answer = client.post(
+            "/v1/completions", json={"model": "tiny", "prompt": order(say="aé漢🎈"), "stream": True, "max_tokens": 99}
+        )
     texts = [json.loads(event[6:])["choices"][0]["text"] for event in answer.text.split("\n\n")[:-2]]
     assert [text for text in texts if text] == ["a", "é", "漢", "🎈"]
 
@@ -64,7 +66,9 @@ class Raw:
     def __init__(self, server: Any, body: dict[str, Any], path: str = "/v1/chat/completions") -> None:
         self.socket = socket.socket()
         self.socket.settimeout(5)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # what the system takes for us would hide a slow reader
+        self.socket.setsockopt(
+            socket.SOL_SOCKET, socket.SO_RCVBUF, 4096
+        )  # what the system takes for us would hide a slow reader
         self.socket.connect(("127.0.0.1", server.service.port))
         data = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
@@ -118,7 +122,9 @@ def test_a_client_that_leaves_while_it_waits_is_cancelled(server: Any, order: An
 
 def test_cancelling_by_id(server: Any, order: Any) -> None:
     with server.client() as client, server.client() as other:
-        with client.stream("POST", "/v1/chat/completions", json=body_of(order, say="x", repeat=4000, delay=0.02)) as answer:
+        with client.stream(
+            "POST", "/v1/chat/completions", json=body_of(order, say="x", repeat=4000, delay=0.02)
+        ) as answer:
             lines = answer.iter_lines()
             name = json.loads(next(lines)[6:])["id"]
             assert other.post(f"/v1/requests/{name}/cancel").json() == {"id": name, "cancelled": True}
@@ -137,7 +143,9 @@ def small_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
 LONG = {"say": "x" * 10, "repeat": 150, "delay": 0.0001}  # 1500 chunks of about 250 bytes
 
 
-def test_a_slow_reader_pauses_its_request_and_resumes_it(start: Any, order: Any, connect: Any, small_sockets: None) -> None:
+def test_a_slow_reader_pauses_its_request_and_resumes_it(
+    start: Any, order: Any, connect: Any, small_sockets: None
+) -> None:
     server = start(stream_buffer=32 << 10)
     raw = connect(body_of(order, **LONG), server)
     (paused,) = server.wait_for(lambda: server.messages("Pause"))

@@ -37,7 +37,10 @@ async def _not_routed(request: Request, error: Exception) -> Response:
     """What no route answers."""
     assert isinstance(error, HTTPException)
     path = request.scope["path"][:200]
-    told = {404: f"There is no {path}. See /openapi.json.", 405: f"{request.method} is not possible for {path}. See /openapi.json."}
+    told = {
+        404: f"There is no {path}. See /openapi.json.",
+        405: f"{request.method} is not possible for {path}. See /openapi.json.",
+    }
     failed = ApiError(error.status_code, told.get(error.status_code, str(error.detail)), code="unknown_url")
     call = Call(request.scope)
     call.write_log(error.status_code)

@@ -72,7 +72,11 @@ async def read_body(call: Call, receive: Receive, limit: int, seconds: float) ->
     kind = call.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         # A browser may send other types to another site without asking; this one it may not.
-        raise ApiError(415, f"The content type {kind[:80]!r} is not possible. Send application/json.", code="unsupported_media_type")
+        raise ApiError(
+            415,
+            f"The content type {kind[:80]!r} is not possible. Send application/json.",
+            code="unsupported_media_type",
+        )
     length = call.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
         raise _too_long(limit)
@@ -96,4 +100,6 @@ async def read_body(call: Call, receive: Receive, limit: int, seconds: float) ->
 
 
 def _too_long(limit: int) -> ApiError:
-    return ApiError(413, f"The body is longer than {limit} bytes, the most this server takes. Send less.", code="body_too_large")
+    return ApiError(
+        413, f"The body is longer than {limit} bytes, the most this server takes. Send less.", code="body_too_large"
+    )

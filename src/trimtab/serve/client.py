@@ -125,7 +125,9 @@ class Engine:
             ApiError: 503 with Retry-After.
         """
         if self.state == "draining":
-            raise unavailable("The server is shutting down and takes no new requests.", self._config.grace_s + 1, "server_draining")
+            raise unavailable(
+                "The server is shutting down and takes no new requests.", self._config.grace_s + 1, "server_draining"
+            )
         if self.state != "ready":
             raise unavailable("The engine is being started; try again in a moment.", 2.0)
 
@@ -187,7 +189,9 @@ class Engine:
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
-            self._fail_all(unavailable("The server shut down before the answer was done.", code="server_shutting_down"), "shutdown")
+            self._fail_all(
+                unavailable("The server shut down before the answer was done.", code="server_shutting_down"), "shutdown"
+            )
         self._tell(Drain(0.0))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2.0 if was_ready else 0.0):
@@ -222,7 +226,9 @@ class Engine:
         times = self._admitted
         rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 and times[-1] > times[0] else 1.0
         wait = min(max(len(self._waiting) / rate, 1.0), 3600.0)
-        return ApiError(429, f"The queue is full: {what}. Try again in {wait:.0f} s.", code="queue_full", retry_after_s=wait)
+        return ApiError(
+            429, f"The queue is full: {what}. Try again in {wait:.0f} s.", code="queue_full", retry_after_s=wait
+        )
 
     def _tell(self, message: Message) -> None:
         """Send; a channel that is gone is noticed by the task that receives."""
@@ -256,7 +262,9 @@ class Engine:
             self._fail_all(unavailable("The engine stopped while it worked on this; it is being started again."))
             if self.ready is None:
                 code = self._stopped.code if self._stopped else 1
-                self._failed = StartFailed(self._stopped.reason if self._stopped else f"The engine ended: {why}", code or 1)
+                self._failed = StartFailed(
+                    self._stopped.reason if self._stopped else f"The engine ended: {why}", code or 1
+                )
                 self._changed.set()
                 return
             if self.state in ("draining", "stopped"):
@@ -275,7 +283,12 @@ class Engine:
         why = ""
         try:
             start = self._config.start()
-            channel.send(Start(**{name: getattr(start, name) for name in start.__struct_fields__} | {"models": (*start.models, *self._added)}))
+            channel.send(
+                Start(
+                    **{name: getattr(start, name) for name in start.__struct_fields__}
+                    | {"models": (*start.models, *self._added)}
+                )
+            )
             self._channel = channel
             while True:
                 limit = self._config.engine_s if loaded else self._config.start_s

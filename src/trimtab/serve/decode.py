@@ -48,15 +48,21 @@ def decode(body: bytes, kind: type[T]) -> T:
         raise _explained(str(error)) from None
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         what = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise bad(f"The body is not JSON that can be read: {what}. Send one JSON object in UTF-8.", code="invalid_json") from None
+        raise bad(
+            f"The body is not JSON that can be read: {what}. Send one JSON object in UTF-8.", code="invalid_json"
+        ) from None
     if _log.isEnabledFor(logging.DEBUG):
         _name_unknown(body, kind)
     for name in request.__struct_fields__:
-        if name in UNSUPPORTED and getattr(request, name) not in (None, False, "", [], {}) and not _text_prompt(request, name):
+        if (
+            name in UNSUPPORTED
+            and getattr(request, name) not in (None, False, "", [], {})
+            and not _text_prompt(request, name)
+        ):
             raise unsupported(name, UNSUPPORTED[name])
     modalities = getattr(request, "modalities", None)
     if modalities and modalities != ["text"]:
-        raise unsupported("modalities", "Only text is understood and made; leave it out or send [\"text\"]")
+        raise unsupported("modalities", 'Only text is understood and made; leave it out or send ["text"]')
     return request
 
 
@@ -77,9 +83,15 @@ def _explained(message: str) -> ApiError:
     missing = re.match(r"Object missing required field (\S+)", what)
     if missing:
         name = f"{field}.{missing.group(1)}" if field else missing.group(1)
-        return bad(f"'{name}' is missing. It is required; see /openapi.json.", param=name, code="missing_required_parameter")
+        return bad(
+            f"'{name}' is missing. It is required; see /openapi.json.", param=name, code="missing_required_parameter"
+        )
     named = f"'{field}' is not possible" if field else "The body is not possible"
-    return bad(f"{named}: {what[:1].lower()}{what[1:]}. See /openapi.json for what is allowed.", param=field or None, code="invalid_value")
+    return bad(
+        f"{named}: {what[:1].lower()}{what[1:]}. See /openapi.json for what is allowed.",
+        param=field or None,
+        code="invalid_value",
+    )
 
 
 def _name_unknown(body: bytes, kind: type) -> None:

@@ -62,7 +62,9 @@ class Endpoint:
         else:
             call.tenant = front.keys.tenant(call.headers.get("authorization"))
             if route.access == "admin" and not call.tenant.entry.admin:
-                raise ApiError(403, "This API key may not administrate. Use one whose entry says admin = true.", code="not_admin")
+                raise ApiError(
+                    403, "This API key may not administrate. Use one whose entry says admin = true.", code="not_admin"
+                )
         arguments: list[Any] = []
         if route.request is not None:
             if route.access == "key":
@@ -138,7 +140,11 @@ class Endpoint:
             raise ConnectionError from None
 
 
-_EVENT_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
+_EVENT_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
 
 
 class _Sender:
@@ -237,4 +243,8 @@ def _check_host(front: Front, call: Call) -> None:
     host = call.headers.get("host", "")
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
     if name and not is_loopback(name):
-        raise ApiError(403, "Without API keys this server answers to localhost only; the Host header names another.", code="wrong_host")
+        raise ApiError(
+            403,
+            "Without API keys this server answers to localhost only; the Host header names another.",
+            code="wrong_host",
+        )

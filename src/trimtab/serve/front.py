@@ -66,7 +66,9 @@ class Front:
         tokenizer: from a base model's name to its tokenizer.
     """
 
-    def __init__(self, config: ServeConfig, launcher: Launcher, keys: Keys, tokenizer: Callable[[str], Tokenizer]) -> None:
+    def __init__(
+        self, config: ServeConfig, launcher: Launcher, keys: Keys, tokenizer: Callable[[str], Tokenizer]
+    ) -> None:
         self.config, self.keys = config, keys
         self.engine = Engine(launcher, config)
         self.metrics = Metrics(self.engine)

@@ -12,7 +12,18 @@ from typing import Any, TypeVar
 from trimtab.serve.call import Call
 from trimtab.serve.errors import ApiError
 from trimtab.serve.front import Front
-from trimtab.serve.messages import Admitted, Embed, Embedded, Finished, Grammar, ModelInfo, Piece, Sampling, Submit, TokenLogprob
+from trimtab.serve.messages import (
+    Admitted,
+    Embed,
+    Embedded,
+    Finished,
+    Grammar,
+    ModelInfo,
+    Piece,
+    Sampling,
+    Submit,
+    TokenLogprob,
+)
 from trimtab.serve.prompts import text_prompts
 from trimtab.serve.sampling import compile_grammar, priority
 from trimtab.serve.stream import deadline_error
@@ -42,7 +53,15 @@ class Generation:
         ApiError: when entered: over a limit, or there is no engine.
     """
 
-    def __init__(self, front: Front, call: Call, model: ModelInfo, name: str, requests: Sequence[Submit | Embed], choices: int = 1) -> None:
+    def __init__(
+        self,
+        front: Front,
+        call: Call,
+        model: ModelInfo,
+        name: str,
+        requests: Sequence[Submit | Embed],
+        choices: int = 1,
+    ) -> None:
         self._front, self._call, self._model, self._name = front, call, model, name
         self._choices = choices
         self.prompt_tokens = sum(len(request.prompt) for request in requests)
@@ -168,7 +187,14 @@ class Generation:
 
 
 def submit_for(
-    front: Front, call: Call, model: ModelInfo, name: str, prompt: Sequence[int], sampling: Sampling, grammar: Grammar | None, request: object
+    front: Front,
+    call: Call,
+    model: ModelInfo,
+    name: str,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    grammar: Grammar | None,
+    request: object,
 ) -> Submit:
     """The engine's form of a request."""
     return Submit(
@@ -200,7 +226,10 @@ def check_prompts(front: Front, prompts: Sequence[Sequence[int]], field: str) ->
     limit, longest = front.config.max_prompt_tokens, max(map(len, prompts))
     if limit and longest > limit:
         raise ApiError(
-            400, f"The prompt has {longest} tokens; this server takes at most {limit}. Shorten it.", param=field, code="context_length_exceeded"
+            400,
+            f"The prompt has {longest} tokens; this server takes at most {limit}. Shorten it.",
+            param=field,
+            code="context_length_exceeded",
         )
 
 

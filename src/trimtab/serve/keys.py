@@ -91,7 +91,9 @@ class Tenant:
                 param="max_tokens", code="tokens_per_minute",
             )  # fmt: skip
         if entry.concurrency and self._open >= entry.concurrency:
-            raise self._limited(f"{self._open} requests of this key are open, of {entry.concurrency} allowed", 1.0, "concurrency")
+            raise self._limited(
+                f"{self._open} requests of this key are open, of {entry.concurrency} allowed", 1.0, "concurrency"
+            )
         for bucket, amount, what in ((self._requests, 1, "requests"), (self._tokens, tokens, "tokens")):
             if (wait := bucket.wait(amount)) > 0:
                 raise self._limited(f"This key is allowed {bucket.limit} {what} a minute", wait, f"{what}_per_minute")
@@ -173,14 +175,18 @@ class Keys:
             return self.anonymous
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
-            raise ApiError(401, "This server asks for an API key. Send it as: Authorization: Bearer KEY.", code="missing_api_key")
+            raise ApiError(
+                401, "This server asks for an API key. Send it as: Authorization: Bearer KEY.", code="missing_api_key"
+            )
         asked = hash_key(key.strip())
         found = None
         for tenant in self._tenants:  # all of them, whichever matches
             if hmac.compare_digest(asked, tenant.entry.hash):
                 found = tenant
         if found is None:
-            raise ApiError(401, "The API key is not known here. Check it, or ask the operator for one.", code="invalid_api_key")
+            raise ApiError(
+                401, "The API key is not known here. Check it, or ask the operator for one.", code="invalid_api_key"
+            )
         return found
 
 
@@ -196,7 +202,9 @@ def new_key(name: str) -> tuple[str, str]:
         SpecError: a name the file would not take.
     """
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
-        raise SpecError(f"--new-key {name!r}: not possible. Allowed: 1 to 64 letters, digits, _ . and -. Try --new-key ci.")
+        raise SpecError(
+            f"--new-key {name!r}: not possible. Allowed: 1 to 64 letters, digits, _ . and -. Try --new-key ci."
+        )
     key = "tt-" + secrets.token_urlsafe(32)
     return key, f'[[keys]]\nname = "{name}"\nhash = "{hash_key(key)}"\n'
 
@@ -212,7 +220,9 @@ def read_keys(path: Path | None) -> Keys:
     try:
         found = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _File)
     except OSError as error:
-        raise SpecError(f"--api-key-file {path}: {error.strerror}. Make one with: trimtab serve --new-key NAME >> {path}") from None
+        raise SpecError(
+            f"--api-key-file {path}: {error.strerror}. Make one with: trimtab serve --new-key NAME >> {path}"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise SpecError(f"--api-key-file {path}: {error}. See docs/serving.md for its form.") from None
     if not found.keys:
@@ -223,5 +233,7 @@ def read_keys(path: Path | None) -> Keys:
             raise SpecError(f"--api-key-file {path} holds the same {field} twice. Each must be there once.")
     for entry in found.keys:
         if not _HASH.match(entry.hash):
-            raise SpecError(f"--api-key-file {path}: the hash of '{entry.name}' is not sha256: and 64 hexadecimal digits.")
+            raise SpecError(
+                f"--api-key-file {path}: the hash of '{entry.name}' is not sha256: and 64 hexadecimal digits."
+            )
     return Keys(found.keys)

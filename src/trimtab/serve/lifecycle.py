@@ -57,7 +57,10 @@ class Service:
     ) -> None:
         self.config = config
         self.front = Front(
-            config, launcher or SubprocessLauncher(), read_keys(config.api_key_file), tokenizer or tokenizer_source(config.tokenizer)
+            config,
+            launcher or SubprocessLauncher(),
+            read_keys(config.api_key_file),
+            tokenizer or tokenizer_source(config.tokenizer),
         )
         self.front.on_drain = self.drain
         self.port = 0
@@ -135,11 +138,15 @@ def _listen(host: str, port: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(found[0][4])
     except OSError as error:
-        raise SpecError(f"--host {host} --port {port}: cannot listen there: {error.strerror or error}. Try another --port, or 0 for a free one.") from None
+        raise SpecError(
+            f"--host {host} --port {port}: cannot listen there: {error.strerror or error}. Try another --port, or 0 for a free one."
+        ) from None
     return sock
 
 
-def serve(config: ServeConfig, launcher: Launcher | None = None, tokenizer: Callable[[str], Tokenizer] | None = None) -> int:
+def serve(
+    config: ServeConfig, launcher: Launcher | None = None, tokenizer: Callable[[str], Tokenizer] | None = None
+) -> int:
     """Serve until a signal or /admin/drain; return the exit code.
 
     Raises:
@@ -154,7 +161,9 @@ def serve(config: ServeConfig, launcher: Launcher | None = None, tokenizer: Call
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, service.signalled, number)
         try:
-            await service.run(lambda ready: print(announcement(ready, config, service.port), file=sys.stderr, flush=True))
+            await service.run(
+                lambda ready: print(announcement(ready, config, service.port), file=sys.stderr, flush=True)
+            )
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
@@ -180,7 +189,9 @@ def check_models(config: ServeConfig) -> None:
     for model in config.models:
         base, techniques = split_model_id(model)
         if not base or (not techniques and "@" in model):
-            raise SpecError(f"'{model}' is no model id. Write MODEL or MODEL@technique+technique, for example smollm2-135m@kivi:bits=4.")
+            raise SpecError(
+                f"'{model}' is no model id. Write MODEL or MODEL@technique+technique, for example smollm2-135m@kivi:bits=4."
+            )
         for part in parse_composition(techniques) if techniques else ():
             parse_technique(part)
 
@@ -195,7 +206,9 @@ def announcement(ready: Ready, config: ServeConfig, port: int) -> str:
         f"{memory.kv_bytes_per_token} bytes, workspace {memory.workspace_bytes / gib:.2f} GiB",
         f"  at most {memory.max_sequences} requests in a step; {memory.full_contexts:.1f} of full context fit the cache",
     ]
-    lines.append("  keys: " + (str(config.api_key_file) if config.api_key_file else "none; only this machine is let in"))
+    lines.append(
+        "  keys: " + (str(config.api_key_file) if config.api_key_file else "none; only this machine is let in")
+    )
     return "\n".join(lines)
 
 

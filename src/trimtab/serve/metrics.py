@@ -29,17 +29,45 @@ class Metrics:
     def __init__(self, engine: Engine) -> None:
         self.registry = registry = CollectorRegistry()
         model = ["model_name"]
-        self.first_token = Histogram("vllm:time_to_first_token_seconds", "From arrival to first token.", model, buckets=_LONG, registry=registry)
-        self.between = Histogram("vllm:inter_token_latency_seconds", "Between tokens, by the engine's clock.", model, buckets=_SHORT, registry=registry)
-        self.whole = Histogram("vllm:e2e_request_latency_seconds", "From arrival to the end.", model, buckets=_LONG, registry=registry)
-        self.queued = Histogram("vllm:request_queue_time_seconds", "In the engine's queue.", model, buckets=_LONG, registry=registry)
+        self.first_token = Histogram(
+            "vllm:time_to_first_token_seconds", "From arrival to first token.", model, buckets=_LONG, registry=registry
+        )
+        self.between = Histogram(
+            "vllm:inter_token_latency_seconds",
+            "Between tokens, by the engine's clock.",
+            model,
+            buckets=_SHORT,
+            registry=registry,
+        )
+        self.whole = Histogram(
+            "vllm:e2e_request_latency_seconds", "From arrival to the end.", model, buckets=_LONG, registry=registry
+        )
+        self.queued = Histogram(
+            "vllm:request_queue_time_seconds", "In the engine's queue.", model, buckets=_LONG, registry=registry
+        )
         self.prompt = Counter("vllm:prompt_tokens", "Prompt tokens of finished requests.", model, registry=registry)
         self.generated = Counter("vllm:generation_tokens", "New tokens.", model, registry=registry)
-        self.success = Counter("vllm:request_success", "Finished choices.", [*model, "finished_reason"], registry=registry)
+        self.success = Counter(
+            "vllm:request_success", "Finished choices.", [*model, "finished_reason"], registry=registry
+        )
         kind = [*model, "quantity"]
-        self.predicted = Histogram("trimtab_predicted_seconds", "Predicted when the request left the queue.", kind, buckets=_LONG, registry=registry)
-        self.measured = Histogram("trimtab_measured_seconds", "Measured, of requests that had a prediction.", kind, buckets=_LONG, registry=registry)
-        self.rejected = Counter("trimtab_requests_rejected", "Answers of 400 and above.", ["status", "code"], registry=registry)
+        self.predicted = Histogram(
+            "trimtab_predicted_seconds",
+            "Predicted when the request left the queue.",
+            kind,
+            buckets=_LONG,
+            registry=registry,
+        )
+        self.measured = Histogram(
+            "trimtab_measured_seconds",
+            "Measured, of requests that had a prediction.",
+            kind,
+            buckets=_LONG,
+            registry=registry,
+        )
+        self.rejected = Counter(
+            "trimtab_requests_rejected", "Answers of 400 and above.", ["status", "code"], registry=registry
+        )
         self.http = Counter("trimtab_http_requests", "Answers.", ["route", "status"], registry=registry)
         registry.register(_EngineCollector(engine))
 
@@ -73,7 +101,9 @@ class _EngineCollector(Collector):
             gauge.add_metric([model], value)
             yield gauge
         yield GaugeMetricFamily("trimtab_requests_paused", "Requests whose reader is slow.", stats.paused)
-        yield GaugeMetricFamily("trimtab_engine_up", "1 while the engine takes requests.", float(engine.state == "ready"))
+        yield GaugeMetricFamily(
+            "trimtab_engine_up", "1 while the engine takes requests.", float(engine.state == "ready")
+        )
         yield CounterMetricFamily("trimtab_engine_restarts", "Times the engine was started again.", engine.restarts)
         for name, field, told in _COUNTERS:
             counter = CounterMetricFamily(name, told, labels=["model_name"])

@@ -32,7 +32,11 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
         paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, named)
     return {
         "openapi": "3.1.0",
-        "info": {"title": "Trimtab", "version": __version__, "description": "An OpenAI-compatible server. Unknown request fields are ignored."},
+        "info": {
+            "title": "Trimtab",
+            "version": __version__,
+            "description": "An OpenAI-compatible server. Unknown request fields are ignored.",
+        },
         "paths": paths,
         "components": {"schemas": components, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
     }
@@ -43,8 +47,15 @@ def _operation(route: Route, path: str, named: dict[type, Any]) -> dict[str, Any
     if route.reply is not None:
         content = {"application/json": {"schema": named[route.reply]}}
     if route.event is not None:
-        content["text/event-stream"] = {"schema": {"type": "string", "description": f"Server-sent events; data is {route.event.__name__}."}}
-    statuses = {400, *route.errors, *(() if route.access == "open" else (401, 403)), *((408, 413, 415) if route.request else ())}
+        content["text/event-stream"] = {
+            "schema": {"type": "string", "description": f"Server-sent events; data is {route.event.__name__}."}
+        }
+    statuses = {
+        400,
+        *route.errors,
+        *(() if route.access == "open" else (401, 403)),
+        *((408, 413, 415) if route.request else ()),
+    }
     answers: dict[str, Any] = {str(route.status): {"description": "Done.", "content": content}}
     for status in sorted(statuses):
         answers[str(status)] = {
@@ -58,7 +69,8 @@ def _operation(route: Route, path: str, named: dict[type, Any]) -> dict[str, Any
     }
     if names := re.findall(r"{(\w+)}", path):
         operation["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}} for name in names
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+            for name in names
         ]
     if route.request is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": named[route.request]}}}

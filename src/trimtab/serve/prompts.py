@@ -55,7 +55,9 @@ def chat_prompt(
         if "tools" in template:
             extra["tools"] = described
         else:
-            _add_to_system(turns, _TOOLS.format(signatures="\n".join(msgspec.json.encode(d).decode() for d in described)))
+            _add_to_system(
+                turns, _TOOLS.format(signatures="\n".join(msgspec.json.encode(d).decode() for d in described))
+            )
     try:
         return tokenizer.encode_chat(turns, add_generation_prompt=add_generation_prompt, **extra)
     except SpecError as error:
@@ -77,10 +79,14 @@ def _turn(message: Message, place: int, template: str) -> dict[str, Any]:
     if message.reasoning_content:
         turn["reasoning_content"] = message.reasoning_content
     if message.tool_calls:
-        calls = [{"name": call.function.name, "arguments": _arguments(call.function.arguments)} for call in message.tool_calls]
+        calls = [
+            {"name": call.function.name, "arguments": _arguments(call.function.arguments)}
+            for call in message.tool_calls
+        ]
         if "tool_calls" in template:
             turn["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": made} for call, made in zip(message.tool_calls, calls, strict=True)
+                {"id": call.id, "type": "function", "function": made}
+                for call, made in zip(message.tool_calls, calls, strict=True)
             ]
         else:
             written = [f"<tool_call>\n{msgspec.json.encode(call).decode()}\n</tool_call>" for call in calls]
@@ -92,7 +98,10 @@ def _text(message: Message, place: int) -> str:
     content = message.content
     if content is None:
         if message.role != "assistant":
-            raise bad(f"'messages[{place}].content' is missing. Only an assistant's message may have none.", f"messages[{place}].content")
+            raise bad(
+                f"'messages[{place}].content' is missing. Only an assistant's message may have none.",
+                f"messages[{place}].content",
+            )
         return message.refusal or ""
     if isinstance(content, str):
         return content

@@ -81,8 +81,13 @@ def make_protocol(config: ServeConfig) -> type[HttpToolsProtocol]:
         def _refuse_headers(self) -> None:
             if self.transport.is_closing():
                 return
-            body = ApiError(431, f"The headers are longer than {config.max_headers} bytes. Send less.", code="headers_too_large").encoded()
-            head = f"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            body = ApiError(
+                431, f"The headers are longer than {config.max_headers} bytes. Send less.", code="headers_too_large"
+            ).encoded()
+            head = (
+                "HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            )
             self.transport.write(head.encode() + body)
             self.transport.close()
 

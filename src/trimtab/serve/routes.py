@@ -67,23 +67,35 @@ class Route:
 _WORK = (404, 429, 499, 500, 501, 503, 504)
 
 ROUTES: tuple[Route, ...] = (
-    Route(method="POST", path="/v1/chat/completions", handler=chat.chat, request=ChatRequest, reply=ChatReply, event=ChatChunk, errors=_WORK),
     Route(
-        method="POST", path="/v1/completions", handler=completions.completions, request=CompletionRequest, reply=CompletionReply,
-        event=CompletionReply, errors=_WORK,
+        method="POST", path="/v1/chat/completions", handler=chat.chat, request=ChatRequest, reply=ChatReply,
+        event=ChatChunk, errors=_WORK,
     ),
     Route(
-        method="POST", path="/v1/responses", handler=responses.responses, request=ResponsesRequest, reply=Response, event=ResponseEvent,
-        errors=_WORK,
+        method="POST", path="/v1/completions", handler=completions.completions, request=CompletionRequest,
+        reply=CompletionReply, event=CompletionReply, errors=_WORK,
+    ),
+    Route(
+        method="POST", path="/v1/responses", handler=responses.responses, request=ResponsesRequest, reply=Response,
+        event=ResponseEvent, errors=_WORK,
     ),
     Route(method="GET", path="/v1/responses/{id}", handler=responses.stored, reply=Response, errors=(404,)),
     Route(method="DELETE", path="/v1/responses/{id}", handler=responses.forget, reply=Removed, errors=(404,)),
-    Route(method="POST", path="/v1/embeddings", handler=embeddings.embeddings, request=EmbeddingRequest, reply=EmbeddingReply, errors=_WORK),
+    Route(
+        method="POST", path="/v1/embeddings", handler=embeddings.embeddings, request=EmbeddingRequest,
+        reply=EmbeddingReply, errors=_WORK,
+    ),
     Route(method="GET", path="/v1/models", handler=server.models, reply=ModelList, errors=(503,)),
     Route(method="GET", path="/v1/models/{model:path}", handler=server.model, reply=ModelCard, errors=(404, 503)),
     Route(method="POST", path="/v1/requests/{id}/cancel", handler=server.cancel, reply=Cancelled, errors=(404,)),
-    Route(method="POST", path="/tokenize", handler=server.tokenize, request=TokenizeRequest, reply=TokenizeReply, errors=(404, 503)),
-    Route(method="POST", path="/detokenize", handler=server.detokenize, request=DetokenizeRequest, reply=DetokenizeReply, errors=(404, 503)),
+    Route(
+        method="POST", path="/tokenize", handler=server.tokenize, request=TokenizeRequest, reply=TokenizeReply,
+        errors=(404, 503),
+    ),
+    Route(
+        method="POST", path="/detokenize", handler=server.detokenize, request=DetokenizeRequest, reply=DetokenizeReply,
+        errors=(404, 503),
+    ),
     Route(method="GET", path="/health", handler=server.ready, reply=Health, access="open", errors=(503,)),
     Route(method="GET", path="/health/ready", handler=server.ready, reply=Health, access="open", errors=(503,)),
     Route(method="GET", path="/health/live", handler=server.live, reply=Health, access="open"),
@@ -91,10 +103,13 @@ ROUTES: tuple[Route, ...] = (
     Route(method="GET", path="/metrics", handler=server.metrics, reply=None),
     Route(method="POST", path="/admin/drain", handler=server.drain, reply=Draining, access="admin"),
     Route(
-        method="POST", path="/admin/models", handler=server.load, request=LoadRequest, reply=ModelCard, access="admin", status=201,
-        errors=(404, 413, 429, 503),
+        method="POST", path="/admin/models", handler=server.load, request=LoadRequest, reply=ModelCard, access="admin",
+        status=201, errors=(404, 413, 429, 503),
     ),
-    Route(method="DELETE", path="/admin/models/{model:path}", handler=server.unload, reply=Removed, access="admin", errors=(404, 503)),
+    Route(
+        method="DELETE", path="/admin/models/{model:path}", handler=server.unload, reply=Removed, access="admin",
+        errors=(404, 503),
+    ),
     Route(method="GET", path="/openapi.json", handler=None, reply=Document, access="open", summary="This document."),
 )  # fmt: skip
 

@@ -40,7 +40,10 @@ def sampling(
         )  # fmt: skip
     least = request.min_tokens or 0
     if least > wanted:
-        raise bad(f"'min_tokens' is {least}, more than the {wanted} tokens allowed. Lower it or raise max_tokens.", "min_tokens")
+        raise bad(
+            f"'min_tokens' is {least}, more than the {wanted} tokens allowed. Lower it or raise max_tokens.",
+            "min_tokens",
+        )
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     if not all(stop):
         raise bad("'stop' holds an empty text. Each stop text needs at least one character.", "stop")
@@ -86,7 +89,11 @@ def priority(request: object) -> int:
 
 def json_grammar(schema: dict | str | None, field: str) -> Grammar:
     """A grammar for a JSON schema; None = any object."""
-    text = schema if isinstance(schema, str) else msgspec.json.encode({"type": "object"} if schema is None else schema).decode()
+    text = (
+        schema
+        if isinstance(schema, str)
+        else msgspec.json.encode({"type": "object"} if schema is None else schema).decode()
+    )
     return checked(Grammar("json_schema", text), field)
 
 
@@ -99,11 +106,16 @@ def requested_grammar(request: SamplingFields) -> Grammar | None:
     wanted, outputs = request.response_format, request.structured_outputs
     if wanted is not None and wanted.type != "text":
         if outputs is not None:
-            raise bad("'structured_outputs' and 'response_format' both say how to answer. Send one of them.", "structured_outputs")
+            raise bad(
+                "'structured_outputs' and 'response_format' both say how to answer. Send one of them.",
+                "structured_outputs",
+            )
         if wanted.type == "json_object":
             return json_grammar(None, "response_format")
         if wanted.json_schema is None:
-            raise bad("'response_format.json_schema' is missing. It is required for the type json_schema.", "response_format")
+            raise bad(
+                "'response_format.json_schema' is missing. It is required for the type json_schema.", "response_format"
+            )
         return json_grammar(wanted.json_schema.schema, "response_format.json_schema.schema")
     return None if outputs is None else _outputs(outputs)
 
@@ -142,7 +154,10 @@ def compile_grammar(grammar: Grammar, field: str) -> None:
         from llguidance import LLMatcher
     except ImportError:
         raise ApiError(
-            501, "Grammars need llguidance, which is not installed here. The operator can: pip install 'trimtab[serve]'.", param=field, retry=False
+            501,
+            "Grammars need llguidance, which is not installed here. The operator can: pip install 'trimtab[serve]'.",
+            param=field,
+            retry=False,
         ) from None
     try:
         if grammar.kind == "json_schema":
@@ -155,4 +170,8 @@ def compile_grammar(grammar: Grammar, field: str) -> None:
     except ValueError as error:
         broken, told = True, [str(error)]
     if broken:
-        raise bad(f"'{field}' cannot be enforced: {' '.join(' '.join(told).split())[:500]}. Simplify it.", field, "invalid_schema")
+        raise bad(
+            f"'{field}' cannot be enforced: {' '.join(' '.join(told).split())[:500]}. Simplify it.",
+            field,
+            "invalid_schema",
+        )

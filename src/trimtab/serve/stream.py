@@ -85,7 +85,10 @@ class Stream:
         self._events.append((self._places[event.id], event, at_s, size))
         self._size += size
         if self._size > 2 * self._buffer:
-            self.fail(ApiError(499, "The reader took nothing for too long, so its stream was dropped.", code="slow_reader"), "slow_reader")
+            self.fail(
+                ApiError(499, "The reader took nothing for too long, so its stream was dropped.", code="slow_reader"),
+                "slow_reader",
+            )
         elif self._size > self._buffer // 2 and not self._paused:
             self._paused = True
             self._tell(Pause)
@@ -169,4 +172,6 @@ def _refusal(refused: Refused) -> ApiError:
     if wait is None and refused.status in (429, 503):
         wait = 1.0
     codes = {429: "queue_full", 503: "engine_unavailable", 404: "model_not_found", 413: "request_too_large"}
-    return ApiError(refused.status, refused.message, param=refused.param, code=codes.get(refused.status), retry_after_s=wait)
+    return ApiError(
+        refused.status, refused.message, param=refused.param, code=codes.get(refused.status), retry_after_s=wait
+    )

@@ -37,7 +37,9 @@ class ToolSetup:
     parse: bool = False
 
 
-def tool_setup(functions: Sequence[FunctionDefinition], choice: str | ToolChoice | None, parallel: bool | None) -> ToolSetup:
+def tool_setup(
+    functions: Sequence[FunctionDefinition], choice: str | ToolChoice | None, parallel: bool | None
+) -> ToolSetup:
     """Decide what is shown, parsed and enforced.
 
     ``required`` and a named function are enforced: the answer is calls and nothing else. ``auto`` is enforced where every
@@ -54,7 +56,10 @@ def tool_setup(functions: Sequence[FunctionDefinition], choice: str | ToolChoice
             raise unsupported("tool_choice.type", "Only functions can be chosen")
         name = choice.function.name if choice.function else choice.name
         if name not in names:
-            raise bad(f"'tool_choice' names the function {str(name)[:80]!r}. Allowed: {', '.join(names) or 'none, for there are no tools'}.", "tool_choice")
+            raise bad(
+                f"'tool_choice' names the function {str(name)[:80]!r}. Allowed: {', '.join(names) or 'none, for there are no tools'}.",
+                "tool_choice",
+            )
         chosen = tuple(function for function in functions if function.name == name)
         return ToolSetup(tuple(functions), calls_grammar(chosen, parallel=False), parse=True)
     if not functions:
@@ -124,7 +129,9 @@ class ToolParser:
                 out.append(_OPEN + self._held)
                 self._held, self._inside = "", False
         else:
-            keep = next((n for n in range(min(len(self._held), len(_OPEN) - 1), 0, -1) if _OPEN.startswith(self._held[-n:])), 0)
+            keep = next(
+                (n for n in range(min(len(self._held), len(_OPEN) - 1), 0, -1) if _OPEN.startswith(self._held[-n:])), 0
+            )
             ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
             out += self._text(ready)
         return out

@@ -52,7 +52,9 @@ async def chat(front: Front, call: Call, request: ChatRequest) -> HttpAnswer:
     grammar = requested_grammar(request)
     if grammar is not None and tools.functions:
         if tools.grammar is not None:
-            raise bad("'response_format' and 'tool_choice' both say how to answer. Send one of them.", "response_format")
+            raise bad(
+                "'response_format' and 'tool_choice' both say how to answer. Send one of them.", "response_format"
+            )
         tools = ToolSetup(tools.functions)  # a schema leaves no room for calls
     await compile_for(grammar or tools.grammar, "response_format" if grammar else "tools")
     texts = await front.texts(model.base)
@@ -81,7 +83,9 @@ def functions_of(tools: list[Tool] | None) -> list[FunctionDefinition]:
         if tool.type != "function":
             raise unsupported(f"tools[{place}].type", "Only functions are known")
         if tool.function is None:
-            raise bad(f"'tools[{place}].function' is missing. A tool of type function needs it.", f"tools[{place}].function")
+            raise bad(
+                f"'tools[{place}].function' is missing. A tool of type function needs it.", f"tools[{place}].function"
+            )
         found.append(tool.function)
     return found
 
@@ -104,7 +108,11 @@ async def encode_chat(texts: TokenTexts, request: ChatRequest, tools: ToolSetup)
     def encode() -> list[int]:
         return chat_prompt(texts.tokenizer, request.messages, tools.functions, template, add_generation_prompt=asked)
 
-    sizes = (len(message.content) if isinstance(message.content, str) else LONG_TEXT for message in request.messages if message.content)
+    sizes = (
+        len(message.content) if isinstance(message.content, str) else LONG_TEXT
+        for message in request.messages
+        if message.content
+    )
     found = await in_thread(sum(sizes), encode)
     if not found:
         raise bad("The messages make an empty prompt. Send at least one character.", "messages")
@@ -200,7 +208,9 @@ async def _stream(
     )  # fmt: skip
 
     def chunk(index: int, delta: Delta, finish: str | None = None, logprobs: list[Logprob] | None = None) -> bytes:
-        choice = ChunkChoice(index=index, delta=delta, finish_reason=finish, logprobs=ChoiceLogprobs(logprobs) if logprobs else None)  # type: ignore[arg-type]
+        choice = ChunkChoice(
+            index=index, delta=delta, finish_reason=finish, logprobs=ChoiceLogprobs(logprobs) if logprobs else None
+        )  # type: ignore[arg-type]
         usage = generation.usage() if always else base.usage
         return data(msgspec.structs.replace(base, choices=[choice], usage=usage))
 
@@ -237,8 +247,8 @@ def _deltas(item: str | ToolCall, index: int) -> list[Delta]:
     """Chunks of a text or a call: a call's name comes first, then its arguments, as OpenAI's clients expect."""
     if isinstance(item, str):
         return [Delta(content=item)]
-    first = ToolCallDelta(index=index, id=item.id, type="function", function=FunctionDelta(name=item.function.name, arguments=""))
+    first = ToolCallDelta(
+        index=index, id=item.id, type="function", function=FunctionDelta(name=item.function.name, arguments="")
+    )
     rest = ToolCallDelta(index=index, function=FunctionDelta(arguments=item.function.arguments))
     return [Delta(tool_calls=[first]), Delta(tool_calls=[rest])]
-
-

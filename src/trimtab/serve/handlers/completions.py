@@ -14,7 +14,7 @@ from trimtab.serve.call import Call
 from trimtab.serve.errors import bad
 from trimtab.serve.front import Answer, Events, Front, Json
 from trimtab.serve.generation import Generation, check_prompts, compile_for, encode_texts, submit_for
-from trimtab.serve.handlers.chat import finish_reason, fingerprint
+from trimtab.serve.handlers.chat import fingerprint, finish_reason
 from trimtab.serve.messages import ModelInfo, Piece, TokenLogprob
 from trimtab.serve.sampling import requested_grammar, sampling
 from trimtab.serve.sse import data, done, error_data
@@ -45,7 +45,9 @@ async def completions(front: Front, call: Call, request: CompletionRequest) -> A
     texts = await front.texts(model.base)
     prompts = await encode_texts(texts, request.prompt, model, "prompt")
     if len(prompts) * best_of > MAX_ANSWERS:
-        raise bad(f"{len(prompts)} prompts with {best_of} answers each are more than {MAX_ANSWERS}. Send fewer.", "prompt")
+        raise bad(
+            f"{len(prompts)} prompts with {best_of} answers each are more than {MAX_ANSWERS}. Send fewer.", "prompt"
+        )
     check_prompts(front, prompts, "prompt")
     max_tokens = 16 if request.max_tokens is None else request.max_tokens
     if max_tokens == 0 and not request.echo:
@@ -60,7 +62,9 @@ async def completions(front: Front, call: Call, request: CompletionRequest) -> A
     )  # fmt: skip
     name = call.new_id("cmpl")
     submits = [
-        submit_for(front, call, model, name if len(prompts) == 1 else f"{name}-{place}", prompt, drawn, grammar, request)
+        submit_for(
+            front, call, model, name if len(prompts) == 1 else f"{name}-{place}", prompt, drawn, grammar, request
+        )
         for place, prompt in enumerate(prompts)
     ]
     generation = Generation(front, call, model, name, submits, n)
@@ -93,7 +97,13 @@ class _Maker:
     """Turns pieces into choices of an answer."""
 
     def __init__(
-        self, request: CompletionRequest, name: str, model: ModelInfo, texts: TokenTexts, prompts: Sequence[Sequence[int]], n: int
+        self,
+        request: CompletionRequest,
+        name: str,
+        model: ModelInfo,
+        texts: TokenTexts,
+        prompts: Sequence[Sequence[int]],
+        n: int,
     ) -> None:
         self.request, self.texts, self.prompts, self.n = request, texts, prompts, n
         self.states = [_State() for _ in range(len(prompts) * n)]
@@ -117,7 +127,9 @@ class _Maker:
         if self.request.logprobs is not None:
             prompt = self.prompts[index // self.n] if echo else ()
             logprobs = self.logprobs([*self._echoed(prompt, prompt_logprobs), *state.logprobs])
-        return CompletionChoice(index=index, text=before + "".join(state.text), finish_reason=state.finish or "length", logprobs=logprobs)  # type: ignore[arg-type]
+        return CompletionChoice(
+            index=index, text=before + "".join(state.text), finish_reason=state.finish or "length", logprobs=logprobs
+        )  # type: ignore[arg-type]
 
     def _echoed(self, prompt: Sequence[int], found: Sequence[TokenLogprob]) -> list[TokenLogprob | int]:
         """The prompt's tokens; the first has no probability."""
@@ -125,7 +137,9 @@ class _Maker:
 
     def logprobs(self, entries: Sequence[TokenLogprob | int], offset: int = 0) -> CompletionLogprobs:
         """The columns OpenAI uses; a bare id has no probability."""
-        out = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[] if self.request.logprobs else None, text_offset=[])
+        out = CompletionLogprobs(
+            tokens=[], token_logprobs=[], top_logprobs=[] if self.request.logprobs else None, text_offset=[]
+        )
         for entry in entries:
             index = entry if isinstance(entry, int) else entry.id
             text = self.texts.token(index)[0]

@@ -48,12 +48,21 @@ class EventWriter:
             item = OutputMessage(id=self._message, content=[], status="in_progress")
             out += self.event("response.output_item.added", output_index=place, item=item)
             out += self.event(
-                "response.content_part.added", item_id=self._message, output_index=place, content_index=0, part=OutputText(text="")
+                "response.content_part.added",
+                item_id=self._message,
+                output_index=place,
+                content_index=0,
+                part=OutputText(text=""),
             )
         self._text.append(delta)
         self._logprobs += logprobs
         return out + self.event(
-            "response.output_text.delta", item_id=self._message, output_index=place, content_index=0, delta=delta, logprobs=logprobs
+            "response.output_text.delta",
+            item_id=self._message,
+            output_index=place,
+            content_index=0,
+            delta=delta,
+            logprobs=logprobs,
         )
 
     def call(self, made: OutputCall) -> bytes:

@@ -69,7 +69,9 @@ async def responses(front: Front, call: Call, request: ResponsesRequest) -> Answ
     prompt = await encode_chat(texts, chat, tools)
     check_prompts(front, [prompt], "input")
     logprobs = (request.top_logprobs or 0) if "message.output_text.logprobs" in (request.include or ()) else None
-    drawn = sampling(chat, prompt_tokens=len(prompt), model=model, max_tokens=request.max_output_tokens, logprobs=logprobs)
+    drawn = sampling(
+        chat, prompt_tokens=len(prompt), model=model, max_tokens=request.max_output_tokens, logprobs=logprobs
+    )
     name = call.new_id("resp")
     submit = submit_for(front, call, model, name, prompt, drawn, grammar or tools.grammar, chat)
     generation = Generation(front, call, model, name, [submit])
@@ -129,7 +131,9 @@ def messages_of(asked: str | list[InputItem]) -> list[Message]:
             content = item.content
             if not isinstance(content, str):
                 content = "\n".join(
-                    part_text(ContentPart(type=part.type, text=part.text, refusal=part.refusal), f"{field}.content[{index}]")
+                    part_text(
+                        ContentPart(type=part.type, text=part.text, refusal=part.refusal), f"{field}.content[{index}]"
+                    )
                     for index, part in enumerate(content)
                 )
             found.append(Message(role=item.role, content=content))
@@ -146,7 +150,9 @@ def messages_of(asked: str | list[InputItem]) -> list[Message]:
             output = item.output if isinstance(item.output, str) else "\n".join(part.text or "" for part in item.output)
             found.append(Message(role="tool", tool_call_id=item.call_id, content=output))
         elif kind != "reasoning":  # other programs send back what a model thought; there is nothing to do with it
-            raise unsupported(f"{field}.type", f"It is {kind[:40]!r}; messages, function_call and function_call_output are understood")
+            raise unsupported(
+                f"{field}.type", f"It is {kind[:40]!r}; messages, function_call and function_call_output are understood"
+            )
     if not found:
         raise bad("'input' holds no message. Send at least one.", "input")
     return found
@@ -159,7 +165,11 @@ def _functions(request: ResponsesRequest) -> list[FunctionDefinition]:
             raise unsupported(f"tools[{place}].type", "Only functions are known")
         if tool.name is None:
             raise bad(f"'tools[{place}].name' is missing. A function needs it.", f"tools[{place}].name")
-        found.append(FunctionDefinition(name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict))
+        found.append(
+            FunctionDefinition(
+                name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict
+            )
+        )
     return found
 
 
@@ -174,13 +184,15 @@ def _grammar(asked: TextFormat | None) -> Grammar | None:
 
 
 def _begun(name: str, request: ResponsesRequest) -> Response:
+    plain = TextConfig(format=TextFormat(type="text"))
     return Response(
         id=name, created_at=float(int(time.time())), model=request.model, output=[], status="in_progress",
-        tool_choice=request.tool_choice or "auto", tools=request.tools or [], text=request.text or TextConfig(format=TextFormat(type="text")),
+        tool_choice=request.tool_choice or "auto", tools=request.tools or [], text=request.text or plain,
         parallel_tool_calls=request.parallel_tool_calls is not False, instructions=request.instructions,
-        max_output_tokens=request.max_output_tokens, metadata=request.metadata or {}, previous_response_id=request.previous_response_id,
-        temperature=1.0 if request.temperature is None else request.temperature, top_p=1.0 if request.top_p is None else request.top_p,
-        top_logprobs=request.top_logprobs or 0, user=request.user, store=request.store is not False,
+        max_output_tokens=request.max_output_tokens, metadata=request.metadata or {},
+        previous_response_id=request.previous_response_id, top_logprobs=request.top_logprobs or 0,
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p, user=request.user, store=request.store is not False,
         service_tier="default" if request.service_tier else None,
     )  # fmt: skip
 
@@ -252,10 +264,17 @@ class _Job:
     def failed(self, error: ApiError) -> bytes:
         """Events after an error."""
         broken = msgspec.structs.replace(
-            self.response, status="failed", output=self.writer.output, error=ResponseError(code=error.code or "server_error", message=error.message)
+            self.response,
+            status="failed",
+            output=self.writer.output,
+            error=ResponseError(code=error.code or "server_error", message=error.message),
         )
         event = ResponseEvent(
-            type="error", sequence_number=self.writer.next(), code=error.code or "server_error", message=error.message, param=error.param
+            type="error",
+            sequence_number=self.writer.next(),
+            code=error.code or "server_error",
+            message=error.message,
+            param=error.param,
         )
         return self.writer.lifecycle("response.failed", broken) + named("error", event)
 

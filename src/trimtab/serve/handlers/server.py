@@ -76,7 +76,9 @@ async def tokenize(front: Front, call: Call, request: TokenizeRequest) -> Answer
         ids = texts.tokenizer.encode(request.prompt, add_special_tokens=request.add_special_tokens is not False)
     else:
         asked = request.add_generation_prompt is not False
-        ids = chat_prompt(texts.tokenizer, request.messages or [], functions_of(request.tools), add_generation_prompt=asked)
+        ids = chat_prompt(
+            texts.tokenizer, request.messages or [], functions_of(request.tools), add_generation_prompt=asked
+        )
     strings = [texts.token(index)[0] for index in ids] if request.return_token_strs else None
     return Json(TokenizeReply(count=len(ids), max_model_len=info.context, tokens=ids, token_strs=strings))
 
@@ -95,7 +97,11 @@ async def cancel(front: Front, call: Call) -> Answer:
     name = call.path_params["id"]
     owner, end = front.open.get(name, ("", None))
     if end is None or (owner != call.tenant.entry.name and not call.tenant.entry.admin):
-        raise ApiError(404, f"No open request has the id '{name[:128]}'. It has ended, or belongs to another key.", code="request_not_found")
+        raise ApiError(
+            404,
+            f"No open request has the id '{name[:128]}'. It has ended, or belongs to another key.",
+            code="request_not_found",
+        )
     end()
     return Json(Cancelled(id=name))
 

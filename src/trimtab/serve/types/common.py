@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import Meta
 
 #: Whole numbers that travel as 64 bits.
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
@@ -17,7 +17,9 @@ Repetition = Annotated[float, Meta(gt=0.0, le=100.0)]
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Choices = Annotated[int, Meta(ge=1, le=128)]
 Top = Annotated[int, Meta(ge=0, le=20)]
-Stop = Annotated[str, Meta(max_length=1024)] | Annotated[list[Annotated[str, Meta(max_length=1024)]], Meta(max_length=16)]
+Stop = (
+    Annotated[str, Meta(max_length=1024)] | Annotated[list[Annotated[str, Meta(max_length=1024)]], Meta(max_length=16)]
+)
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Priority = Annotated[int, Meta(ge=-100, le=100)]
 Label = Annotated[str, Meta(max_length=512)]
@@ -188,7 +190,3 @@ class Logprob(msgspec.Struct):
     logprob: float
     bytes: list[int] | None
     top_logprobs: list[TopLogprob]
-
-
-Maybe = UnsetType  # fields left out of an answer where they say nothing
-NONE = UNSET

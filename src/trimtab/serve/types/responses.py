@@ -107,8 +107,8 @@ class OutputText(msgspec.Struct, kw_only=True):
     """Text of the model."""
 
     text: str
-    annotations: list[Any] = []
-    logprobs: list[Logprob] = []
+    annotations: list[Any] = msgspec.field(default_factory=list)
+    logprobs: list[Logprob] = msgspec.field(default_factory=list)
     type: Literal["output_text"] = "output_text"
 
 
@@ -184,7 +184,7 @@ class Response(Reply, kw_only=True):
     incomplete_details: Incomplete | None = None
     instructions: str | None = None
     max_output_tokens: int | None = None
-    metadata: dict[str, str] = {}
+    metadata: dict[str, str] = msgspec.field(default_factory=dict)
     previous_response_id: str | None = None
     temperature: float | None = None
     top_p: float | None = None
