@@ -245,6 +245,7 @@ def test_a_killed_server_leaves_no_engine_behind(program: Any) -> None:
     server = program()
     server.wait_ready()
     engine = server.engine()
+    os.kill(engine, signal.SIGSTOP)  # it cannot end by itself: the system must see to it
     server.process.kill()
     eventually(lambda: gone(engine))
 

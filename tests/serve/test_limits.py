@@ -204,6 +204,20 @@ def test_a_body_that_is_too_long(start: Any) -> None:
         assert answer.status_code == 413
 
 
+def test_many_long_bodies_at_once_are_refused(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = start(max_body=4096)
+    monkeypatch.setattr(server.service.front.bodies, "limit", 5000)
+    head = HEAD + b"Content-Length: 4000\r\n\r\n" + b" " * 3000
+    with Socket(server).socket as first, Socket(server).socket as second:
+        first.sendall(head)
+        server.wait_for(lambda: server.service.front.bodies.used == 3000)
+        second.sendall(head)
+        assert b" 429 " in second.recv(65536)
+        first.sendall(b" " * 1000)
+        assert b" 400 " in first.recv(65536)
+    assert server.service.front.bodies.used == 0
+
+
 def test_a_prompt_that_is_too_long(start: Any) -> None:
     server = start(max_prompt_tokens=50)
     with server.client() as client:

@@ -69,7 +69,7 @@ class Endpoint:
         if route.request is not None:
             if route.access == "key":
                 front.check()  # before the body is read
-            body = await read_body(call, receive, front.config.max_body, front.config.body_s)
+            body = await read_body(call, receive, front.config.max_body, front.config.body_s, front.bodies)
             arguments.append(decode(body, route.request))
         assert route.handler is not None
         if route.request is None:

@@ -54,7 +54,7 @@ def _operation(route: Route, path: str, named: dict[type, Any]) -> dict[str, Any
         400,
         *route.errors,
         *(() if route.access == "open" else (401, 403)),
-        *((408, 413, 415) if route.request else ()),
+        *((408, 413, 415, 429) if route.request else ()),
     }
     answers: dict[str, Any] = {str(route.status): {"description": "Done.", "content": content}}
     for status in sorted(statuses):
