@@ -22,7 +22,7 @@ from trimtab.serve.routes import ROUTES, Route
 #: Draining ends the server; tested elsewhere.
 _EXCLUDED = ("/admin/drain",)
 _QUICK = settings(
-    max_examples=4, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+    max_examples=3, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 _LONG = settings(_QUICK, max_examples=150, derandomize=False)

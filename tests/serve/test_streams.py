@@ -193,7 +193,18 @@ def test_many_slow_readers_take_bounded_memory(start: Any, order: Any, connect: 
     assert max(sizes) <= 64 << 10
 
 
-def test_a_deadline_ends_a_request(start: Any, order: Any) -> None:
+def test_the_engine_keeps_the_deadline(start: Any, order: Any) -> None:
+    server = start(request_s=0.2)
+    with server.client() as client:
+        whole = client.post("/v1/chat/completions", json=body_of(order, False, say="x", repeat=4000, delay=0.01))
+        streamed = client.post("/v1/chat/completions", json=body_of(order, say="x", repeat=4000, delay=0.01))
+    assert (whole.status_code, whole.headers["x-should-retry"]) == (504, "false")
+    assert '"code":"deadline_exceeded"' in streamed.text.split("\n\n")[-2]
+    assert not server.messages("Cancel")
+
+
+@pytest.mark.slow
+def test_an_engine_that_forgets_the_deadline_is_told(start: Any, order: Any) -> None:
     server = start(request_s=0.2)
     with server.client() as client:
         answer = client.post("/v1/chat/completions", json=body_of(order, False, stall=True))
