@@ -153,9 +153,9 @@ sys.exit(serve(ServeConfig(models=({model!r},), port=0, grace_s={grace}), launch
 class Program:
     """A server as a process of its own."""
 
-    def __init__(self, model: str = "tiny", grace: float = 5.0) -> None:
+    def __init__(self, model: str = "tiny", grace: float = 5.0, load: float = 0.0) -> None:
         program = PROGRAM.format(here=str(HERE), model=model, grace=grace)
-        environment = os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path))}
+        environment = os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path)), "SCRIPTED_LOAD": str(load)}
         self.process = subprocess.Popen(
             [sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -254,6 +254,17 @@ def test_a_killed_server_leaves_no_engine_behind(program: Any) -> None:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(engine, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_sigterm_while_the_engine_loads_ends_with_0(program: Any) -> None:
+    server = program(load=60.0)
+    eventually(lambda: subprocess.run(["pgrep", "-P", str(server.process.pid)], capture_output=True).stdout)
+    engine = server.engine()
+    server.process.send_signal(signal.SIGTERM)
+    _, err = server.process.communicate(timeout=10)
+    assert server.process.returncode == 0, err
+    eventually(lambda: gone(engine))
 
 
 @pytest.mark.slow

@@ -54,7 +54,8 @@ async def completions(front: Front, call: Call, request: CompletionRequest) -> A
     if max_tokens == 0 and not request.echo:
         raise bad("'max_tokens' is 0. Allowed: 1 or more, or 0 together with echo.", "max_tokens")
     drawn = sampling(
-        request, prompt_tokens=max(map(len, prompts)), model=model, max_tokens=max_tokens, logprobs=request.logprobs
+        request, prompt_tokens=max(map(len, prompts)), model=model, max_tokens=max_tokens,
+        logprobs=request.logprobs, prompt_field="prompt",
     )  # fmt: skip
     drawn = msgspec.structs.replace(
         drawn, best_of=best_of,
