@@ -110,8 +110,8 @@ def test_log_probabilities(ask: Run, order: Any) -> None:
 
 def test_length_ends_an_answer(ask: Run) -> None:
     for field in ("max_tokens", "max_completion_tokens"):
-        answer = ask(lambda c, field=field: c.chat.completions.create(model="tiny", messages=ASK, **{field: 3}))
-        assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("Hel", "length")
+        answer = ask(lambda c, field=field: c.chat.completions.create(model="tiny", messages=ASK, **{field: 5}))
+        assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("Hello", "length")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -244,13 +244,13 @@ def test_a_response_as_events(ask: Run, order: Any) -> None:
 
 
 def test_a_response_that_was_cut_is_incomplete(ask: Run) -> None:
-    answer = ask(lambda c: c.responses.create(model="tiny", input="hi", max_output_tokens=3))
+    answer = ask(lambda c: c.responses.create(model="tiny", input="hi", max_output_tokens=5))
     assert (answer.status, answer.incomplete_details.reason, answer.output_text) == (
         "incomplete",
         "max_output_tokens",
-        "Hel",
+        "Hello",
     )
-    events = ask(lambda c: c.responses.create(model="tiny", input="hi", max_output_tokens=3, stream=True))
+    events = ask(lambda c: c.responses.create(model="tiny", input="hi", max_output_tokens=5, stream=True))
     assert events[-1].type == "response.incomplete"
 
 

@@ -282,6 +282,14 @@ def test_more_connections_than_allowed_are_closed(start: Any) -> None:
         one.socket.close()
 
 
+def test_head_and_upgrade_requests(server: Any) -> None:
+    with server.client() as client:
+        answer = client.head("/health")
+        assert (answer.status_code, answer.content) == (200, b"")
+        assert client.get("/version", headers={"connection": "upgrade", "upgrade": "websocket"}).status_code == 200
+        assert client.get("/version", headers={"connection": "upgrade, http2-settings", "upgrade": "h2c"}).status_code == 200
+
+
 def test_what_is_no_http(server: Any) -> None:
     assert b" 400 " in Socket(server).ask(b"\x16\x03\x01 hello\r\n\r\n")
 
