@@ -287,7 +287,10 @@ def test_head_and_upgrade_requests(server: Any) -> None:
         answer = client.head("/health")
         assert (answer.status_code, answer.content) == (200, b"")
         assert client.get("/version", headers={"connection": "upgrade", "upgrade": "websocket"}).status_code == 200
-        assert client.get("/version", headers={"connection": "upgrade, http2-settings", "upgrade": "h2c"}).status_code == 200
+        assert (
+            client.get("/version", headers={"connection": "upgrade, http2-settings", "upgrade": "h2c"}).status_code
+            == 200
+        )
 
 
 def test_what_is_no_http(server: Any) -> None:
