@@ -129,7 +129,7 @@ def allot(harm_GB: np.ndarray, cost_GB: np.ndarray, limit: float) -> list[int]:
         harm_GB.reshape(-1) / worst,
         integrality=np.ones(harm_GB.size),
         bounds=Bounds(0, 1),
-        constraints=LinearConstraint(rows, low, high),
+        constraints=LinearConstraint(rows, low, high),  # pyright: ignore[reportArgumentType]  # arrays, say its documents
         options={"mip_rel_gap": 1e-6},
     )
     if found.x is None:
