@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP server: the front (HTTP) and the engine (the model) are two processes that exchange messages."""
