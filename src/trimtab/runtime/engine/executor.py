@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from trimtab.runtime.cache.store import Seq
 
 
+#: Tokens of a piece of a prompt where pieces are fixed.
+PIECE = 64
+
+
 class Known(NamedTuple):
     """What a pass must know of a request.
 
@@ -46,12 +50,14 @@ class Ran:
         logits_RV: float32; of a row with `every` all of its tokens, of others with a `sample` the last one.
         first: of each row of the step, where its logits begin; its last token's stand at ``last``.
         last: of each row, where the logits after its last token stand; -1 = it has none.
+        begin: of each row, the token its first logits come after; differs from its `first` only where pieces are ``fixed``.
         failed: rows that could not be run, and why.
     """
 
     logits_RV: np.ndarray
     first: tuple[int, ...]
     last: tuple[int, ...]
+    begin: tuple[int, ...]
     failed: dict[int, Exception]
 
 
@@ -61,16 +67,19 @@ class StepExecutor:
     Args:
         runner: the model.
         known: from a request's id to what a pass must know of it.
-        alike: run the last token of a prompt together with the one before it if it would come alone. Passes of one token take
-            another path through the kernels, so that where a prompt was cut would show in the last bits; costs a page at most.
+        fixed: run prompts in pieces that begin at multiples of `PIECE`, each in a pass of its own, and answers alone too unless
+            their logits are the same to the bit beside others. What a request gets then depends on nothing but itself: kernels
+            differ in the last bits with the number of tokens of a pass. What a piece lacks waits for a later step, so nothing
+            of this is to be cut back or marked.
 
     Attributes:
         store: keys and values.
     """
 
-    def __init__(self, runner: Runner, known: Callable[[str], Known], *, alike: bool = False) -> None:
+    def __init__(self, runner: Runner, known: Callable[[str], Known], *, fixed: bool = False) -> None:
         self.runner, self.store = runner, runner.open_store()
-        self._known, self._alike = known, alike
+        self._known, self._fixed = known, fixed
+        self._together = not fixed or rows_alike(runner)
         self._seqs: dict[int, Seq] = {}
         self._requests: dict[int, str] = {}
         self._marks: dict[int, Seq] = {}
@@ -97,15 +106,16 @@ class StepExecutor:
         self._arrange(work)
         rows = work.rows
         if not rows:
-            return Ran(np.empty((0, self.runner.spec.vocab_size), np.float32), (), (), {})
-        ids = [np.asarray(tokens(row), np.int64) for row in rows]
-        everyone = list(range(len(rows)))
+            return self._nothing((), None)
+        if self._fixed:
+            return self._pieces(rows, tokens)
+        pieces = [_Piece(index, row.first, row.count) for index, row in enumerate(rows)]
         try:
-            return self._pass(rows, ids, everyone, tokens)
+            return self._joined(rows, [self._pass(rows, pieces, tokens)], {})
         except (TrimtabError, ArithmeticError, ValueError) as error:
             if len(rows) == 1 or not self._rewound(rows):
                 return self._nothing(rows, error)
-        return self._one_by_one(rows, ids, tokens)
+        return self._apart(rows, [[piece] for piece in pieces], tokens)
 
     def close(self) -> None:
         """Free everything."""
@@ -137,39 +147,68 @@ class StepExecutor:
         return copy
 
     def _pass(
-        self, rows: Sequence[Row], ids: list[np.ndarray], which: list[int], tokens: Callable[[Row], Sequence[int]]
-    ) -> Ran:
-        new, past, seqs, reach, ends = [], [], [], [], []
-        pieces: list[np.ndarray] = []
-        wanted: list[int] = []
-        first, last = [-1] * len(rows), [-1] * len(rows)
+        self, rows: Sequence[Row], pieces: Sequence[_Piece], tokens: Callable[[Row], Sequence[int]]
+    ) -> tuple[np.ndarray, list[_Piece]]:
+        """Run pieces of rows together; returns logits, and of each piece that has some, in order, how many."""
+        past, new, seqs, reach, ends, ids, wanted = [], [], [], [], [], [], []
+        told: list[_Piece] = []
         at = 0
-        for index in which:
-            row, piece = rows[index], ids[index]
+        for piece in pieces:
+            row, (index, first, count) = rows[piece.row], piece
             known = self._known(self._requests[row.seq])
-            seq, done, count = self._seqs[row.seq], row.first, row.count
-            if self._alike and count == 1 and 0 < done < known.prompt:
-                self.store.truncate(seq, done - 1)
-                done, count = done - 1, 2
-                piece = np.asarray(tokens(Row(row.seq, done, count, ())), np.int64)
+            past.append(first)
             new.append(count)
-            past.append(done)
-            seqs.append(seq)
-            reach.append(max(known.reach, done + count))
-            ends.append(done < known.prompt <= done + count)
-            pieces.append(piece)
+            seqs.append(self._seqs[row.seq])
+            reach.append(max(known.reach, first + count))
+            ends.append(first < known.prompt <= first + count)
+            ids.append(np.asarray(tokens(Row(row.seq, first, count, ())), np.int64))
             at += count
-            if known.every and row.first < known.prompt:
-                first[index] = len(wanted)
-                wanted.extend(range(at - row.count, at))
-                last[index] = len(wanted) - 1
-            elif row.sample:
-                first[index] = last[index] = len(wanted)
+            if known.every and first < known.prompt:
+                wanted.extend(range(at - count, at))
+                told.append(piece)
+            elif row.sample and first + count == row.first + row.count:
                 wanted.append(at - 1)
+                told.append(_Piece(index, first + count - 1, 1))
         step = Step.of(new, past, seqs, None, reach, ends)
-        flat = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-        logits_RV = self.runner.forward(flat, step, self.store, np.array(wanted, np.int64))
-        return Ran(logits_RV, tuple(first), tuple(last), {})
+        flat = ids[0] if len(ids) == 1 else np.concatenate(ids)
+        return self.runner.forward(flat, step, self.store, np.array(wanted, np.int64)), told
+
+    def _joined(
+        self, rows: Sequence[Row], passes: Sequence[tuple[np.ndarray, list[_Piece]]], failed: dict[int, Exception]
+    ) -> Ran:
+        """Put together what passes gave; pieces of one row follow each other."""
+        first, last, begin = [-1] * len(rows), [-1] * len(rows), [row.first for row in rows]
+        count = 0
+        for _, told in passes:
+            for piece in told:
+                if first[piece.row] < 0:
+                    first[piece.row], begin[piece.row] = count, piece.first
+                count += piece.count
+                last[piece.row] = count - 1
+        parts = [logits_RV for logits_RV, _ in passes if len(logits_RV)]
+        if len(parts) != 1:
+            parts = [np.concatenate([np.empty((0, self.runner.spec.vocab_size), np.float32), *parts])]
+        return Ran(parts[0], tuple(first), tuple(last), tuple(begin), failed)
+
+    def _pieces(self, rows: Sequence[Row], tokens: Callable[[Row], Sequence[int]]) -> Ran:
+        """Run what is whole of each row: see `fixed`."""
+        found: list[list[_Piece]] = []
+        answers: list[_Piece] = []
+        for index, row in enumerate(rows):
+            prompt, end = self._known(self._requests[row.seq]).prompt, row.first + row.count
+            if row.first >= prompt:
+                (answers if self._together else found.append([]) or found[-1]).append(_Piece(index, row.first, row.count))
+                continue
+            start = row.first // PIECE * PIECE
+            until = end if end >= prompt else end // PIECE * PIECE
+            found.append([_Piece(index, at, min(PIECE, until - at)) for at in range(start, until, PIECE)])
+        if not answers:
+            return self._apart(rows, found, tokens)
+        try:
+            before = [self._pass(rows, answers, tokens)]
+        except (TrimtabError, ArithmeticError, ValueError) as error:
+            return self._nothing(rows, error)
+        return self._apart(rows, found, tokens, before)
 
     def _rewound(self, rows: Sequence[Row]) -> bool:
         """Bring the sequences of rows back to before a pass that failed; False where their caches cannot go back."""
@@ -181,28 +220,36 @@ class StepExecutor:
             return False
         return True
 
-    def _one_by_one(
-        self, rows: Sequence[Row], ids: list[np.ndarray], tokens: Callable[[Row], Sequence[int]]
+    def _apart(
+        self,
+        rows: Sequence[Row],
+        pieces: Sequence[Sequence[_Piece]],
+        tokens: Callable[[Row], Sequence[int]],
+        before: Sequence[tuple[np.ndarray, list[_Piece]]] = (),
     ) -> Ran:
-        parts, failed = [], {}
-        first, last, count = [-1] * len(rows), [-1] * len(rows), 0
-        for index in range(len(rows)):
+        """Run every piece in a pass of its own; a row whose piece fails goes no further."""
+        passes, failed = list(before), {}
+        for some in pieces:
             try:
-                ran = self._pass(rows, ids, [index], tokens)
+                made = [self._pass(rows, [piece], tokens) for piece in some]
             except (TrimtabError, ArithmeticError, ValueError) as error:
-                failed[index] = error
+                failed[some[0].row] = error
                 continue
-            if ran.last[index] >= 0:
-                first[index], last[index] = count + ran.first[index], count + ran.last[index]
-            parts.append(ran.logits_RV)
-            count += len(ran.logits_RV)
-        empty = np.empty((0, self.runner.spec.vocab_size), np.float32)
-        return Ran(np.concatenate([empty, *parts]), tuple(first), tuple(last), failed)
+            passes += made
+        return self._joined(rows, passes, failed)
 
-    def _nothing(self, rows: Sequence[Row], error: Exception) -> Ran:
+    def _nothing(self, rows: Sequence[Row], error: Exception | None) -> Ran:
         empty = np.empty((0, self.runner.spec.vocab_size), np.float32)
-        none = (-1,) * len(rows)
-        return Ran(empty, none, none, dict.fromkeys(range(len(rows)), error))
+        none, begin = (-1,) * len(rows), tuple(row.first for row in rows)
+        return Ran(empty, none, none, begin, {index: error for index in range(len(rows)) if error is not None})
+
+
+class _Piece(NamedTuple):
+    """Tokens of a row that run in one pass."""
+
+    row: int
+    first: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]  # nobody counts values in it
 
 
 def rewindable(spec: ModelSpec) -> bool:
@@ -248,32 +295,20 @@ def bound_bytes(spec: ModelSpec) -> NBytes:
     return nbytes
 
 
-def alike(runner: Runner) -> bool:
-    """Whether rows get the same logits to the bit alone and beside others, and prompts however they are cut: tried, not proved.
+def rows_alike(runner: Runner) -> bool:
+    """Whether answers that go on get the same logits to the bit alone and beside others: tried, not proved.
 
-    Source: none; pieces of a prompt have two tokens or more, since passes of one token run other kernels.
+    True of matrices whose products are sums of integers, which no order changes.
     """
-    most = min(runner.spec.max_position_embeddings, 40)
-    ids = np.arange(7, 7 + most, dtype=np.int64) % runner.spec.vocab_size
-    if most < 16:
-        return False
 
-    def last(cuts: Sequence[int], others: int) -> np.ndarray:
-        store = runner.open_store()
-        seq, done = store.open(), 0
-        rest = [store.open() for _ in range(others)]
-        logits = np.empty((0, runner.spec.vocab_size), np.float32)
-        for turn, count in enumerate((*cuts, 1)):
-            new, past = [count, *[1] * others], [done, *[turn] * others]
-            step = Step.of(new, past, [seq, *rest], None, [most] * len(new), [False] * len(new))
-            flat = np.concatenate((ids[done : done + count], np.full(others, 3 + turn)))
-            logits = runner.forward(flat, step, store, step.cu[1:] - 1)
-            done += count
+    def last(others: int) -> np.ndarray:
+        store, logits = runner.open_store(), np.empty((0, 0), np.float32)
+        seqs = [store.open() for _ in range(others + 1)]
+        for turn in range(4):
+            ids = np.array([7 + turn, *[3 + turn] * others], np.int64) % runner.spec.vocab_size
+            step = Step.of([1] * len(seqs), [turn] * len(seqs), seqs, None, [4] * len(seqs), [False] * len(seqs))
+            logits = runner.forward(ids, step, store, np.arange(len(seqs)))
         return logits[0]
 
-    whole = most - 1
-    alone = last([whole], 0)
-    return all(
-        np.array_equal(alone, last(cuts, others))
-        for cuts, others in (([whole], 1), ([whole], 15), ([2, whole - 2], 0), ([whole - 9, 9], 7), ([11, whole - 11], 3))
-    )
+    alone = last(0)
+    return all(np.array_equal(alone, last(others)) for others in (1, 3, 6, 15, 31))

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 from trimtab.errors import SpecError, TrimtabError
 from trimtab.runtime.engine.choosing import Nothing, Wish, choose, likeliest, normalizers
-from trimtab.runtime.engine.executor import Known, StepExecutor, alike, block_tokens, bound_bytes, rewindable
+from trimtab.runtime.engine.executor import Known, StepExecutor, bound_bytes, rewindable
 from trimtab.sched.request import Ended, Refusal, Request
 from trimtab.sched.scheduler import Scheduler
 from trimtab.sched.trace import Trace
-from trimtab.sched.work import Outcome, Row, Start, StepWork
+from trimtab.sched.work import Outcome, Start, StepWork
 from trimtab.serve.engine import models
 from trimtab.serve.engine.choice import Choice, Served
 from trimtab.serve.engine.cost import StepCost
@@ -62,17 +62,15 @@ class Lane:
     ) -> None:
         self.model, self._send, self._clock, self._cost = model, send, clock, cost
         spec, plain = model.runner.spec, rewindable(model.runner.spec)
-        page = block_tokens(spec) if start.deterministic else 0
-        bound = bound_bytes(spec)
         self.scheduler = Scheduler(
             scheduler_config(start, spec, plain=plain),
             capacity_bytes=kv_bytes,
-            nbytes=(lambda tokens: bound(tokens + page)) if page else bound,
-            shared_bytes=None if plain and not page else lambda tokens: 0,
+            nbytes=bound_bytes(spec),
+            shared_bytes=None if plain else lambda tokens: 0,
             seconds=cost,
             trace=trace,
         )
-        self.executor = StepExecutor(model.runner, self._known, alike=start.deterministic and plain)
+        self.executor = StepExecutor(model.runner, self._known, fixed=start.deterministic)
         self._served: dict[str, Served] = {}
         self._choices: dict[int, Choice] = {}
         self._ends = model.base.tokenizer.eog_ids if model.base.tokenizer else frozenset()
@@ -91,11 +89,6 @@ class Lane:
     def ready(self) -> bool:
         """Whether a turn may have something to do."""
         return self.scheduler.busy and not self.stalled
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether an answer depends on nothing but its request, where that was asked for: shown by two passes, not assumed."""
-        return self.model.info.runs == "native" and rewindable(self.model.runner.spec) and alike(self.model.runner)
 
     @property
     def empty(self) -> bool:
@@ -213,7 +206,8 @@ class Lane:
                 finished[row.seq] = "error"
                 continue
             if served.asked.prompt_logprobs is not None and row.first < len(served.submit.prompt):
-                self._score_prompt(served, row, ran.logits_RV[ran.first[index] : ran.last[index] + 1])
+                if ran.last[index] >= 0:
+                    self._score_prompt(served, ran.begin[index], ran.logits_RV[ran.first[index] : ran.last[index] + 1])
             if not row.sample:
                 continue
             if not served.asked.max_tokens:  # scoring alone
@@ -276,11 +270,11 @@ class Lane:
         elif piece.ids or piece.text or piece.finish:
             self._pieces.append(piece)
 
-    def _score_prompt(self, served: Served, row: Row, logits_TV) -> None:  # noqa: ANN001
+    def _score_prompt(self, served: Served, begin: int, logits_TV) -> None:  # noqa: ANN001
         prompt, count = served.submit.prompt, served.asked.prompt_logprobs or 0
         norms = normalizers(logits_TV)
         for place in range(len(logits_TV)):
-            at = row.first + place + 1
+            at = begin + place + 1
             if at < len(prompt):
                 row_V, norm = logits_TV[place], float(norms[place])
                 entry = TokenLogprob(prompt[at], float(row_V[prompt[at]]) - norm, likeliest(row_V, norm, count))

@@ -78,7 +78,7 @@ class Loop:
             self._add(one, costs[one.info.id])
         return Ready(
             models=tuple(one.info for one in served), memory=memory, pid=os.getpid(), load_s=time.monotonic() - began,
-            deterministic=self._start.deterministic and all(lane.deterministic for lane in self.lanes.values()),
+            deterministic=self._start.deterministic,
         )  # fmt: skip
 
     def run(self) -> int:
