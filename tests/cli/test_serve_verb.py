@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 pytest.importorskip("uvicorn")
 
 from trimtab.cli.main import app
-from trimtab.errors import SpecError
+from trimtab.errors import MissingDependency, SpecError
 
 
 def test_help_names_every_flag_of_the_settings() -> None:
@@ -78,6 +78,15 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(arguments: list[str], 
     found = CliRunner().invoke(app, ["serve", *arguments])
     assert isinstance(found.exception, SpecError)
     assert words in str(found.exception)
+
+
+def test_without_the_extra_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("trimtab.serve")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "msgspec", None)
+    found = CliRunner().invoke(app, ["serve", "smollm2-135m"])
+    assert isinstance(found.exception, MissingDependency)
+    assert "pip install 'trimtab[serve]'" in str(found.exception)
 
 
 def test_the_http_process_imports_no_torch() -> None:

@@ -95,6 +95,8 @@ class Pages:
         for row in work.rows:
             tokens, pages = self.seqs[row.seq]
             assert row.first == len(tokens) and row.count >= 1
+            # A token is drawn only after all tokens before it.
+            assert all(self.scheduler._seqs[seq].total == row.first + row.count for seq in row.sample)
             tokens += self.scheduler.tokens(row)
             if row.first % BLOCK:
                 pages[-1] = object()  # copied, should another own it too; harmless otherwise
@@ -143,7 +145,8 @@ class Watch:
         else:
             self.ends[request.id] += 1
 
-    def step(self) -> StepWork:
+    def step(self, cancel: str = "") -> StepWork:
+        """One step; a request may be cancelled while it runs."""
         scheduler, config = self.scheduler, self.config
         waiting = {g.request.id for g in scheduler._groups.values() if g.state == "waiting"}
         ready = {
@@ -177,6 +180,7 @@ class Watch:
                     assert self.arrival[start.request] <= self.arrival[other] + gap + 1e-9
         outcome = self.pages.run(work)
         self.follow(work)
+        scheduler.cancel(cancel, self.now)
         ended = [*work.ended, *scheduler.commit(work, outcome)]
         self.ends.update(end.request for end in ended)
         self.now += outcome.seconds or 0.001
@@ -211,6 +215,7 @@ class Watch:
         assert not self.scheduler._seqs and not self.scheduler._running and counters.overruns == 0
         assert not self.pages.seqs and set(self.pages.marks) == self.scheduler.index.marks
         assert self.scheduler.index.pinned_bytes == 0
+        assert not self.pages.inner.known, "the executor was not told of every end"
         assert all(count == 1 for count in self.ends.values()) and set(self.ends) == set(self.arrival)
         assert counters.finished + counters.aborted.total() == counters.admitted == len(self.admitted)
         self.scheduler.clear_prefixes(self.now)
@@ -255,7 +260,7 @@ actions = st.lists(
     st.one_of(
         *[requests] * 3,
         *[st.just("step")] * 4,
-        st.tuples(st.just("cancel"), st.integers(0, 20)),
+        st.tuples(st.sampled_from(["cancel", "in flight"]), st.integers(0, 20)),
         st.sampled_from(["clear", "wait"]),
     ),
     min_size=20,
@@ -273,7 +278,10 @@ def drive(watch: Watch, events: list[Any], drain: str = "") -> None:
         elif event == "clear":
             watch.scheduler.clear_prefixes(watch.now)
         elif isinstance(event, tuple):
-            watch.scheduler.cancel(f"r{event[1]}", watch.now)
+            if event[0] == "in flight":
+                watch.step(f"r{event[1]}")
+            else:
+                watch.scheduler.cancel(f"r{event[1]}", watch.now)
         else:
             fields = dict(event)
             family, length = fields.pop("family"), fields.pop("prompt")

@@ -220,6 +220,11 @@ class Scripted:
                 if job.orders.get("stall"):
                     continue
             many = 1 if job.orders.get("delay") else 64  # without a delay, several tokens a step
+            late = job.request.deadline_s and now - job.arrived > job.request.deadline_s
+            if late:
+                for choice in job.choices:
+                    choice.finish = "deadline"
+                    pieces.append(m.Piece(id=job.request.id, choice=choice.index, finish="deadline"))
             for _ in range(many):
                 pieces += [choice.step(job.request) for choice in job.choices if choice.finish is None]
             job.next_at = now + job.orders.get("delay", 0.0)

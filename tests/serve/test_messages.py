@@ -45,7 +45,7 @@ engine_messages = st.one_of(*map(strategy, TO_ENGINE))
 
 
 @given(st.lists(front_messages, max_size=5), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_cut_of_the_stream_gives_the_same_messages(sent: list, data: st.DataObject) -> None:
     stream = b"".join(map(encode, sent))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
@@ -58,13 +58,13 @@ def test_any_cut_of_the_stream_gives_the_same_messages(sent: list, data: st.Data
 
 
 @given(engine_messages)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_messages_to_the_engine_survive_the_wire(message: messages.Message) -> None:
     assert Frames(messages.ToEngine).feed(encode(message)) == [message]
 
 
 @given(st.binary(min_size=1, max_size=64))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_bytes_that_are_no_message_close_the_channel_or_are_one(body: bytes) -> None:
     frames: Frames = Frames(messages.ToFront)
     try:

@@ -22,7 +22,7 @@ from trimtab.serve.routes import ROUTES, Route
 #: Draining ends the server; tested elsewhere.
 _EXCLUDED = ("/admin/drain",)
 _QUICK = settings(
-    max_examples=4, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+    max_examples=3, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 _LONG = settings(_QUICK, max_examples=150, derandomize=False)
@@ -101,6 +101,23 @@ _PAIRS = [
 @pytest.mark.parametrize(("route", "mode"), _PAIRS)
 def test_requests_made_from_the_document(api: Any, route: Route, mode: GenerationMode) -> None:
     _run(api, route, mode, _QUICK)
+
+
+@pytest.mark.parametrize("path", [route.path for route in ROUTES if route.event])
+def test_streams_are_what_the_document_says(api: Any, path: str) -> None:
+    body = {
+        "model": "tiny",
+        "stream": True,
+        "messages": [{"role": "user", "content": "x"}],
+        "prompt": "x",
+        "input": "x",
+    }
+    if path == "/v1/responses":
+        del body["prompt"]
+    case = api[path]["POST"].Case(body=body, media_type="application/json")
+    answer = case.call(timeout=20)
+    assert answer.headers["content-type"][0].startswith("text/event-stream")
+    case.validate_response(answer, checks=_CHECKS)
 
 
 @pytest.mark.slow

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import random
+import signal
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,7 +70,7 @@ class Raw:
 
     def __init__(self, server: Any, body: dict[str, Any], path: str = "/v1/chat/completions") -> None:
         self.socket = socket.socket()
-        self.socket.settimeout(5)
+        self.socket.settimeout(60)
         self.socket.setsockopt(
             socket.SOL_SOCKET, socket.SO_RCVBUF, 4096
         )  # what the system takes for us would hide a slow reader
@@ -130,7 +135,7 @@ def test_cancelling_by_id(server: Any, order: Any) -> None:
             assert other.post(f"/v1/requests/{name}/cancel").json() == {"id": name, "cancelled": True}
             rest = [line for line in lines if line]
         assert json.loads(rest[-1][6:])["error"]["code"] == "request_cancelled"
-        assert server.messages("Cancel", name)[0]["reason"] == "request"
+        assert server.wait_for(lambda: server.messages("Cancel", name))[0]["reason"] == "request"
         assert other.post(f"/v1/requests/{name}/cancel").status_code == 404
 
 
@@ -193,9 +198,56 @@ def test_many_slow_readers_take_bounded_memory(start: Any, order: Any, connect: 
     assert max(sizes) <= 64 << 10
 
 
-def test_a_deadline_ends_a_request(start: Any, order: Any) -> None:
+def test_the_engine_keeps_the_deadline(start: Any, order: Any) -> None:
+    server = start(request_s=0.2)
+    with server.client() as client:
+        whole = client.post("/v1/chat/completions", json=body_of(order, False, say="x", repeat=4000, delay=0.01))
+        streamed = client.post("/v1/chat/completions", json=body_of(order, say="x", repeat=4000, delay=0.01))
+    assert (whole.status_code, whole.headers["x-should-retry"]) == (504, "false")
+    assert '"code":"deadline_exceeded"' in streamed.text.split("\n\n")[-2]
+    assert not server.messages("Cancel")
+
+
+@pytest.mark.slow
+def test_an_engine_that_forgets_the_deadline_is_told(start: Any, order: Any) -> None:
     server = start(request_s=0.2)
     with server.client() as client:
         answer = client.post("/v1/chat/completions", json=body_of(order, False, stall=True))
     assert (answer.status_code, answer.headers["x-should-retry"]) == (504, "false")
-    assert server.messages("Cancel")[0]["reason"] == "deadline"
+    assert server.wait_for(lambda: server.messages("Cancel"))[0]["reason"] == "deadline"
+
+
+@pytest.mark.slow
+def test_nothing_is_left_after_clients_and_engines_that_misbehave(start: Any, order: Any) -> None:
+    """300 clients that leave at any moment, an engine killed twice: every count is back at zero, memory too."""
+    server = start(stream_buffer=16 << 10, max_queue=64, slow_reader_s=1.0)
+    front, dice = server.service.front, random.Random(7)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = 0
+    for place in range(300):
+        orders = {
+            "say": "x" * 10,
+            "repeat": dice.choice([1, 20, 200]),
+            "delay": dice.choice([0, 0.001]),
+            "queue": dice.choice([0, 0, 0.05]),
+        }
+        raw = Raw(server, body_of(order, dice.random() < 0.7, **orders))
+        for _ in range(dice.choice([0, 0, 1, 5])):
+            raw.socket.settimeout(0.05)
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                raw.socket.recv(dice.choice([10, 1000]))
+        raw.socket.close()
+        if place in (100, 200) and front.engine.pid:
+            os.kill(front.engine.pid, signal.SIGKILL)
+        if place == 50:
+            before = resident()
+    server.wait_for(lambda: front.engine.state == "ready" and front.calls == 0)
+    server.wait_for(lambda: front.engine.open == 0 and front.engine.waiting == 0)
+    assert (front.open, front.bodies.used, front.keys.anonymous._open) == ({}, 0, 0)
+    assert front.engine.restarts in (1, 2)
+    assert resident() - before < 32 << 20
+    with server.client() as client:
+        assert client.post("/v1/chat/completions", json={"model": "tiny", "messages": ASK}).status_code == 200

@@ -158,6 +158,16 @@ def test_fair_shares_tenants_and_gives_no_credit_for_idling() -> None:
     assert order == "ababab"  # without the lift b would start with all it has, without fairness a would
 
 
+def test_answers_count_as_service() -> None:
+    scheduler = make(max_running=1, fair=True, prefix_cache=False)
+    executor = ModelledExecutor(seconds, lengths(lambda request, _: 10 if request[0] == "a" else 1))
+    for i in range(5):
+        scheduler.submit(ask(f"a{i}", 2, tenant="a"), 0.0)  # 2 + 2 * 10
+        scheduler.submit(ask(f"b{i}", 8, tenant="b"), 0.0)  # 8 + 2 * 1
+    works, _ = drive(scheduler, executor)
+    assert "".join(start.request[0] for work in works for start in work.starts)[:5] == "abbba"
+
+
 def test_the_queue_is_bounded() -> None:
     scheduler = make(max_queue=2, max_queue_tokens=20, tokens_per_s=100.0)
     assert scheduler.submit(ask("a"), 0.0) == Admitted("a", 0, 0.0)
@@ -229,6 +239,17 @@ def test_cancel_frees_with_the_next_step() -> None:
     third = scheduler.step(0.0)
     assert third.free == (4, 5)
     assert scheduler.counters().kv_bytes == (10 + 128) * 2 - 8  # of "late", whose samples share two blocks
+
+
+def test_what_was_cancelled_in_flight_does_not_finish_too() -> None:
+    scheduler = make()
+    scheduler.submit(ask("a", max_tokens=1), 0.0)
+    work = scheduler.step(0.0)
+    scheduler.cancel("a", 0.0, "client gone")
+    assert scheduler.commit(work, Outcome([(1,)])) == ()
+    work = scheduler.step(0.0)
+    assert work.ended == (Ended("a", "client gone", ("",), 0),) and not work.marks
+    assert scheduler.counters().finished == 0 and scheduler.counters().aborted == {"client gone": 1}
 
 
 # Bytes.
@@ -335,6 +356,20 @@ def test_bytes_come_from_the_description_of_the_cache() -> None:
         assert nbytes(tokens) == sum(layer.cache.nbytes(tokens).reserved for layer in spec.layers)
 
 
+def test_a_failed_step_ends_its_requests_and_no_others() -> None:
+    scheduler, executor = make(max_running=2), model(3)
+    scheduler.submit(ask("answers", 8), 0.0)
+    drive(scheduler, executor, 2)
+    scheduler.submit(ask("prompt", 20), 0.0)
+    scheduler.submit(ask("waits", 8), 0.0)
+    work = scheduler.step(0.0)
+    ended = scheduler.commit(work, Outcome([()] * len(work.rows), {row.seq: "error" for row in work.rows}))
+    assert {(end.request, end.finish) for end in ended} == {("answers", ("error",)), ("prompt", ("error",))}
+    works, ended = drive(scheduler, executor)
+    assert works[0].free == (0, 1) and not works[0].marks
+    assert [(end.request, end.output_tokens) for end in ended] == [("waits", 3)]
+
+
 # Prefixes.
 
 
@@ -405,7 +440,9 @@ def test_the_least_recently_used_prefix_goes_first_and_those_in_use_stay() -> No
     longer = index.add([*block_hashes(range(12), 4, b"")], 12, spans[0], 4)
     kv.used += 4
     index.pin(spans[1])
-    index.unpin(spans[1])  # used last
+    index.pin(longer)
+    index.unpin(longer)
+    index.unpin(spans[1])  # used last, and until now
     index.pin(spans[2])
     release: list[int] = []
     assert not index.make_room(100 - 7, release) and not release  # all or nothing: 8 are in use

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from trimtab.runtime.numerics.bcq import bcq, levels_of, pack_signs, scales_of, terms_of
+from trimtab.runtime.numerics.bcq import binary_scales, levels_of, pack_signs, scales_of, terms_of
 from trimtab.runtime.weights.packed import Packed
 from trimtab.spec.bcq import BcqFormat
 
@@ -46,9 +46,9 @@ class BinaryRule:
         codes = []
         for part in parts:
             costs = np.broadcast_to(cost, (part.shape[1] // self.group, self.group)).reshape(1, -1)
-            _, scales = bcq(
+            scales = binary_scales(
                 part, self.format.bits, self.format.apot, self.rounds,
-                nearest=self.nearest, cost_Rg=np.broadcast_to(costs, part.shape),
+                nearest=self.nearest, cost_Rg=np.broadcast_to(costs, part.shape), threads=torch.get_num_threads(),
             )  # fmt: skip
             codes.append(terms_of(scales, self.format.apot)[0])
         found = np.concatenate(codes)

@@ -26,20 +26,28 @@ def _materials(bench: Bench, **fields: Any) -> Any:
     return Materials(texts=texts, tokenizer=bench.model.tokenizer, **fields)
 
 
+def _variant(bench: Bench, technique: str) -> Any:
+    """The model with a technique, made once."""
+    from trimtab.techniques.apply import derive, resolve_all
+    from trimtab.techniques.registry import parse_all
+
+    def compute() -> Any:
+        materials = _materials(bench)
+        return derive(bench.model.variant, resolve_all(bench.model, parse_all([technique]), materials), materials)
+
+    return bench.once(f"shiftadd.variant.{technique}", compute)
+
+
 def _scored(bench: Bench, technique: str) -> Any:
     """Held-out quality of the model with a technique, computed once."""
     from trimtab.measure.textbench import TextBench
-    from trimtab.techniques.apply import derive, resolve_all
-    from trimtab.techniques.registry import parse_all
 
     def compute() -> Any:
         texts = bench.once(
             "shiftadd.texts",
             lambda: TextBench(bench.model, {t: bench.text(t) for t in TEXTS}, window=WINDOW, windows=WINDOWS),
         )
-        materials = _materials(bench)
-        chosen = resolve_all(bench.model, parse_all([technique]), materials)
-        return texts.score(derive(bench.model.variant, chosen, materials), technique)
+        return texts.score(_variant(bench, technique), technique)
 
     return bench.once(f"shiftadd.{technique}", compute)
 
@@ -104,13 +112,9 @@ def swept_against_unswept(bench: Bench) -> Outcome:
     """Error of the outputs on held-out inputs, layer mean of swept over unswept."""
     from trimtab.model.calibration import Inputs, observed
     from trimtab.runtime.numerics import decode
-    from trimtab.techniques.apply import derive
-    from trimtab.techniques.base import compose
-    from trimtab.techniques.registry import parse_all
 
-    chosen = parse_all(["shiftadd:bits=3,group=64"])
-    swept = derive(bench.model.variant, chosen, _materials(bench))
-    spec = compose(bench.model.spec, chosen)
+    swept = _variant(bench, "shiftadd:bits=3,group=64")
+    spec = swept.spec
     held = _materials(bench).__class__(
         texts={t: bench.text(t) for t in TEXTS}, tokenizer=bench.model.tokenizer, window=512, windows=8
     )

@@ -128,10 +128,10 @@ class Admission:
         if len(group.samples) > 1 or tokens <= group.base or seq.finish == "error":
             return None
         size = self.kv.nbytes(tokens) - self.kv.shared(group.base)
-        span = self._keep(group, seq, tokens, size) if size <= group.bytes else None
+        span = self._keep(group, seq, tokens, size)
         if span is None:
             return None
-        self.kv.used += size
+        self.kv.used += size  # no more than `let_go` gives back
         return MarkPrefix(span.mark, seq.id, tokens)
 
     def row_tokens(self, group: Group, first: int, count: int) -> int:

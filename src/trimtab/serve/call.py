@@ -62,11 +62,30 @@ class Call:
         _access.info("%s", msgspec.json.encode(line | self.log).decode())
 
 
-async def read_body(call: Call, receive: Receive, limit: int, seconds: float) -> bytes:
-    """Read a JSON body.
+class Budget:
+    """Bytes of bodies that are being read at once, over all requests: many long bodies together are refused too."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.used = limit, 0
+
+    def take(self, count: int) -> None:
+        """Count bytes.
+
+        Raises:
+            ApiError: 429, there are too many.
+        """
+        if self.used + count > self.limit:
+            raise ApiError(
+                429, "Too many long bodies are being read at once. Try again in a moment.", code="bodies", retry_after_s=1.0
+            )  # fmt: skip
+        self.used += count
+
+
+async def read_body(call: Call, receive: Receive, limit: int, seconds: float, budget: Budget) -> bytes:
+    """Read a JSON body; its bytes count in `budget` until it is whole, for then it is decoded at once.
 
     Raises:
-        ApiError: 413 too long, 408 too slow, 415 not JSON, 400 empty.
+        ApiError: 413 too long, 408 too slow, 415 not JSON, 400 empty, 429 too much at once.
         ConnectionError: the client went away.
     """
     kind = call.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -87,13 +106,17 @@ async def read_body(call: Call, receive: Receive, limit: int, seconds: float) ->
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ConnectionError
-                body += message.get("body", b"")
-                if len(body) > limit:
+                piece = message.get("body", b"")
+                if len(body) + len(piece) > limit:
                     raise _too_long(limit)
+                budget.take(len(piece))
+                body += piece
                 if not message.get("more_body"):
                     break
     except TimeoutError:
         raise ApiError(408, f"The body did not arrive within {seconds:g} s.", code="body_timeout") from None
+    finally:
+        budget.used -= len(body)
     if not body:
         raise bad("The body is empty. Send one JSON object.", code="invalid_json")
     return bytes(body)

@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Literal
 
+import msgspec
+
 from trimtab.errors import TrimtabError
 from trimtab.serve.channel import AsyncChannel, ChannelClosed
 from trimtab.serve.config import ServeConfig
@@ -23,13 +25,15 @@ from trimtab.serve.messages import (
     CancelReason,
     Drain,
     Embed,
+    Embedded,
+    Failed,
+    Finished,
     Load,
     Loaded,
     Message,
     ModelInfo,
     Ready,
     Refused,
-    Start,
     Stats,
     Stopped,
     Submit,
@@ -283,12 +287,7 @@ class Engine:
         why = ""
         try:
             start = self._config.start()
-            channel.send(
-                Start(
-                    **{name: getattr(start, name) for name in start.__struct_fields__}
-                    | {"models": (*start.models, *self._added)}
-                )
-            )
+            channel.send(msgspec.structs.replace(start, models=(*start.models, *self._added)))
             self._channel = channel
             while True:
                 limit = self._config.engine_s if loaded else self._config.start_s
@@ -340,11 +339,10 @@ class Engine:
                     future.set_exception(ApiError(message.status, message.message, param="model"))
             case Stopped():
                 self._stopped = message
-            case _:  # ends of requests
-                name: str = message.id  # type: ignore[attr-defined]
-                if stream := self._streams.get(name):
-                    stream.push(message, getattr(message, "at_s", now))  # type: ignore[arg-type]
-                self._forget(name)
+            case Finished() | Embedded() | Refused() | Failed():
+                if stream := self._streams.get(message.id):
+                    stream.push(message, now)
+                self._forget(message.id)
 
     def _admit(self, name: str, now: float) -> None:
         if self._waiting.pop(name, None) is not None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -69,7 +69,7 @@ class Endpoint:
         if route.request is not None:
             if route.access == "key":
                 front.check()  # before the body is read
-            body = await read_body(call, receive, front.config.max_body, front.config.body_s)
+            body = await read_body(call, receive, front.config.max_body, front.config.body_s, front.bodies)
             arguments.append(decode(body, route.request))
         assert route.handler is not None
         if route.request is None:
@@ -206,7 +206,7 @@ def _broke(call: Call) -> ApiError:
     return ApiError(500, f"Something broke in the server; its log names {call.id}.", code="internal_error")
 
 
-async def _unless_gone(work: Coroutine[Any, Any, Any], receive: Receive) -> Any:
+async def _unless_gone(work: Awaitable[Any], receive: Receive) -> Any:
     """Do `work`; cancel it when the client goes.
 
     Raises:

@@ -11,7 +11,7 @@ import msgspec
 
 from trimtab.errors import did_you_mean
 from trimtab.runtime.text.tokenizer import Tokenizer
-from trimtab.serve.call import Call
+from trimtab.serve.call import Budget, Call
 from trimtab.serve.client import Engine
 from trimtab.serve.config import ServeConfig
 from trimtab.serve.errors import ApiError
@@ -21,6 +21,9 @@ from trimtab.serve.messages import ModelInfo
 from trimtab.serve.metrics import Metrics
 from trimtab.serve.store import ResponseStore
 from trimtab.serve.texts import TokenTexts
+
+#: Longest bodies that may be read at the same time.
+_BODIES = 32
 
 
 @dataclass(slots=True)
@@ -75,6 +78,7 @@ class Front:
         self.responses = ResponseStore()
         self.created = int(time.time())
         self.draining = False
+        self.bodies = Budget(_BODIES * config.max_body)
         self.on_drain: Callable[[], None] = lambda: None
         #: What can be cancelled by the id its client was told: (tenant name, how).
         self.open: dict[str, tuple[str, Callable[[], None]]] = {}

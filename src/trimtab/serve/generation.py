@@ -134,6 +134,7 @@ class Generation:
         Raises:
             ApiError: it did not come to its end.
         """
+        ended: ApiError | None = None
         async with aclosing(self._stream.events()) as events:
             async for place, event, at_s in events:
                 if isinstance(event, Admitted):
@@ -146,15 +147,17 @@ class Generation:
                     self._observe(choice, event, at_s)
                     yield choice, event
                     if event.finish == "cancelled":
-                        raise ApiError(499, "The request was cancelled.", code="request_cancelled", retry=False)
-                    if event.finish == "deadline":
-                        raise deadline_error(self._front.config.request_s)
+                        ended = ApiError(499, "The request was cancelled.", code="request_cancelled", retry=False)
+                    elif event.finish == "deadline":
+                        ended = deadline_error(self._front.config.request_s)
                 elif isinstance(event, Finished):
                     self.finished[place] = event
                     self._cached[place] = event.cached_tokens
                 elif isinstance(event, Embedded):
                     self.vectors[place] = event.vector
                     self._cached[place] = event.cached_tokens
+        if ended is not None:
+            raise ended
 
     def _observe(self, choice: int, piece: Piece, at_s: float) -> None:
         metrics, label = self._front.metrics, self._model.id
@@ -175,7 +178,7 @@ class Generation:
                     between.observe((at_s - self._last[choice]) / count)
             self._last[choice] = at_s
         if piece.finish is not None:
-            metrics.success.labels(label, piece.finish).inc()
+            metrics.success.labels(label, piece.finish if piece.finish in ("stop", "length") else "abort").inc()
             self._call.log["finish"] = piece.finish
 
     def _observe_end(self) -> None:

@@ -101,7 +101,7 @@ class ModelInfo(Part, frozen=True, kw_only=True):
 
     Attributes:
         id: ``base`` or ``base@spec+spec``, every `auto` resolved.
-        base: what was loaded before techniques.
+        base: what was loaded before techniques, as it was asked for: the front finds the tokenizer by it.
         techniques: spec strings in order.
         context: most tokens of prompt and answer together.
         vocab_size: rows of the embedding.

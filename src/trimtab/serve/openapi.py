@@ -47,14 +47,12 @@ def _operation(route: Route, path: str, named: dict[type, Any]) -> dict[str, Any
     if route.reply is not None:
         content = {"application/json": {"schema": named[route.reply]}}
     if route.event is not None:
-        content["text/event-stream"] = {
-            "schema": {"type": "string", "description": f"Server-sent events; data is {route.event.__name__}."}
-        }
+        content["text/event-stream"] = {"schema": _event(route.event)}
     statuses = {
         400,
         *route.errors,
         *(() if route.access == "open" else (401, 403)),
-        *((408, 413, 415) if route.request else ()),
+        *((408, 413, 415, 429) if route.request else ()),
     }
     answers: dict[str, Any] = {str(route.status): {"description": "Done.", "content": content}}
     for status in sorted(statuses):
@@ -77,3 +75,10 @@ def _operation(route: Route, path: str, named: dict[type, Any]) -> dict[str, Any
     if route.access != "open":
         operation["security"] = [{"key": []}, {}]
     return operation
+
+
+def _event(kind: type) -> dict[str, Any]:
+    """The schema of one server-sent event, as tools for version 3.1 read it: its fields as an object."""
+    told = f"JSON of a {kind.__name__} or an ErrorReply; the last of a chat or completion is [DONE]."
+    fields = {"event": {"type": "string"}, "data": {"type": "string", "description": told}}
+    return {"type": "object", "properties": fields, "required": ["data"]}

@@ -149,11 +149,12 @@ def text_prompts(tokenizer: Tokenizer, asked: Any, vocab_size: int, field: str) 
     Raises:
         ApiError: 400: a mixture, an id out of range, nothing.
     """
-    rows = asked if isinstance(asked, list) else [asked]
+    rows: list[Any] = asked if isinstance(asked, list) else [asked]
     if all(isinstance(item, int) for item in rows):
         rows = [rows]
+    found: list[list[int]]
     if all(isinstance(row, str) for row in rows):
-        found = [tokenizer.encode(text, add_special_tokens=True) for text in rows]
+        found = [tokenizer.encode(str(text), add_special_tokens=True) for text in rows]
     elif all(isinstance(row, list) for row in rows):
         found = rows
     else:

@@ -14,7 +14,14 @@ _TIERS = {"flex": 10, "priority": -10, "fast": -10}
 
 
 def sampling(
-    request: SamplingFields, *, prompt_tokens: int, model: ModelInfo, max_tokens: int | None, logprobs: int | None
+    request: SamplingFields,
+    *,
+    prompt_tokens: int,
+    model: ModelInfo,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_field: str = "messages",
+    limit_field: str = "max_tokens",
 ) -> Sampling:
     """Check what goes together and fill in defaults.
 
@@ -24,6 +31,7 @@ def sampling(
         model: whose context and vocabulary bound the request.
         max_tokens: asked for; None = what the context leaves.
         logprobs: as in `Sampling`.
+        prompt_field, limit_field: what the request calls its text and `max_tokens`, for messages.
 
     Raises:
         ApiError: 400, naming the field.
@@ -36,7 +44,7 @@ def sampling(
             400,
             f"The prompt has {prompt_tokens} tokens{asked}; the context of {model.id} is {model.context}. "
             f"Shorten the prompt{f' or ask for at most {room} new tokens' if room > 0 else ''}.",
-            param="max_tokens" if 0 < room < wanted else "messages", code="context_length_exceeded",
+            param=limit_field if 0 < room < wanted else prompt_field, code="context_length_exceeded",
         )  # fmt: skip
     least = request.min_tokens or 0
     if least > wanted:

@@ -82,6 +82,17 @@ BinaryProduct = tuple[Binary, int, int, np.ndarray | None, float, float]
 
 def binary_multiply(w: Binary, x: np.ndarray, threads: int, y: np.ndarray) -> None: ...
 def binary_multiply_plain(w: Binary, x: np.ndarray, y: np.ndarray) -> None: ...
+def binary_fit(
+    w: np.ndarray,
+    cost: np.ndarray | None,
+    bits: int,
+    apot: int,
+    rounds: int,
+    nearest: bool,
+    even: tuple[float, ...],
+    threads: int,
+    scales: np.ndarray,
+) -> None: ...
 def int8_product(w: np.ndarray, x: np.ndarray, threads: int, out: np.ndarray) -> None: ...
 
 #: Rows int8 [N, K], what a unit of each stands for, and fp16 columns [columns, N] as their bits.

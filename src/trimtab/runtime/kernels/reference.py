@@ -122,3 +122,35 @@ def _q6_k(b: np.ndarray, _: str) -> np.ndarray:
     codes = (low | high << 4).reshape(-1, 16, 16).astype(np.float32) - 32
     scale = np.ascontiguousarray(b[:, 192:208]).view(np.int8).astype(np.float32) * _half(b[:, 208:])
     return codes * scale[:, :, None]
+
+
+def binary_scales(
+    w_Rg: np.ndarray, cost_Rg: np.ndarray, bits: int, apot: int, rounds: int, nearest: bool, even: tuple[float, ...]
+) -> np.ndarray:
+    """See `numerics.bcq.binary_scales`, one group after the other."""
+    from trimtab.runtime.numerics.bcq import greedy_signs, signs_of, terms_of
+
+    def powers(scales: np.ndarray) -> np.ndarray:
+        return terms_of(scales.astype(np.float32), apot)[1] if apot else scales.astype(np.float32)
+
+    found = np.empty((len(w_Rg), bits), np.float32)
+    for w, cost, best in zip(w_Rg, cost_Rg, found, strict=True):
+        rest, greedy = w, np.empty(bits)
+        for i in range(bits):
+            greedy[i] = (np.abs(rest) * cost).sum() / max(cost.sum(), 1e-30)
+            rest = rest - np.where(rest >= 0, 1, -1) * greedy[i]
+        steps = 2.0 ** np.arange(bits - 1, -1, -1) / (2**bits - 1)
+        starts = [greedy, *(np.abs(w).max() * share * steps for share in even if bits >= 3)]
+        least = np.inf
+        for start in starts:
+            scales = powers(start)
+            for _ in range(rounds + 1):
+                signs = (signs_of if nearest else greedy_signs)(w[None], scales[None])[0]
+                b = np.where(signs, 1.0, -1.0)
+                error = float((cost * np.square(b @ scales.astype(np.float64) - w)).sum())
+                if error < least:
+                    least, best[:] = error, scales
+                gram = b.T @ (b * cost[:, None])
+                gram += np.eye(bits) * (1e-6 * np.trace(gram) / bits + 1e-30)
+                scales = powers(-np.sort(-np.abs(np.linalg.solve(gram, b.T @ (w * cost)))))
+    return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -34,15 +33,7 @@ def bcq(
     nearest: bool = True,
     cost_Rg: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Code groups of weights; the best of all rounds is kept.
-
-    Args:
-        w_Rg: float32.
-        bits: q.
-        apot: powers of two of a scale; 0 leaves scales as they are (plain binary coding).
-        rounds: of refitting scales and choosing signs anew.
-        nearest: signs of the nearest level; False: greedily, one bit after the other.
-        cost_Rg: what a squared error costs; None = all alike.
+    """Code groups of weights, see `binary_scales`.
 
     Returns:
         signs bool [R, g, q] (True = +1) and scales float32 [R, q], descending.
@@ -50,100 +41,47 @@ def bcq(
     Raises:
         SpecError: a weight that is not finite.
     """
-    if not np.isfinite(w_Rg).all():
-        raise SpecError("a weight is not finite. The weights of this model are broken.")
-    found = [np.empty((*w_Rg.shape, bits), bool), np.empty((len(w_Rg), bits), np.float32)]
+    scales = binary_scales(w_Rg, bits, apot, rounds, nearest=nearest, cost_Rg=cost_Rg)
+    signs = np.empty((*w_Rg.shape, bits), bool)
     step = max(1, _PART // w_Rg.shape[1])
     for start in range(0, len(w_Rg), step):
         part = slice(start, start + step)
-        cost = None if cost_Rg is None else cost_Rg[part]
-        found[0][part], found[1][part] = _coded(w_Rg[part], bits, apot, rounds, nearest, cost)
-    return found[0], found[1]
+        signs[part] = (signs_of if nearest else greedy_signs)(w_Rg[part], scales[part])
+    return signs, scales
 
 
-def _coded(
-    w: np.ndarray, bits: int, apot: int, rounds: int, nearest: bool, cost: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    sums = _Sums(w, cost) if nearest else None
-    best, least = np.empty((len(w), bits), np.float32), np.full(len(w), np.inf)
-    for scales in _starts(w.astype(np.float32), bits, cost):
-        scales = powers_of_two(scales, apot)
-        for turn in range(rounds + 1):
-            gram, cross = sums.moments(scales) if sums else _moments(w, _greedy(w, scales), cost)
-            # The error less the sum of squares of the weights, which is the same for all.
-            left = np.einsum("rij,ri,rj->r", gram, scales, scales) - 2 * np.einsum("ri,ri->r", cross, scales)
-            better = left < least - 1e-12 * np.abs(left)
-            if turn and not better.any():
-                break
-            best[better], least[better] = scales[better], left[better]
-            scales = powers_of_two(_solved(gram, cross), apot)
-    return (signs_of(w, best) if nearest else _greedy(w, best)), best
+def binary_scales(
+    w_Rg: np.ndarray,
+    bits: int,
+    apot: int = 3,
+    rounds: int = 50,
+    *,
+    nearest: bool = True,
+    cost_Rg: np.ndarray | None = None,
+    threads: int = 1,
+) -> np.ndarray:
+    """Scales float32 [R, q], descending, that code groups of weights best; the best of all rounds and starts is kept.
 
+    Args:
+        w_Rg: float32.
+        bits: q, 1..4.
+        apot: powers of two of a scale; 0 leaves scales as they are (plain binary coding).
+        rounds: of refitting scales and choosing signs anew.
+        nearest: signs of the nearest level; False: greedily, one bit after the other.
+        cost_Rg: what a squared error costs; None = all alike.
+        threads: workers.
 
-class _Sums:
-    """Groups sorted, with running sums: what every level of a code stands for follows from where its interval ends.
-
-    A round then costs as much as there are levels, not weights.
+    Raises:
+        SpecError: a weight that is not finite.
     """
+    from trimtab.runtime.kernels import _core
 
-    def __init__(self, w: np.ndarray, cost: np.ndarray | None) -> None:
-        order = w.argsort(1)
-        ordered = np.take_along_axis(w, order, 1).astype(np.float64)
-        weight = np.ones_like(ordered) if cost is None else np.take_along_axis(cost, order, 1).astype(np.float64)
-        zero = np.zeros((len(w), 1))
-        self.count = np.concatenate([zero, weight.cumsum(1)], 1)
-        self.total = np.concatenate([zero, (weight * ordered).cumsum(1)], 1)
-        # One search over all groups: each lies in an interval of its own.
-        self.reach = np.maximum(np.abs(w).max(1, keepdims=True), 1e-30).astype(np.float64)
-        self.start = 4.0 * np.arange(len(w))[:, None]
-        self.keys = (ordered / self.reach + self.start).reshape(-1)
-        self.size = w.shape[1]
-
-    def moments(self, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(B^T C B [R, q, q], B^T C w [R, q]) for the signs of the levels nearest to the weights, C the costs."""
-        levels, patterns = levels_of(scales)
-        middle = (levels[:, 1:] + levels[:, :-1]).astype(np.float64) / 2
-        places = np.clip(middle / self.reach, -1.5, 1.5) + self.start
-        ends = np.searchsorted(self.keys, places.reshape(-1), side="right").reshape(places.shape)
-        ends -= np.arange(len(ends))[:, None] * self.size
-        last = np.full((len(ends), 1), self.size)
-        ends = np.concatenate([np.zeros_like(last), ends, last], 1)
-        count = np.diff(np.take_along_axis(self.count, ends, 1), axis=1)
-        total = np.diff(np.take_along_axis(self.total, ends, 1), axis=1)
-        b = np.where(patterns, 1.0, -1.0)
-        return np.einsum("rl,rli,rlj->rij", count, b, b), np.einsum("rl,rli->ri", total, b)
-
-
-def _moments(w: np.ndarray, signs: np.ndarray, cost: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    b = np.where(signs, 1.0, -1.0)
-    weighted = b if cost is None else b * cost[..., None]
-    return np.einsum("rgi,rgj->rij", weighted, b), np.einsum("rgi,rg->ri", weighted, w)
-
-
-def _solved(gram: np.ndarray, cross: np.ndarray) -> np.ndarray:
-    """Scales that fit given signs best, positive and descending [R, q]."""
-    # Two planes alike would leave it singular; a little of its trace decides for sharing their scale.
-    q = gram.shape[-1]
-    gram = gram + np.eye(q) * (1e-6 * np.trace(gram, axis1=1, axis2=2)[:, None, None] / q + 1e-30)
-    found = np.linalg.solve(gram, cross[..., None])[..., 0]
-    return -np.sort(-np.abs(found), axis=1).astype(np.float32)
-
-
-def _starts(w: np.ndarray, bits: int, cost: np.ndarray | None) -> Iterator[np.ndarray]:
-    """Scales [R, q] to begin with: of greedy signs, and of even levels over most of the range, which are closer from 3 bits on."""
-    rest, scales = w, np.empty((len(w), bits), np.float32)
-    for i in range(bits):
-        scales[:, i] = np.abs(rest).mean(1) if cost is None else _mean(np.abs(rest), cost)
-        rest = rest - np.where(rest >= 0, 1, -1) * scales[:, None, i]
-    yield scales
-    if bits >= 3:
-        powers = 2.0 ** np.arange(bits - 1, -1, -1)
-        for share in EVEN:
-            yield (np.abs(w).max(1)[:, None] * share * powers / powers.sum()).astype(np.float32)
-
-
-def _mean(values: np.ndarray, cost: np.ndarray) -> np.ndarray:
-    return (values * cost).sum(1) / np.maximum(cost.sum(1), 1e-30)
+    if not np.isfinite(w_Rg).all():
+        raise SpecError("a weight is not finite. The weights of this model are broken.")
+    scales = np.empty((len(w_Rg), bits), np.float32)
+    cost = None if cost_Rg is None else np.ascontiguousarray(cost_Rg, np.float32)
+    _core.binary_fit(np.ascontiguousarray(w_Rg, np.float32), cost, bits, apot, rounds, nearest, EVEN, threads, scales)
+    return scales
 
 
 def powers_of_two(scales: np.ndarray, terms: int) -> np.ndarray:
@@ -193,7 +131,8 @@ def signs_of(w: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return np.take_along_axis(patterns, index[..., None], 1)
 
 
-def _greedy(w: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def greedy_signs(w: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Signs chosen one plane after the other, bool [R, g, q]."""
     rest = w.copy()
     signs = np.empty((*w.shape, scales.shape[1]), bool)
     for i in range(scales.shape[1]):

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 from msgspec import UNSET
@@ -119,6 +120,9 @@ async def encode_chat(texts: TokenTexts, request: ChatRequest, tools: ToolSetup)
     return found
 
 
+Finish = Literal["stop", "length", "tool_calls"]
+
+
 @dataclass(slots=True)
 class ChoiceState:
     """One answer as it grows.
@@ -133,7 +137,7 @@ class ChoiceState:
     text: list[str] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
-    finish: str | None = None
+    finish: Finish | None = None
 
     def add(self, piece: Piece, texts: TokenTexts) -> tuple[list[str | ToolCall], list[Logprob]]:
         """Take a piece; return the texts and calls, and the log-probabilities, that are new."""
@@ -154,7 +158,7 @@ class ChoiceState:
         return new, logprobs
 
 
-def finish_reason(finish: str) -> str:
+def finish_reason(finish: str) -> Literal["stop", "length"]:
     """OpenAI's word for how a choice ended."""
     return "stop" if finish == "stop" else "length"
 
@@ -184,7 +188,7 @@ async def _whole(
         text = "".join(state.text)
         answer = Answer(content=None if state.calls and not text.strip() else text, tool_calls=state.calls or UNSET)
         logprobs = ChoiceLogprobs(state.logprobs) if request.logprobs else None
-        choices.append(ChatChoice(index=index, message=answer, finish_reason=state.finish or "stop", logprobs=logprobs))  # type: ignore[arg-type]
+        choices.append(ChatChoice(index=index, message=answer, finish_reason=state.finish or "stop", logprobs=logprobs))
     return ChatReply(
         id=submit.id, created=int(time.time()), model=request.model, choices=choices, usage=usage,
         system_fingerprint=fingerprint(model), service_tier="default" if request.service_tier else None,
@@ -207,10 +211,10 @@ async def _stream(
         usage=None if wanted else UNSET,
     )  # fmt: skip
 
-    def chunk(index: int, delta: Delta, finish: str | None = None, logprobs: list[Logprob] | None = None) -> bytes:
+    def chunk(index: int, delta: Delta, finish: Finish | None = None, logprobs: list[Logprob] | None = None) -> bytes:
         choice = ChunkChoice(
             index=index, delta=delta, finish_reason=finish, logprobs=ChoiceLogprobs(logprobs) if logprobs else None
-        )  # type: ignore[arg-type]
+        )
         usage = generation.usage() if always else base.usage
         return data(msgspec.structs.replace(base, choices=[choice], usage=usage))
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 from msgspec import UNSET
@@ -53,7 +54,8 @@ async def completions(front: Front, call: Call, request: CompletionRequest) -> A
     if max_tokens == 0 and not request.echo:
         raise bad("'max_tokens' is 0. Allowed: 1 or more, or 0 together with echo.", "max_tokens")
     drawn = sampling(
-        request, prompt_tokens=max(map(len, prompts)), model=model, max_tokens=max_tokens, logprobs=request.logprobs
+        request, prompt_tokens=max(map(len, prompts)), model=model, max_tokens=max_tokens,
+        logprobs=request.logprobs, prompt_field="prompt",
     )  # fmt: skip
     drawn = msgspec.structs.replace(
         drawn, best_of=best_of,
@@ -84,7 +86,7 @@ async def completions(front: Front, call: Call, request: CompletionRequest) -> A
 class _State:
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish: str | None = None
+    finish: Literal["stop", "length"] | None = None
     shown: int = 0  # characters of the answer that log-probabilities were sent for
 
     def add(self, piece: Piece) -> None:
@@ -129,7 +131,7 @@ class _Maker:
             logprobs = self.logprobs([*self._echoed(prompt, prompt_logprobs), *state.logprobs])
         return CompletionChoice(
             index=index, text=before + "".join(state.text), finish_reason=state.finish or "length", logprobs=logprobs
-        )  # type: ignore[arg-type]
+        )
 
     def _echoed(self, prompt: Sequence[int], found: Sequence[TokenLogprob]) -> list[TokenLogprob | int]:
         """The prompt's tokens; the first has no probability."""
@@ -181,7 +183,7 @@ async def _stream(generation: Generation, make: _Maker) -> AsyncGenerator[bytes,
                 ended = piece.finish in ("stop", "length")
                 if piece.text or logprobs or ended:
                     reason = finish_reason(piece.finish) if ended and piece.finish else None
-                    yield chunk(CompletionChoice(index=index, text=piece.text, finish_reason=reason, logprobs=logprobs))  # type: ignore[arg-type]
+                    yield chunk(CompletionChoice(index=index, text=piece.text, finish_reason=reason, logprobs=logprobs))
         if wanted:
             yield data(msgspec.structs.replace(base, choices=[], usage=generation.usage()))
     yield done()

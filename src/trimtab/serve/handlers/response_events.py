@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any, Literal
 
 import msgspec
 
@@ -32,9 +33,9 @@ class EventWriter:
         """The number of the next event."""
         return next(self._numbers)
 
-    def event(self, name: str, /, **fields: object) -> bytes:
+    def event(self, name: str, /, **fields: Any) -> bytes:
         """One event."""
-        return named(name, ResponseEvent(type=name, sequence_number=self.next(), **fields))  # type: ignore[arg-type]
+        return named(name, ResponseEvent(type=name, sequence_number=self.next(), **fields))
 
     def lifecycle(self, name: str, response: Response) -> bytes:
         """An event about the whole response."""
@@ -85,12 +86,12 @@ class EventWriter:
         out = b"" if self._message or self.output else self.text(call, "", [])
         return out + self._close_message("incomplete" if state.finish == "length" else "completed")
 
-    def _close_message(self, status: str) -> bytes:
+    def _close_message(self, status: Literal["completed", "incomplete"]) -> bytes:
         if not self._message:
             return b""
         place, text = len(self.output), "".join(self._text)
         part = OutputText(text=text, logprobs=self._logprobs)
-        item = OutputMessage(id=self._message, content=[part], status=status)  # type: ignore[arg-type]
+        item = OutputMessage(id=self._message, content=[part], status=status)
         ids = {"item_id": self._message, "output_index": place, "content_index": 0}
         out = (
             self.event("response.output_text.done", text=text, logprobs=self._logprobs, **ids)

@@ -70,8 +70,9 @@ async def responses(front: Front, call: Call, request: ResponsesRequest) -> Answ
     check_prompts(front, [prompt], "input")
     logprobs = (request.top_logprobs or 0) if "message.output_text.logprobs" in (request.include or ()) else None
     drawn = sampling(
-        chat, prompt_tokens=len(prompt), model=model, max_tokens=request.max_output_tokens, logprobs=logprobs
-    )
+        chat, prompt_tokens=len(prompt), model=model, max_tokens=request.max_output_tokens, logprobs=logprobs,
+        prompt_field="input", limit_field="max_output_tokens",
+    )  # fmt: skip
     name = call.new_id("resp")
     submit = submit_for(front, call, model, name, prompt, drawn, grammar or tools.grammar, chat)
     generation = Generation(front, call, model, name, [submit])

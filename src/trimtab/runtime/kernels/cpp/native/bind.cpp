@@ -9,6 +9,7 @@
 
 #include <chrono>
 
+#include "binary_fit.h"
 #include "native/bind_pages.h"
 #include "native/pack.h"
 #include "native/program.h"
@@ -132,6 +133,16 @@ void binary_multiply_plain(const BinaryTuple& matrix, Array<const float, 2> x, A
     }
 }
 
+void fit_binary(Array<const float, 2> w, std::optional<Array<const float, 2>> cost, int bits, int apot, int rounds, bool nearest,
+                std::vector<double> even, int threads, Array<float, 2> scales) {
+    const float *from = w.data(), *by = cost ? cost->data() : nullptr;
+    const int64_t groups = static_cast<int64_t>(w.shape(0)), size = static_cast<int64_t>(w.shape(1));
+    const BinaryFit how{bits, apot, rounds, nearest, std::move(even)};
+    float* to = scales.data();
+    nb::gil_scoped_release release;
+    binary_fit(from, by, groups, size, how, threads, to);
+}
+
 double seconds_since(std::chrono::steady_clock::time_point start) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
@@ -205,6 +216,8 @@ void bind_native(nb::module_& m) {
         binary_multiply(made, x.data(), static_cast<int64_t>(x.shape(0)), threads, y.data());
     });
     m.def("binary_multiply_plain", &binary_multiply_plain);
+    m.def("binary_fit", &fit_binary, nb::arg("w"), nb::arg("cost").none(), nb::arg("bits"), nb::arg("apot"), nb::arg("rounds"),
+          nb::arg("nearest"), nb::arg("even"), nb::arg("threads"), nb::arg("scales"));
     m.def("int8_product", [](Array<const int8_t, 2> w, Array<const int8_t, 2> x, int threads, Array<int32_t, 2> out) {
         nb::gil_scoped_release release;
         int8_product(w.data(), static_cast<int64_t>(w.shape(0)), static_cast<int64_t>(w.shape(1)), x.data(),
