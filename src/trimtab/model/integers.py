@@ -5,11 +5,14 @@ Legend: T tokens, K inputs, N outputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
 from trimtab.errors import SpecError
 from trimtab.model.products import Exact, added
+from trimtab.runtime.kernels import int8_product
 from trimtab.runtime.numerics import decode, pairs
 from trimtab.runtime.weights.packed import Weights
 from trimtab.spec.grids import PairFormat
@@ -17,6 +20,8 @@ from trimtab.spec.leaves import LinearSpec
 from trimtab.spec.product import ExponentInteger
 
 _INT32_MAX = (1 << 31) - 1
+#: Bits of a digit of an integer that is multiplied in parts.
+_DIGIT = 7
 
 
 class ExponentIntegers(Exact):
@@ -78,23 +83,22 @@ def largest_input(w_NK: np.ndarray, act: PairFormat, path: str) -> np.float32:
 
 
 def integer_product(x_TK: np.ndarray, w_NK: np.ndarray) -> np.ndarray:
-    """Return int32 [T, N] = x @ w.T of int32 matrices whose sums fit int32, by products of their bytes as signed digits."""
-    total: torch.Tensor | None = None
-    for i, left in _digits(x_TK):
-        for j, right in _digits(w_NK):
-            part = torch.ops.aten._int_mm(left, right.T) << (8 * (i + j))
-            total = part if total is None else total + part  # wraps on the way at most: the whole fits
-    if total is None:
-        return np.zeros((len(x_TK), len(w_NK)), np.int32)
-    return total.numpy()
+    """Return int32 [T, N] = x @ w.T of int32 matrices whose sums fit int32, by products in int8 of their digits."""
+    total = np.zeros((len(x_TK), len(w_NK)), np.int32)
+    right = list(_digits(w_NK))
+    for i, codes in _digits(x_TK):
+        for j, data in right:
+            total += int8_product(data, codes, torch.get_num_threads()) << (
+                _DIGIT * (i + j)
+            )  # wraps on the way at most
+    return total
 
 
-def _digits(values: np.ndarray) -> list[tuple[int, torch.Tensor]]:
-    """(place, int8 digits) in radix 256, -128..127; places of zeros alone are left out."""
-    found, place = [], 0
+def _digits(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(place, int8 digits) in radix 128, -64..63; places of zeros alone are left out."""
+    half, place = 1 << (_DIGIT - 1), 0
     while values.any():
-        digit = values.astype(np.int8)  # the low byte, as a signed one
+        digit = ((values + half) & (2 * half - 1)) - half
         if digit.any():
-            found.append((place, torch.from_numpy(np.ascontiguousarray(digit))))
-        values, place = (values - digit) >> 8, place + 1
-    return found
+            yield place, digit.astype(np.int8)
+        values, place = (values - digit) >> _DIGIT, place + 1
