@@ -9,12 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("msgspec")
-pytest.importorskip("starlette")
-
 from tests.serve.conftest import TEMPLATE, tiny_backend
 from tests.serve.engines import COST, Bench, load, write_model
-
 from trimtab.errors import CapacityError
 from trimtab.runtime.engine.generate import generate
 from trimtab.runtime.engine.sampling import SamplingParams
@@ -224,7 +220,9 @@ def test_a_trace_replayed_gives_the_same_work(model: Any) -> None:
 
 def test_log_probabilities_are_those_of_the_raw_logits(model: Any) -> None:
     bench, ids = Bench(model), prompt(5, 40)
-    bench.submit("l", ids, max_tokens=5, logprobs=4, prompt_logprobs=2, logit_bias=((3, 100.0),), repetition_penalty=2.0)
+    bench.submit(
+        "l", ids, max_tokens=5, logprobs=4, prompt_logprobs=2, logit_bias=((3, 100.0),), repetition_penalty=2.0
+    )
     bench.submit("s", ids, max_tokens=0, prompt_logprobs=0)
     bench.run()
     made = bench.ids("l")
@@ -276,7 +274,9 @@ def test_grammars_are_followed_by_every_choice(model: Any) -> None:
                      logit_bias=((32, -100.0), (10, -100.0), (9, -100.0), (13, -100.0)))  # fmt: skip
     bench.submit("x", prompt(1, 3), grammar=m.Grammar("regex", "[ab]{3}c"), temperature=1.0, seed=1)
     bench.submit("y", prompt(1, 3), grammar=m.Grammar("lark", 'start: "yes" | "no"'), temperature=1.0, seed=1)
-    bench.submit("z", prompt(1, 3), grammar=m.Grammar("lark", 'start: "yes" | "no"'), logit_bias=((121, -100.0), (110, -100.0)))
+    bench.submit(
+        "z", prompt(1, 3), grammar=m.Grammar("lark", 'start: "yes" | "no"'), logit_bias=((121, -100.0), (110, -100.0))
+    )
     bench.submit("broken", prompt(1, 3), grammar=m.Grammar("regex", "(("))
     bench.run()
     for index in range(4):
@@ -354,6 +354,8 @@ def test_deterministic_answers_are_equal_to_the_bit(model: Any) -> None:
     crowd.submit("x", prompt(1, 130), **settings)
     crowd.run()
     assert [p.logprobs for p in alone.pieces("x")] == [p.logprobs for p in crowd.pieces("x")]
-    assert alone.end("x").prompt_logprobs == crowd.end("x").prompt_logprobs and len(alone.end("x").prompt_logprobs) == 129
+    assert (
+        alone.end("x").prompt_logprobs == crowd.end("x").prompt_logprobs and len(alone.end("x").prompt_logprobs) == 129
+    )
     for bench in (alone, crowd):
         everything_is_free(bench)

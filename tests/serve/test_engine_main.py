@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("msgspec")
-pytest.importorskip("starlette")
-
 from tests.serve.conftest import TEMPLATE, tiny_backend
 from tests.serve.engines import write_model
 from trimtab.serve import messages as m

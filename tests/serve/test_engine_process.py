@@ -15,17 +15,15 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("starlette")
-openai = pytest.importorskip("openai")
-
-import httpx2 as httpx
-
 from tests.serve.conftest import TEMPLATE, tiny_backend
 from tests.serve.engines import write_model
 from trimtab.runtime.weights.load import read_tokenizer
 from trimtab.serve.config import ServeConfig
 from trimtab.serve.launch import SubprocessLauncher
 from trimtab.serve.lifecycle import Service
+
+httpx = pytest.importorskip("httpx2")
+openai = pytest.importorskip("openai")
 
 
 class Running:
@@ -87,7 +85,12 @@ def test_chat_completion_and_embedding_come_from_the_model(running: Running, cli
     for model in (running.name, f"{running.name}@kivi:bits=4,group=16,residual=32"):
         whole = client.chat.completions.create(model=model, messages=asked, max_tokens=12, temperature=0, seed=1)
         stream = client.chat.completions.create(
-            model=model, messages=asked, max_tokens=12, temperature=0, stream=True, stream_options={"include_usage": True}
+            model=model,
+            messages=asked,
+            max_tokens=12,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
         )
         chunks = list(stream)
         text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
@@ -107,7 +110,12 @@ def test_chat_completion_and_embedding_come_from_the_model(running: Running, cli
 
 def test_a_schema_is_kept_through_the_whole_server(running: Running, client: Any) -> None:
     pytest.importorskip("llguidance")
-    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
     answer = client.chat.completions.create(
         model=running.name, messages=[{"role": "user", "content": "x"}], max_tokens=200, temperature=1.0, seed=2,
         response_format={"type": "json_schema", "json_schema": {"name": "r", "schema": schema, "strict": True}},

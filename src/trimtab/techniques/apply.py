@@ -91,7 +91,9 @@ def load_native(
         UnsupportedModelError: the model, or what the techniques make of it, has no native kernels; `load` runs it.
         SpecError, Conflict, MissingDependency: as `load`.
     """
-    return native_of(open_model(source, dtype=dtype), techniques, threads=threads, kv_dtype=kv_dtype, materials=materials)
+    return native_of(
+        open_model(source, dtype=dtype), techniques, threads=threads, kv_dtype=kv_dtype, materials=materials
+    )
 
 
 def native_of(

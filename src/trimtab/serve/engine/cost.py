@@ -52,7 +52,9 @@ def calibrate(runner: Runner, clock: Callable[[], float] = time.perf_counter) ->
 
     def run(seqs: list, past: int, count: int) -> float:
         ids = np.arange(len(seqs) * count, dtype=np.int64) % runner.spec.vocab_size
-        step = Step.of([count] * len(seqs), [past] * len(seqs), seqs, None, [past + count] * len(seqs), [False] * len(seqs))
+        step = Step.of(
+            [count] * len(seqs), [past] * len(seqs), seqs, None, [past + count] * len(seqs), [False] * len(seqs)
+        )
         wanted = step.cu[1:] - 1
         start = clock()
         logits = runner.forward(ids, step, store, wanted)

@@ -55,15 +55,20 @@ class Embedder:
         if not 0 < len(request.prompt) <= context:
             self._send(
                 Refused(
-                    id=request.id, status=400, param="input",
+                    id=request.id,
+                    status=400,
+                    param="input",
                     message=f"The text has {len(request.prompt)} tokens. Allowed: 1..{context}. Shorten it.",
-                )  # fmt: skip
+                )
             )
         elif len(self._jobs) >= self._most:
             self._send(
                 Refused(
-                    id=request.id, status=429, message=f"{len(self._jobs)} texts wait already, the most allowed.", retry_after_s=1.0
-                )  # fmt: skip
+                    id=request.id,
+                    status=429,
+                    message=f"{len(self._jobs)} texts wait already, the most allowed.",
+                    retry_after_s=1.0,
+                )
             )
         else:
             self._jobs.append(_Job(request, now))

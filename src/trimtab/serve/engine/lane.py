@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 
 from trimtab.errors import SpecError, TrimtabError
+from trimtab.runtime.engine.bounds import bound_bytes, rewindable
 from trimtab.runtime.engine.choosing import Nothing, Wish, choose, likeliest, normalizers
-from trimtab.runtime.engine.executor import Known, StepExecutor, bound_bytes, rewindable
+from trimtab.runtime.engine.executor import Known, StepExecutor
 from trimtab.sched.request import Ended, Refusal, Request
 from trimtab.sched.scheduler import Scheduler
 from trimtab.sched.trace import Trace
@@ -19,8 +20,8 @@ from trimtab.serve.engine.limits import answers, check, scheduler_config
 from trimtab.serve.messages import (
     Admitted,
     Failed,
-    FinishReason,
     Finished,
+    FinishReason,
     Message,
     Piece,
     Refused,
@@ -115,9 +116,12 @@ class Lane:
             wait = answer.retry_after_s
             self._send(
                 Refused(
-                    id=submit.id, status=_STATUS.get(answer.reason, 503), message=answer.message, retry_after_s=wait,
+                    id=submit.id,
+                    status=_STATUS.get(answer.reason, 503),
+                    message=answer.message,
+                    retry_after_s=wait,
                     param="max_tokens" if answer.reason == "never_fits" else None,
-                )  # fmt: skip
+                )
             )
             return
         self._served[submit.id] = served
@@ -205,9 +209,12 @@ class Lane:
                 served.failed = f"The model could not run this request: {ran.failed[index]}"
                 finished[row.seq] = "error"
                 continue
-            if served.asked.prompt_logprobs is not None and row.first < len(served.submit.prompt):
-                if ran.last[index] >= 0:
-                    self._score_prompt(served, ran.begin[index], ran.logits_RV[ran.first[index] : ran.last[index] + 1])
+            if (
+                served.asked.prompt_logprobs is not None
+                and row.first < len(served.submit.prompt)
+                and ran.last[index] >= 0
+            ):
+                self._score_prompt(served, ran.begin[index], ran.logits_RV[ran.first[index] : ran.last[index] + 1])
             if not row.sample:
                 continue
             if not served.asked.max_tokens:  # scoring alone
@@ -235,7 +242,7 @@ class Lane:
             self.predicted_s += self._cost(*work.load)
         return Outcome([tuple(drawn) for drawn in tokens], finished, seconds, self.executor.held_bytes)
 
-    def _draw(self, logits_RV, wishes, takers, tokens, finished) -> None:  # noqa: ANN001
+    def _draw(self, logits_RV, wishes, takers, tokens, finished) -> None:
         drawn = choose(logits_RV, wishes)
         scored = sorted({wish.row for wish, (_, _, choice) in zip(wishes, takers, strict=True) if choice.wants_scores})
         norms = dict(zip(scored, normalizers(logits_RV[scored]).tolist(), strict=True)) if scored else {}
@@ -270,7 +277,7 @@ class Lane:
         elif piece.ids or piece.text or piece.finish:
             self._pieces.append(piece)
 
-    def _score_prompt(self, served: Served, begin: int, logits_TV) -> None:  # noqa: ANN001
+    def _score_prompt(self, served: Served, begin: int, logits_TV) -> None:
         prompt, count = served.submit.prompt, served.asked.prompt_logprobs or 0
         norms = normalizers(logits_TV)
         for place in range(len(logits_TV)):
@@ -295,9 +302,12 @@ class Lane:
         each = self._cost(0, 0, max(rows, 1), max(rows, 1) * (prompt + reach // 2))
         self._send(
             Admitted(
-                id=start.request, queued_s=served.queued_s, cached_tokens=start.tokens, predicted_first_s=first,
+                id=start.request,
+                queued_s=served.queued_s,
+                cached_tokens=start.tokens,
+                predicted_first_s=first,
                 predicted_s=first + max(reach - 1, 0) * each,
-            )  # fmt: skip
+            )
         )
 
     def _let_go(self, ended: Ended) -> Served | None:
@@ -323,15 +333,24 @@ class Lane:
             return
         if ended.reason in ("queue_timeout", "aborted"):
             self._send(
-                Refused(id=name, status=503, message="The request waited longer than allowed. Try again later.", retry_after_s=1.0)
+                Refused(
+                    id=name,
+                    status=503,
+                    message="The request waited longer than allowed. Try again later.",
+                    retry_after_s=1.0,
+                )
             )
             return
         prompt = len(served.submit.prompt)
         entries = tuple(served.prompt_logprobs[at] for at in range(1, prompt) if at in served.prompt_logprobs)
         self._send(
             Finished(
-                id=name, cached_tokens=served.cached_tokens, completion_tokens=served.completion_tokens,
-                prompt_logprobs=entries, preemptions=served.preemptions, queued_s=served.queued_s or 0.0,
+                id=name,
+                cached_tokens=served.cached_tokens,
+                completion_tokens=served.completion_tokens,
+                prompt_logprobs=entries,
+                preemptions=served.preemptions,
+                queued_s=served.queued_s or 0.0,
                 at_s=self._clock(),
-            )  # fmt: skip
+            )
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trimtab.errors import SpecError
-from trimtab.runtime.engine.executor import block_tokens
+from trimtab.runtime.engine.bounds import block_tokens
 from trimtab.sched.config import SchedulerConfig
 from trimtab.serve.engine.choice import Choice, Served
 from trimtab.serve.engine.memory import MAX_SEQUENCES, STEP_TOKENS

@@ -159,7 +159,7 @@ class Loop:
         if name not in self._embedders:
             start = self._start
 
-            def build():  # noqa: ANN202
+            def build():
                 return hidden_runner(lane.model, start.kv_dtype, start.threads)
 
             self._embedders[name] = Embedder(build, self.send, start.max_queue)
@@ -202,7 +202,7 @@ class Loop:
 
     # Models come and go.
 
-    def _add(self, served, cost) -> None:  # noqa: ANN001
+    def _add(self, served, cost) -> None:
         info = served.info
         self.lanes[info.id] = self._make(served, self._start, self._share, cost, self.send)
         if info.asked:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trimtab.errors import CapacityError
 from trimtab.runtime.cache.arena import machine_bytes
-from trimtab.runtime.engine.executor import bound_bytes
+from trimtab.runtime.engine.bounds import bound_bytes
 from trimtab.serve.engine.models import Served
 from trimtab.serve.messages import MemoryPlan, Start
 from trimtab.units import format_bytes

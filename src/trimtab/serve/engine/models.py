@@ -60,9 +60,7 @@ class Base:
 
             spec = self.loaded.spec if self.loaded.saved else self.loaded.spec.with_kv_dtype(kv_dtype)
             tokenizer = self.tokenizer
-            self.torch = Model(
-                Variant(spec, self.loaded.weights), None if tokenizer is None else lambda: tokenizer
-            )
+            self.torch = Model(Variant(spec, self.loaded.weights), None if tokenizer is None else lambda: tokenizer)
         return self.torch
 
 
@@ -129,7 +127,9 @@ class Models:
         if found is None:
             loaded = open_model(name, dtype=dtype)
             try:
-                tokenizer = read_tokenizer(Path(self._start.tokenizer) if self._start.tokenizer else loaded.tokenizer_source)
+                tokenizer = read_tokenizer(
+                    Path(self._start.tokenizer) if self._start.tokenizer else loaded.tokenizer_source
+                )
             except SpecError:
                 if self._start.tokenizer:
                     raise
