@@ -17,6 +17,7 @@ from trimtab.runtime.engine.sampling import SamplingParams
 from trimtab.sched.scheduler import Scheduler
 from trimtab.sched.trace import Trace, replay
 from trimtab.serve import messages as m
+from trimtab.serve.engine.models import Models
 
 
 @pytest.fixture(scope="module")
@@ -359,3 +360,18 @@ def test_deterministic_answers_are_equal_to_the_bit(model: Any) -> None:
     )
     for bench in (alone, crowd):
         everything_is_free(bench)
+
+
+def test_a_lane_runs_on_the_torch_decoder(folder: Path, model: Any) -> None:
+    models = Models(m.Start(models=(str(folder),), threads=1))
+    base = models.load(str(folder)).base
+    torch, native = Bench(models._torch(str(folder), base, (), "asked for")), Bench(model)
+    for bench in (torch, native):
+        for index in range(3):
+            bench.submit(f"t{index}", [*prompt(1, 150), *prompt(index, 20 * index)], max_tokens=6, n=2)
+            bench.turn()
+        bench.run()
+    assert torch.lane.model.info.runs == "torch" and torch.end("t2").cached_tokens == 128
+    for index in range(3):
+        assert torch.ids(f"t{index}") == torch.ids(f"t{index}", 1) == native.ids(f"t{index}")
+    everything_is_free(torch)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from trimtab.runtime.cache.store import Seq
 
 
+#: What a pass may raise because of the rows it runs.
+FAULTS = (TrimtabError, ArithmeticError, ValueError, RuntimeError)
 #: Tokens of a piece of a prompt where pieces are fixed.
 PIECE = 64
 
@@ -109,7 +111,7 @@ class StepExecutor:
         pieces = [_Piece(index, row.first, row.count) for index, row in enumerate(rows)]
         try:
             return self._joined(rows, [self._pass(rows, pieces, tokens)], {})
-        except (TrimtabError, ArithmeticError, ValueError) as error:
+        except FAULTS as error:
             if len(rows) == 1 or not self._rewound(rows):
                 return self._nothing(rows, error)
         return self._apart(rows, [[piece] for piece in pieces], tokens)
@@ -205,7 +207,7 @@ class StepExecutor:
             return self._apart(rows, found, tokens)
         try:
             before = [self._pass(rows, answers, tokens)]
-        except (TrimtabError, ArithmeticError, ValueError) as error:
+        except FAULTS as error:
             return self._nothing(rows, error)
         return self._apart(rows, found, tokens, before)
 
@@ -231,7 +233,7 @@ class StepExecutor:
         for some in pieces:
             try:
                 made = [self._pass(rows, [piece], tokens) for piece in some]
-            except (TrimtabError, ArithmeticError, ValueError) as error:
+            except FAULTS as error:
                 failed[some[0].row] = error
                 continue
             passes += made

@@ -83,5 +83,6 @@ def calibrate(runner: Runner, clock: Callable[[], float] = time.perf_counter) ->
     far = least([long] * _ROWS, context, 1)
     context_s = max((far - rows) / (_ROWS * context), 0.0)
     attended = prompt * (prompt + 3) / 2
-    prompt_s = max((prompts - base_s - context_s * attended) / prompt, 0.0)
+    # On a busy machine the difference may come out as nothing, and a step would take any prompt: never below a tenth.
+    prompt_s = max(prompts - base_s - context_s * attended, prompts / 10) / prompt
     return StepCost(base_s, token_s, prompt_s, context_s)

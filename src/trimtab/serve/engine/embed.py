@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from trimtab.errors import TrimtabError
+from trimtab.runtime.engine.executor import FAULTS
 from trimtab.runtime.engine.generate import Runner
 from trimtab.runtime.step import Step
 from trimtab.serve.messages import Embed, Embedded, Failed, Finished, Message, Refused
@@ -96,7 +97,7 @@ class Embedder:
             return
         try:
             self._pass(job)
-        except (TrimtabError, ValueError, ArithmeticError) as error:
+        except FAULTS as error:
             self._drop(job)
             self._send(Failed(job.request.id, f"The text could not be embedded: {error}"))
 

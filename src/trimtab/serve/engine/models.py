@@ -23,6 +23,7 @@ from trimtab.serve.messages import ModelInfo, Start
 from trimtab.spec.formats import FP32
 from trimtab.spec.leaves import LinearSpec
 from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import NO_FLOW
 from trimtab.spec.strings import parse_composition
 from trimtab.techniques.apply import native_of, resolve_all
 from trimtab.techniques.base import Technique, compose
@@ -171,6 +172,11 @@ class Models:
             held = {id(packed) for packed in base.loaded.weights.values()}
             added += sum(packed.nbytes for packed in variant.weights.values() if id(packed) not in held)
             model = Model(variant)
+        if model.spec.flow != NO_FLOW:
+            raise UnsupportedModelError(
+                f"{asked} leaves tokens of a prompt out, so its cache does not follow the prompt; that cannot be served. "
+                "Use `trimtab run`."
+            )
         info = self._info(asked, base, chosen, model.spec, "torch", added)
         self._on_torch.add(base)
         return Served(info, base, model.runner(), why)
