@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from trimtab.errors import TrimtabError
 from trimtab.papers.bitmod import TEXTS, shown, text_bench
-from trimtab.papers.claims import Bench, Line, Outcome
+from trimtab.papers.claims import Bench, Documented, Line, Outcome
 
 #: How a weight matrix [N, K] or the inputs [T, K] of one are changed, by the path of the weight.
 Change = Callable[[str, np.ndarray], np.ndarray]
@@ -188,13 +189,13 @@ def _bounds(bench: Bench) -> Mapping[str, tuple[Change, Change | None]]:
         wide = points[np.searchsorted((points[:-1] + points[1:]) / 2, x)]
         return np.where(outliers & outliers_of(x, format), wide, normal) * rows(path)
 
-    def zeroed(path: str, w: np.ndarray, what: str) -> np.ndarray:
+    def zeroed(path: str, w: np.ndarray, what: str, draw: int = 0) -> np.ndarray:
         beyond = outliers_of(w / rows(path), scales[path][2]).reshape(-1, 2)
         victims = beyond[:, ::-1] & ~beyond
         chosen = {"victims": victims, "outliers": beyond}.get(what)
         if chosen is None:
             free = np.flatnonzero(~np.repeat(beyond.any(axis=1), 2))
-            picked = np.random.default_rng(len(path)).choice(free, int(victims.sum()), replace=False)
+            picked = np.random.default_rng([len(path), draw]).choice(free, int(victims.sum()), replace=False)
             chosen = np.zeros(beyond.size, bool)
             chosen[picked] = True
         return np.where(chosen.reshape(w.shape), np.float32(0), w)
@@ -207,10 +208,18 @@ def _bounds(bench: Bench) -> Mapping[str, tuple[Change, Change | None]]:
         "int4 absmax, inputs": (lambda path, w: _int4(w, (1.0,)), lambda path, x: _rounded(x, absmax[path])),
         "int4 clipped, inputs": (lambda path, w: _int4(w, _SHARES), lambda path, x: _rounded(x, clipped[path])),
         "victims zeroed": (lambda path, w: zeroed(path, w, "victims"), None),
-        "others zeroed": (lambda path, w: zeroed(path, w, "others"), None),
+        **{
+            f"others zeroed {draw}": (lambda path, w, draw=draw: zeroed(path, w, "others", draw), None)
+            for draw in range(_DRAWS)
+        },
         "outliers zeroed": (lambda path, w: zeroed(path, w, "outliers"), None),
     }
 
+
+#: Ranges that a search for the scale of 8-bit pairs goes through, in percent of three standard deviations.
+_SEARCHES = {"75-250 %": "", "75-2000 %": ",search=75:2000:25"}
+#: Random choices of values that are zeroed in place of victims: one alone moves the perplexity by half a percent.
+_DRAWS = 6
 
 #: Shares of the largest magnitude that a clipping search tries.
 _SHARES = tuple(1 - step / 50 for step in range(40))
@@ -292,11 +301,11 @@ def between_its_bounds(bench: Bench) -> Outcome:
 
 
 def eight_bits_are_near(bench: Bench) -> Outcome:
-    """Perplexity with 8-bit weights and inputs against the unmodified model."""
-    result = _scored(bench, "olive:wbits=8,abits=8")
+    """Perplexity with 8-bit weights and inputs against the unmodified model, ranges as the paper searches them and wider ones."""
+    found = {name: _scored(bench, f"olive:wbits=8,abits=8{search}") for name, search in _SEARCHES.items()}
     return Outcome(
-        measured=f"{result.ppl:.2f} against {result.ppl_base:.2f} ({result.ppl / result.ppl_base:.4f}x), KL {result.kl_nats:.4f}",
-        met=abs(result.ppl / result.ppl_base - 1) <= 0.01,
+        measured="; ".join(f"{name} {r.ppl / r.ppl_base:.4f}x, KL {r.kl_nats:.4f}" for name, r in found.items()),
+        met=any(abs(r.ppl / r.ppl_base - 1) <= 0.01 for r in found.values()),
     )
 
 
@@ -338,12 +347,14 @@ def integers_are_exact(bench: Bench) -> Outcome:
 
 
 def victims_do_not_matter(bench: Bench) -> Outcome:
-    """Floats with victims set to zero, as many other normal values, or the outliers."""
-    victims, others, outliers = (_scored(bench, f"{name} zeroed") for name in ("victims", "others", "outliers"))
-    ratio = victims.ppl / others.ppl
+    """Floats with victims set to zero, as many other normal values (several draws), or the outliers."""
+    victims, outliers = (_scored(bench, f"{name} zeroed") for name in ("victims", "outliers"))
+    others = np.array([_scored(bench, f"others zeroed {draw}").ppl for draw in range(_DRAWS)])
+    ratios = np.log(victims.ppl / others)
+    ratio, error = float(np.exp(ratios.mean())), float(ratios.std(ddof=1) / np.sqrt(_DRAWS))
     return Outcome(
-        measured=f"base {victims.ppl_base:.2f}; victims {victims.ppl:.2f}, others {others.ppl:.2f} ({ratio:.4f}x), outliers "
-        f"{outliers.ppl:.4g}",
+        measured=f"base {victims.ppl_base:.2f}; victims {victims.ppl:.2f}, others {others.min():.2f}-{others.max():.2f} "
+        f"({ratio:.4f}x +- {error:.4f} over {_DRAWS} draws), outliers {outliers.ppl:.4g}",
         met=abs(ratio - 1) <= 0.01 and outliers.ppl > 2 * victims.ppl,
     )
 
@@ -404,7 +415,24 @@ LINES = (
         needed="no victims <= OliVe <= clipped",
         check=between_its_bounds,
     ),
-    Line(id="a3.8", text=f"W8A8, {_TEXTS}", needed="perplexity within 1 %", check=eight_bits_are_near),
+    Line(
+        id="a3.8",
+        text=f"W8A8, {_TEXTS}",
+        needed="perplexity within 1 %",
+        check=eight_bits_are_near,
+        documented=Documented(
+            figure="1.061 times the perplexity, 1.040 with ranges up to 20 times three standard deviations: one scale for all tokens is "
+            "too coarse for this model (int8 with a scale for every token costs 2.4 %, LLM.int8 1.8 %)",
+            tried=(
+                "ranges up to 2000 % for weights and inputs: 1.040",
+                "ranges up to 4000 %, inputs alone: 1.041",
+                "weights alone in 8 bits: 1.008; inputs alone: 1.065, of which those of q, k, v 1.016, o 1.009, gate and up 1.020, "
+                "down 1.013",
+                "inputs with outliers exact and no victims, rounding of normal values alone: 1.011",
+            ),
+            date=datetime.date(2026, 11, 27),
+        ),
+    ),
     Line(id="a4", text="int32 sums of shifted integers", needed="equal to the float grid", check=integers_are_exact),
     Line(
         id="a5",
