@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trimtab.errors import SpecError, TrimtabError
 from trimtab.runtime.engine.bounds import bound_bytes, rewindable
 from trimtab.runtime.engine.choosing import Nothing, Wish, choose, likeliest, normalizers
@@ -242,7 +245,14 @@ class Lane:
             self.predicted_s += self._cost(*work.load)
         return Outcome([tuple(drawn) for drawn in tokens], finished, seconds, self.executor.held_bytes)
 
-    def _draw(self, logits_RV, wishes, takers, tokens, finished) -> None:
+    def _draw(
+        self,
+        logits_RV: NDArray[np.float32],
+        wishes: list[Wish],
+        takers: list[tuple[int, int, Choice]],
+        tokens: list[list[int]],
+        finished: dict[int, str],
+    ) -> None:
         drawn = choose(logits_RV, wishes)
         scored = sorted({wish.row for wish, (_, _, choice) in zip(wishes, takers, strict=True) if choice.wants_scores})
         norms = dict(zip(scored, normalizers(logits_RV[scored]).tolist(), strict=True)) if scored else {}
@@ -277,7 +287,7 @@ class Lane:
         elif piece.ids or piece.text or piece.finish:
             self._pieces.append(piece)
 
-    def _score_prompt(self, served: Served, begin: int, logits_TV) -> None:
+    def _score_prompt(self, served: Served, begin: int, logits_TV: NDArray[np.float32]) -> None:
         prompt, count = served.submit.prompt, served.asked.prompt_logprobs or 0
         norms = normalizers(logits_TV)
         for place in range(len(logits_TV)):

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 
 from trimtab.errors import CapacityError, TrimtabError
+from trimtab.runtime.engine.generate import Runner
 from trimtab.serve.channel import BlockingChannel
-from trimtab.serve.engine.cost import calibrate
+from trimtab.serve.engine.cost import StepCost, calibrate
 from trimtab.serve.engine.embed import Embedder
 from trimtab.serve.engine.lane import Lane
 from trimtab.serve.engine.memory import available_bytes, plan_memory
-from trimtab.serve.engine.models import Models, hidden_runner
+from trimtab.serve.engine.models import Models, Served, hidden_runner
 from trimtab.serve.messages import (
     Cancel,
     Drain,
@@ -72,10 +73,8 @@ class Loop:
         served = [self._models.load(asked) for asked in self._start.models]
         memory = plan_memory(self._start, served, available_bytes())
         self._share = memory.kv_bytes // len(served)
-        costs = {}
         for one in served:
-            costs[one.info.id] = calibrate(one.runner)
-            self._add(one, costs[one.info.id])
+            self._add(one, calibrate(one.runner))
         return Ready(
             models=tuple(one.info for one in served), memory=memory, pid=os.getpid(), load_s=time.monotonic() - began,
             deterministic=self._start.deterministic,
@@ -159,7 +158,7 @@ class Loop:
         if name not in self._embedders:
             start = self._start
 
-            def build():
+            def build() -> Runner:
                 return hidden_runner(lane.model, start.kv_dtype, start.threads)
 
             self._embedders[name] = Embedder(build, self.send, start.max_queue)
@@ -202,7 +201,7 @@ class Loop:
 
     # Models come and go.
 
-    def _add(self, served, cost) -> None:
+    def _add(self, served: Served, cost: StepCost) -> None:
         info = served.info
         self.lanes[info.id] = self._make(served, self._start, self._share, cost, self.send)
         if info.asked:
