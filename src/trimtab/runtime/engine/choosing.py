@@ -192,6 +192,8 @@ def pick(row_V: NDArray[np.floating], params: SamplingParams, u: float, top: flo
     # Single precision for the sum of the many unlikely tokens: it moves a boundary by 1e-7 of their share at most.
     scaled = np.multiply(np.subtract(row_V, np.float32(top)), np.float32(1 / temperature), dtype=np.float32)
     total = float(np.exp(scaled).sum(dtype=np.float64))
+    free = params.top_p == 1 and params.min_p == 0
+    some, shares = np.zeros(0, np.int64), np.zeros(0)
     for level in _LEVELS:
         some = np.flatnonzero(scaled >= -level)
         shares = np.exp((row_V[some].astype(np.float64) - top) / temperature)
@@ -199,7 +201,6 @@ def pick(row_V: NDArray[np.floating], params: SamplingParams, u: float, top: flo
         known = float(shares.sum()) / total
         cut_p = params.top_p < 1 and known > params.top_p * (1 + 1e-6)
         cut_min = params.min_p > 0 and level > -math.log(params.min_p) + 1e-3
-        free = params.top_p == 1 and params.min_p == 0
         if level == math.inf:
             total = float(shares.sum())
         elif cut_p or cut_min or (free and known > u * (1 + 1e-6)):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from trimtab.runtime.engine.choosing import Chooser, Drawing, mean
 from trimtab.runtime.engine.sampling import SamplingParams, StopChecker
 from trimtab.runtime.text.detokenize import Stream
@@ -174,7 +176,5 @@ class Served:
         order = sorted(self.choices, key=lambda choice: (-mean(choice.scores), choice.index))
         found: list[Piece] = []
         for place, choice in enumerate(order[: self.asked.n]):
-            for piece in choice.pieces:
-                values = {name: getattr(piece, name) for name in piece.__struct_fields__} | {"choice": place}
-                found.append(Piece(**values))
+            found += [msgspec.structs.replace(piece, choice=place) for piece in choice.pieces]
         return found

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from trimtab.errors import TrimtabError
+from trimtab.runtime.cache.store import Seq
 from trimtab.runtime.engine.executor import FAULTS
 from trimtab.runtime.engine.generate import Runner
 from trimtab.runtime.step import Step
@@ -22,7 +23,7 @@ class _Job:
     def __init__(self, request: Embed, now: float) -> None:
         self.request, self.done = request, 0
         self.until = now + request.deadline_s if request.deadline_s else float("inf")
-        self.seq = None
+        self.seq: Seq | None = None
         self.total = np.zeros(0, np.float64)
 
 

@@ -6,6 +6,8 @@ import os
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from trimtab.errors import CapacityError, TrimtabError
 from trimtab.runtime.engine.generate import Runner
 from trimtab.serve.channel import BlockingChannel
@@ -276,7 +278,7 @@ _COUNTERS = (
 
 def changed(stats: Stats, **values: float) -> Stats:
     """A copy with other values."""
-    return Stats(**({name: getattr(stats, name) for name in stats.__struct_fields__} | values))
+    return msgspec.structs.replace(stats, **values)
 
 
 def added(stats: Stats, lane: Lane, gauges: bool = False) -> Stats:
