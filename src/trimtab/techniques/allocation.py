@@ -2,7 +2,7 @@
 
 Matrices that an engine multiplies together (q, k and v; gate and up) get the same bits. What a choice costs in quality is measured:
 each group alone is rounded and the KL divergence of the model's output is taken. What it costs in bytes is its format's; in
-time and energy, what a prediction for the machine says. The program is solved by HiGHS.
+time and energy, what a prediction for the machine says. The program is solved by HiGHS (in scipy).
 
 Legend: G groups of matrices, B choices of bits.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trimtab.errors import MissingDependency, SpecError
+from trimtab.errors import MissingDependency, SpecError, TrimtabError
 from trimtab.spec.formats import WeightFormat
 from trimtab.spec.leaves import LinearSpec
 from trimtab.spec.model import ModelSpec
@@ -105,31 +105,36 @@ def allot(harm_GB: np.ndarray, cost_GB: np.ndarray, limit: float) -> list[int]:
 
     Raises:
         SpecError: the cheapest choices exceed the limit.
-        MissingDependency: highspy is not installed.
+        MissingDependency: scipy is not installed.
     """
     least = float(cost_GB.min(1).sum())
     if least > limit * (1 + 1e-9):
         raise SpecError(f"The budget of {limit:.6g} is below what the cheapest choice costs, {least:.6g}. Raise it.")
     try:
-        import highspy
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import csr_array, vstack
     except ImportError:
         raise MissingDependency(
-            "Allotting bits under a budget needs highspy. Install it: pip install 'trimtab[plan]'"
+            "Allotting bits under a budget needs scipy. Install it: pip install 'trimtab[plan]'"
         ) from None
     count, choices = harm_GB.shape
     # Costs and harms span many orders of magnitude; HiGHS wants numbers near 1.
     unit = max(float(cost_GB.max()), 1e-300)
     worst = max(float(harm_GB.max()), 1e-300)
-    solver = highspy.Highs()
-    solver.setOptionValue("output_flag", False)
-    solver.setOptionValue("mip_rel_gap", 1e-6)
-    take = [[solver.addBinary(obj=float(harm_GB[g, b]) / worst) for b in range(choices)] for g in range(count)]
-    for row in take:
-        solver.addConstr(sum(row[1:], row[0]) == 1)
-    terms = [float(cost_GB[g, b]) / unit * take[g][b] for g in range(count) for b in range(choices)]
-    solver.addConstr(sum(terms[1:], terms[0]) <= limit / unit)
-    solver.minimize()
-    values = np.asarray(solver.getSolution().col_value).reshape(count, choices)
+    one_each = csr_array((np.ones(harm_GB.size), np.arange(harm_GB.size), np.arange(0, harm_GB.size + 1, choices)))
+    rows = vstack([one_each, csr_array(cost_GB.reshape(1, -1) / unit)])
+    low, high = np.ones(count + 1), np.ones(count + 1)
+    low[-1], high[-1] = -np.inf, limit / unit
+    found = milp(
+        harm_GB.reshape(-1) / worst,
+        integrality=np.ones(harm_GB.size),
+        bounds=Bounds(0, 1),
+        constraints=LinearConstraint(rows, low, high),
+        options={"mip_rel_gap": 1e-6},
+    )
+    if found.x is None:
+        raise TrimtabError(f"HiGHS found no bits within the budget: {found.message} Raise it.")
+    values = found.x.reshape(count, choices)
     return values.argmax(1).tolist()
 
 
