@@ -27,7 +27,7 @@ _FEW = 2048
 #: Temperatures below which single precision overflows.
 _COLD = 1e-4
 #: Nats below the likeliest token within which the drawn one is looked for, one after the other.
-_LEVELS = (3.0, 9.0, math.inf)
+_LEVELS = (3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 16.0, math.inf)
 
 
 class Nothing(TrimtabError):
