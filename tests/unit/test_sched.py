@@ -593,3 +593,21 @@ def test_the_page_of_the_docs_runs(repository: Path) -> None:
         for file in ("unit/test_sched.py", "property/test_sched_properties.py")
     )
     assert tests and not {name for name in tests if f"def {name}(" not in here}
+
+
+def test_a_paused_request_is_given_no_rows() -> None:
+    trace = Trace()
+    scheduler, executor = make(trace=trace, max_running=2), model(30)
+    for name in ("a", "b", "c"):
+        scheduler.submit(ask(name, 4, max_tokens=30), 0.0)
+    drive(scheduler, executor, 2)
+    assert scheduler.pause("a", 0.0) and not scheduler.pause("nobody", 0.0)
+    works, ended = drive(scheduler, executor, 5)
+    assert all(row[0] == 1 for work in works for row in rows(work)) and not ended
+    works, ended = drive(scheduler, executor, 80)
+    assert [one.request for one in ended] == ["b", "c"] and scheduler.busy and works[-1].idle
+    scheduler.pause("a", 1.0, on=False)
+    _, ended = drive(scheduler, executor)
+    assert [one.request for one in ended] == ["a"] and ended[0].output_tokens == 30
+    again = replay(Trace.from_json(trace.to_json()), make(max_running=2), trace.executor())
+    assert again.work == trace.work

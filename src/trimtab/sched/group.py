@@ -58,6 +58,7 @@ class Group:
         slots: sequences counted against `max_running`.
         preemptions: times it was sent back.
         started: whether the executor knows it.
+        paused: whether its rows are held back.
     """
 
     __slots__ = (
@@ -68,6 +69,7 @@ class Group:
         "hashes",
         "key",
         "order",
+        "paused",
         "preemptions",
         "prompt",
         "reason",
@@ -86,6 +88,7 @@ class Group:
         self.samples = [Sequence(next(ids), sample, self) for sample in range(request.n)]
         self.running: list[Sequence] = []
         self.state, self.reason, self.started, self.forked = WAITING, "", False, False
+        self.paused = False
         self.hashes: list[bytes] = []
         self.span: Span | None = None
         self.base = self.common = self.bytes = self.slots = self.preemptions = 0

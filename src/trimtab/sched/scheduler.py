@@ -18,7 +18,7 @@ from trimtab.sched.prefix import PrefixIndex
 from trimtab.sched.queue import FairShare, WaitingQueue
 from trimtab.sched.request import Admitted, Ended, Refusal, Request
 from trimtab.sched.throughput import Throughput
-from trimtab.sched.trace import Cancelled, Cleared, Committed, Drained, Stepped, Submitted, Trace
+from trimtab.sched.trace import Cancelled, Cleared, Committed, Drained, Paused, Stepped, Submitted, Trace
 from trimtab.sched.work import Fork, Load, MarkPrefix, Outcome, Row, Start, StepWork
 
 
@@ -131,6 +131,16 @@ class Scheduler:
         if group is None:
             return False
         self._abort(group, reason)
+        return True
+
+    def pause(self, request: str, now: float, on: bool = True) -> bool:
+        """Give a request no rows until `pause(..., on=False)`; what it holds stays, and may be preempted. False = no such id."""
+        if self.trace is not None:
+            self.trace.add(now, Paused(request, on))
+        group = self._groups.get(request)
+        if group is None:
+            return False
+        group.paused = on
         return True
 
     def drain(self, now: float, *, drop_waiting: bool = False) -> None:
@@ -335,6 +345,8 @@ class Scheduler:
         prompts: list[Sequence] = []
         context = 0
         for group in self._running.values():
+            if group.paused:
+                continue
             plain, prompt = group.forked, group.prompt
             for seq in group.running:
                 done = seq.computed

@@ -28,6 +28,13 @@ class Cancelled(NamedTuple):
     reason: str
 
 
+class Paused(NamedTuple):
+    """A call of `pause`."""
+
+    request: str
+    on: bool
+
+
 class Drained(NamedTuple):
     """A call of `drain`."""
 
@@ -50,8 +57,8 @@ class Committed(NamedTuple):
     outcome: Outcome
 
 
-Event = Submitted | Cancelled | Drained | Cleared | Stepped | Committed
-_EVENTS = {kind.__name__: kind for kind in (Submitted, Cancelled, Drained, Cleared, Stepped, Committed)}
+Event = Submitted | Cancelled | Paused | Drained | Cleared | Stepped | Committed
+_EVENTS = {kind.__name__: kind for kind in (Submitted, Cancelled, Paused, Drained, Cleared, Stepped, Committed)}
 _LISTS = {
     "marks": MarkPrefix, "forks": Fork, "starts": Start, "ended": Ended,
 }  # fmt: skip
@@ -145,6 +152,8 @@ def replay(trace: Trace, scheduler: Scheduler, executor: Executor | None = None)
                 answers.append(scheduler.submit(request, now))
             case Cancelled(request, reason):
                 scheduler.cancel(request, now, reason)
+            case Paused(request, on):
+                scheduler.pause(request, now, on)
             case Drained(drop):
                 scheduler.drain(now, drop_waiting=drop)
             case Cleared():

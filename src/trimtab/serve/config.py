@@ -99,6 +99,7 @@ class ServeConfig:
             kv_dtype=self.kv_dtype, step_ms=self.step_ms, step_tokens=self.step_tokens, max_sequences=self.max_sequences,
             max_queue=self.max_queue, max_queue_tokens=self.max_queue_tokens, max_queue_s=self.max_queue_s,
             prefix_cache=self.prefix_cache, deterministic=self.deterministic,
+            tokenizer="" if self.tokenizer is None else str(self.tokenizer),
         )  # fmt: skip
 
 

@@ -197,6 +197,7 @@ class Start(Message, frozen=True, kw_only=True):
         prefix_cache: keep finished prompts for reuse within a salt.
         fairness: share tokens evenly among salts.
         deterministic: an answer may not depend on what else is in the batch.
+        tokenizer: folder or .gguf file whose tokenizer replaces that of every base; empty = none does.
     """
 
     protocol: int = PROTOCOL
@@ -215,6 +216,7 @@ class Start(Message, frozen=True, kw_only=True):
     prefix_cache: bool = True
     fairness: bool = True
     deterministic: bool = False
+    tokenizer: str = ""
 
 
 class Submit(Message, frozen=True, kw_only=True):

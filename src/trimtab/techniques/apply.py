@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from trimtab.errors import SpecError, UnsupportedModelError, unknown
 from trimtab.runtime.numerics import transcode
 from trimtab.runtime.text.builtin import builtin_text, split
-from trimtab.runtime.weights.load import open_model, read_tokenizer
+from trimtab.runtime.weights.load import Loaded, open_model, read_tokenizer
 from trimtab.spec.formats import GGUF_BLOCKS
 from trimtab.spec.leaves import LinearSpec
 from trimtab.spec.model import ModelSpec
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from trimtab.model.variant import Model, Variant
     from trimtab.runtime.engine.generator import Generator
     from trimtab.runtime.native import NativeModel
+    from trimtab.runtime.native.lower import SharedTiles
     from trimtab.runtime.weights.packed import Packed, Weights
 
 
@@ -90,10 +91,30 @@ def load_native(
         UnsupportedModelError: the model, or what the techniques make of it, has no native kernels; `load` runs it.
         SpecError, Conflict, MissingDependency: as `load`.
     """
+    return native_of(
+        open_model(source, dtype=dtype), techniques, threads=threads, kv_dtype=kv_dtype, materials=materials
+    )
+
+
+def native_of(
+    loaded: Loaded,
+    techniques: Sequence[str | Technique] = (),
+    *,
+    threads: int = 0,
+    kv_dtype: str = "float32",
+    materials: Materials | None = None,
+    shared: SharedTiles | None = None,
+) -> NativeModel:
+    """As `load_native`, from a model that has been read.
+
+    Args:
+        loaded: the model; not kept.
+        techniques, threads, kv_dtype, materials: as there.
+        shared: matrices in common with other programs of the same `loaded`, see `lower`.
+    """
     from trimtab.runtime.native import NativeModel, lower, lowered_spec
 
     chosen = parse_all(techniques)
-    loaded = open_model(source, dtype=dtype)
     # The tokenizer must not hold on to `loaded`: its weights are freed once they are tiled.
     tokenizer = functools.partial(read_tokenizer, loaded.tokenizer_source)
     base = loaded.spec if loaded.saved else loaded.spec.with_kv_dtype(kv_dtype)
@@ -113,7 +134,7 @@ def load_native(
             weights = technique.convert(weights, base, spec, Materials())
         weights = reencode(weights, spec)
     del loaded
-    return NativeModel(lower(spec, weights, threads), tokenizer)
+    return NativeModel(lower(spec, weights, threads, shared=shared), tokenizer)
 
 
 def load_engine(

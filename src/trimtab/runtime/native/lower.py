@@ -160,8 +160,29 @@ def _missing_attention(node: AttentionSpec) -> str:
     return ""
 
 
+class SharedTiles:
+    """Matrices in tiles that programs of one base model have in common.
+
+    A matrix is shared where its path, format and product are the same and its stored form is the same object.
+    """
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[str, WeightFormat, Product], tuple[Packed, _core.Tiles, object]] = {}
+
+    def find(
+        self, path: str, packed: Packed, format: WeightFormat, product: Product
+    ) -> tuple[_core.Tiles, object] | None:
+        """The tiles of a matrix and what owns their memory."""
+        stored, tiles, owner = self.held.get((path, format, product), (None, None, None))
+        return (tiles, owner) if stored is packed and tiles is not None else None
+
+
 def lower(
-    spec: ModelSpec, weights: Weights, threads: int = 0, release: Callable[[str], None] | None = None
+    spec: ModelSpec,
+    weights: Weights,
+    threads: int = 0,
+    release: Callable[[str], None] | None = None,
+    shared: SharedTiles | None = None,
 ) -> NativeProgram:
     """Build the program of a model.
 
@@ -170,6 +191,7 @@ def lower(
         weights: of `spec`. Every matrix is copied into tiles, so the caller may drop them afterwards.
         threads: workers, the caller's thread among them; 0 = as many as this process may run on.
         release: called with the path of every weight that was copied, so that its pages can be given back.
+        shared: matrices of other programs to use, and where those of this one are noted; the caller keeps the weights then.
 
     Raises:
         UnsupportedModelError: something has no native kernel.
@@ -178,21 +200,22 @@ def lower(
     native = lowered_spec(spec)
     asked = (node.product.threads for _, node in native.linears() if isinstance(node.product, LookupTable))
     count = threads or max(asked, default=0) or len(os.sched_getaffinity(0))
-    builder = _Builder(native, weights, count, release or (lambda path: None))
+    builder = _Builder(native, weights, count, release or (lambda path: None), shared or SharedTiles())
     return builder.build()
 
 
 class _Builder:
     """Adds kernels in the order of the graph."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights, threads: int, release: Callable[[str], None]) -> None:
-        self.spec, self.weights, self.release = spec, weights, release
+    def __init__(
+        self, spec: ModelSpec, weights: Weights, threads: int, release: Callable[[str], None], shared: SharedTiles
+    ) -> None:
+        self.spec, self.weights, self.release, self.shared = spec, weights, release, shared
         self.program = _core.Program(threads)
         self.program.split(next(iter(_splits(spec)), None) or 0)
-        self.arena = Arena(sum(f.nbytes(*shape) for _, f, shape in _matrices(spec)))
-        self.tiles: dict[str, _core.Tiles] = {}
+        self.arena = Arena(sum(f.nbytes(*shape) for path, f, shape in _matrices(spec) if self.theirs(path, f) is None))
         self.ropes: dict[object, int] = {}
-        self.kept: list[np.ndarray] = []
+        self.kept: list[object] = []  # what the program reads, beside its arena
         self.coded: dict[str, tuple[str, ...]] = {}  # kernel that multiplies int8 inputs -> its matrices
         self.nbytes = 0
 
@@ -378,10 +401,26 @@ class _Builder:
         return self._tiles(path, node.format, (node.n, node.k))
 
     def _tiles(self, path: str, format: WeightFormat, shape: tuple[int, int], product: Product = EXACT) -> _core.Tiles:
+        if (found := self.theirs(path, format, product)) is not None:
+            self.kept.append(found[1])
+            return found[0]
         packed = as_tiles(self.weights[path], format, self.arena.buffers(format, shape))
         self.release(path)
         self.nbytes += packed.nbytes
-        return core_tiles(packed, product)
+        tiles = core_tiles(packed, product)
+        self.shared.held[path, format, product] = self.weights[path], tiles, self.arena
+        return tiles
+
+    def theirs(
+        self, path: str, format: WeightFormat, product: Product | None = None
+    ) -> tuple[_core.Tiles, object] | None:
+        """A matrix that another program of this base holds already; `product` by default that of the node."""
+        if not self.shared.held or path not in self.weights:
+            return None
+        if product is None:
+            node = self.spec.node(path)
+            product = node.product if isinstance(node, LinearSpec) else EXACT
+        return self.shared.find(path, self.weights[path], format, product)
 
     def bias(self, path: str, node: LinearSpec) -> np.ndarray | None:
         return self.vector(f"{path}.bias") if node.bias else None

@@ -24,7 +24,7 @@ class NativeProgram:
 
     Attributes:
         spec: the model as it is held (see `lowered_spec`).
-        weight_bytes: bytes of the live weight buffers, ties once.
+        weight_bytes: bytes of the live weight buffers, ties once; those shared with an earlier program count there.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class NativeProgram:
         arena: Arena,
         logits: int,
         weight_bytes: int,
-        kept: list[np.ndarray],
+        kept: list[object],
         coded: Mapping[str, tuple[str, ...]],
     ) -> None:
         self.spec, self.weight_bytes, self._coded = spec, weight_bytes, coded
