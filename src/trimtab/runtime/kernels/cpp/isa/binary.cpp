@@ -2,6 +2,8 @@
 // addition of floats for every eight weights of a plane. No multiplication.
 #include "binary.h"
 
+#include <cstring>
+
 #include "isa/simd.h"
 
 namespace trimtab::TRIMTAB_ISA {
@@ -30,8 +32,10 @@ inline FV gather(const float* table, const uint8_t* bytes) {
     const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
     return as<FV>(_mm512_i32gather_ps(index, table, 4));
 #elif defined(__AVX2__)
-    const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
-    return as<FV>(_mm256_i32gather_ps(table, index, 4));
+    // Eight loads: on processors that stop at AVX2 a gather takes longer.
+    const __m128 low = _mm_setr_ps(table[bytes[0]], table[bytes[1]], table[bytes[2]], table[bytes[3]]);
+    const __m128 high = _mm_setr_ps(table[bytes[4]], table[bytes[5]], table[bytes[6]], table[bytes[7]]);
+    return as<FV>(_mm256_set_m128(high, low));
 #else
     FV v;
     for (int i = 0; i < lanes; ++i) v[i] = table[bytes[i]];
@@ -39,34 +43,97 @@ inline FV gather(const float* table, const uint8_t* bytes) {
 #endif
 }
 
-// By code of a term: the exponent, far below all floats where there is no term; and the sign.
-struct Codes {
-    float exponent[256];
-    uint32_t sign[256];
-    Codes() {
-        for (int code = 0; code < 256; ++code) {
-            const Term t = term(static_cast<uint8_t>(code));
-            exponent[code] = t.none ? -1000.0f : static_cast<float>(t.exponent), sign[code] = t.negative ? 0x80000000u : 0u;
-        }
+#if defined(__AVX512F__)
+// What terms do to the lanes of a vector: the exponents to add, far below all floats where there is no term, and the signs.
+struct Shift {
+    FV exponent;
+    UV sign;
+    using First = float;
+    using Vector = FV;
+    static First first(Term t) { return t.none ? -1000.0f : static_cast<float>(t.exponent); }
+    static uint32_t second(Term t) { return t.negative ? 0x80000000u : 0u; }
+};
+
+// Sums of a plane, and their terms.
+struct Plane {
+    FV v;
+    explicit Plane(FV sums) : v(sums) {}
+    FV shifted(const Shift& by) const {
+        return as<FV>(as<UV>(as<FV>(_mm512_maskz_scalef_ps(0xffff, as<__m512>(v), as<__m512>(by.exponent)))) ^ by.sign);
     }
 };
 
-// v * 2^exponent with the sign flipped where `sign` says so, by adding to the exponents of v.
-inline FV shift(FV v, FV exponent, UV sign) {
-#if defined(__AVX512F__)
-    const FV moved = as<FV>(_mm512_maskz_scalef_ps(0xffff, as<__m512>(v), as<__m512>(exponent)));
-    return as<FV>(as<UV>(moved) ^ sign);
+struct Overflow {
+    void see(const Plane&) {}
+    bool any() const { return false; }  // the instruction knows
+};
 #else
-    const UV bits = as<UV>(v);
-    const IV have = as<IV>((bits >> 23) & 255), sum = have + __builtin_convertvector(exponent, IV);
-    const UV ordinary = as<UV>((have != 0) & (sum > 0)), beyond = as<UV>(sum >= 255);
-    const UV moved = (bits & 0x807fffffu) | (as<UV>(sum & 255) << 23), most = (bits & 0x80000000u) | 0x7f800000u;
-    return as<FV>((((moved & ~beyond) | (most & beyond)) & ordinary) ^ sign);
+// What terms do to the bits of the lanes of a vector: above what exponents this makes a number (0 stays 0, and so does what would fall
+// below the smallest one), and what is added to them: exponent and sign.
+struct Shift {
+    IV floor;
+    UV step;
+    using First = int32_t;
+    using Vector = IV;
+    static First first(Term t) { return t.none ? 255 : t.exponent < 0 ? -t.exponent : 0; }
+    static uint32_t second(Term t) { return (static_cast<uint32_t>(t.exponent) << 23) + (t.negative ? 0x80000000u : 0u); }
+};
+
+struct Plane {
+    UV bits;
+    IV exponent;
+    explicit Plane(FV sums) : bits(as<UV>(sums)), exponent(as<IV>((bits << 1) >> 24)) {}
+    FV shifted(const Shift& by) const { return as<FV>((bits + by.step) & as<UV>(exponent > by.floor)); }
+};
+
+// Whether a sum is so large that a term could take it beyond the largest float.
+struct Overflow {
+    static constexpr int safe = 254 - 63;
+    IV most{};
+    void see(const Plane& plane) { most = plane.exponent > most ? plane.exponent : most; }
+    bool any() const {
+        for (int r = 0; r < lanes; ++r)
+            if (most[r] > safe) return true;
+        return false;
+    }
+};
 #endif
+
+// By code of a term. Small, so that the tables of a block of chunks stay in the nearest cache beside it.
+struct Shifts {
+    Shift::First first[256];
+    uint32_t second[256];
+    Shifts() {
+        for (int code = 0; code < 256; ++code) {
+            const Term t = term(static_cast<uint8_t>(code));
+            first[code] = Shift::first(t), second[code] = Shift::second(t);
+        }
+    }
+    Shift same(uint8_t code) const { return {Shift::Vector{} + first[code], UV{} + second[code]}; }
+    Shift each(const uint8_t* codes) const {
+        alignas(64) Shift::First one[lanes];
+        alignas(64) uint32_t other[lanes];
+        for (int r = 0; r < lanes; ++r) one[r] = first[codes[r]], other[r] = second[codes[r]];
+        Shift by;
+        std::memcpy(&by, one, sizeof one), std::memcpy(reinterpret_cast<char*>(&by) + sizeof one, other, sizeof other);
+        return by;
+    }
+};
+
+// One row in plain code, with the sums of `dot` in the same order.
+float dot_row(const Binary& w, int64_t row, int64_t first, int64_t last, const float* tables, float start) {
+    float sum[2] = {start, 0.0f};
+    for (int64_t c = first; c < last; ++c)
+        for (int i = 0; i < w.bits; ++i)
+            for (int t = 0; t < w.apot; ++t) {
+                const float v = tables[c * chunk_sums + w.chunk(row / 16, c)[i * 16 + row % 16]];
+                sum[t & 1] += shifted(v, term(w.scale(row, c * chunk_cols)[i * w.apot + t]));
+            }
+    return sum[0] + sum[1];
 }
 
 void dot(const Binary& w, int64_t tile, int64_t first, int64_t last, const float* tables, float* out) {
-    static const Codes terms;
+    static const Shifts shifts;
     const int count = w.bits * w.apot;
     for (int p = 0; p < parts; ++p) {
         const int64_t row = tile * 16 + p * lanes, end = row + lanes - 1 < w.rows ? row + lanes - 1 : w.rows - 1;
@@ -74,25 +141,27 @@ void dot(const Binary& w, int64_t tile, int64_t first, int64_t last, const float
         const bool shared = row / w.scale_rows == end / w.scale_rows;
         const uint8_t* codes = w.scale(row, first * chunk_cols);
         FV sum[2] = {load<FV>(out + p * lanes), FV{}};  // two chains: an addition takes several cycles
+        Overflow overflow;
         for (int64_t c = first; c < last; ++c, codes += count) {
             const uint8_t* bytes = w.chunk(tile, c) + p * lanes;
             for (int i = 0; i < w.bits; ++i) {
-                const FV v = gather(tables + c * chunk_sums, bytes + i * 16);
+                const Plane plane(gather(tables + c * chunk_sums, bytes + i * 16));
+                overflow.see(plane);
                 for (int t = 0; t < w.apot; ++t) {
                     const int at = i * w.apot + t;
-                    FV exponent;
-                    UV sign;
                     if (shared) {
-                        exponent = splat_f(terms.exponent[codes[at]]), sign = UV{} + terms.sign[codes[at]];
-                    } else {
-                        for (int r = 0; r < lanes; ++r) {
-                            const uint8_t code = w.scale(row + r < w.rows ? row + r : w.rows - 1, c * chunk_cols)[at];
-                            exponent[r] = terms.exponent[code], sign[r] = terms.sign[code];
-                        }
+                        sum[t & 1] += plane.shifted(shifts.same(codes[at]));
+                        continue;
                     }
-                    sum[t & 1] += shift(v, exponent, sign);
+                    uint8_t mixed[lanes];
+                    for (int r = 0; r < lanes; ++r) mixed[r] = w.scale(row + r < w.rows ? row + r : w.rows - 1, c * chunk_cols)[at];
+                    sum[t & 1] += plane.shifted(shifts.each(mixed));
                 }
             }
+        }
+        if (overflow.any()) {
+            for (int64_t r = row; r <= end; ++r) out[r - tile * 16] = dot_row(w, r, first, last, tables, out[r - tile * 16]);
+            continue;
         }
         store_f(out + p * lanes, sum[0] + sum[1]);
     }
