@@ -101,6 +101,20 @@ static inline simde__m512i trimtab_widen(simde__m128i bytes) {
 #define _mm512_cvtepi8_epi32(bytes) trimtab_widen<int8_t>(bytes)
 #endif
 
+static inline simde__m512 trimtab_mm512_i32gather_ps(simde__m512i places, const float* from, int scale) {
+    int32_t place[16];
+    float to[16];
+    __builtin_memcpy(place, &places, sizeof place);
+    for (int i = 0; i < 16; ++i)
+        __builtin_memcpy(to + i, reinterpret_cast<const char*>(from) + int64_t{place[i]} * scale, sizeof(float));
+    simde__m512 all;
+    __builtin_memcpy(&all, to, sizeof all);
+    return all;
+}
+#ifndef _mm512_i32gather_ps
+#define _mm512_i32gather_ps(places, from, scale) trimtab_mm512_i32gather_ps(places, from, scale)
+#endif
+
 // SIMDe rounds twice without FMA; the instruction rounds once.
 static inline simde__m512 trimtab_mm512_fmadd_ps(simde__m512 a, simde__m512 b, simde__m512 c) {
     float x[16], y[16], z[16];
