@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,10 +17,10 @@ pytest.importorskip("starlette")
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from tests.serve.running import ServerThread
 from trimtab.runtime.text.tokenizer import Tokenizer
 from trimtab.serve.config import ServeConfig
 from trimtab.serve.launch import SubprocessLauncher
-from trimtab.serve.lifecycle import Service
 from trimtab.serve.texts import _byte_alphabet
 
 HERE = Path(__file__).parent
@@ -48,42 +45,18 @@ def tiny_tokenizer() -> Tokenizer:
     return Tokenizer(tiny_backend(), eos_id=257, chat_template=TEMPLATE)
 
 
-class Running:
-    """A server in a thread."""
+class Running(ServerThread):
+    """A server over the scripted engine, and what that engine received."""
 
     def __init__(self, tokenizer: Tokenizer, log: Path, environment: dict[str, str], **settings: Any) -> None:
+        self.log = log
         config = ServeConfig(**{"models": ("tiny", "tiny@kivi:bits=4"), "port": 0, "grace_s": 2.0, **settings})
         path = f"{HERE}:{':'.join(filter(None, sys.path))}"
         launcher = SubprocessLauncher("scripted", {"PYTHONPATH": path, "SCRIPTED_LOG": str(log), **environment})
-        self.log = log
-        self.service = Service(config, launcher, lambda base: tokenizer)
-        self.error: BaseException | None = None
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-        assert self._ready.wait(60), "the server did not start"
-        if self.error is not None:
-            raise self.error
-
-    def _run(self) -> None:
-        try:
-            asyncio.run(self.service.run(lambda _: self._ready.set()))
-        except BaseException as error:
-            self.error = error
-        self._ready.set()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.service.port}"
+        super().__init__(config, launcher, lambda base: tokenizer)
 
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60, verify=False, **options)  # reading certificates takes 0.1 s
-
-    def call(self, work: Callable[[], Any]) -> None:
-        """Do something in the server's loop."""
-        loop = self.service._loop
-        assert loop is not None
-        loop.call_soon_threadsafe(work)
 
     def messages(self, kind: str, name: str = "") -> list[dict[str, Any]]:
         """What the engine received of one kind, about one request."""
@@ -100,13 +73,6 @@ class Running:
                 return value
             time.sleep(0.01)
         raise AssertionError("it did not happen in time")
-
-    def stop(self) -> None:
-        if self._thread.is_alive():
-            with contextlib.suppress(RuntimeError):
-                self.call(self.service.drain)
-        self._thread.join(60)
-        assert not self._thread.is_alive(), "the server did not end"
 
 
 @pytest.fixture(scope="session")

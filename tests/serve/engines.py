@@ -13,6 +13,7 @@ from trimtab.runtime.numerics import decode
 from trimtab.runtime.weights.random import random_weights
 from trimtab.sched.trace import Trace
 from trimtab.serve import messages as m
+from trimtab.serve.config import ServeConfig
 from trimtab.serve.engine.cost import StepCost
 from trimtab.serve.engine.lane import Lane
 from trimtab.serve.engine.models import Models
@@ -55,9 +56,9 @@ class Bench:
     """A lane, what it says, and a way to go on until all is said."""
 
     def __init__(self, model: Any, *, kv_bytes: int = 64 << 20, trace: Trace | None = None, **settings: Any) -> None:
-        self.start = m.Start(
+        self.start = ServeConfig(
             models=("tiny",), kv_bytes=kv_bytes, **({"step_tokens": 96, "max_sequences": 16} | settings)
-        )
+        ).start()
         self.said: list[m.Message] = []
         self.now = 0.0
         self.lane = Lane(model, self.start, kv_bytes, COST, self.said.append, trace, lambda: self.now)
@@ -104,4 +105,4 @@ class Bench:
 
 def load(folder: Path, **settings: Any) -> Any:
     """The model of a folder, ready for a lane."""
-    return Models(m.Start(models=(str(folder),), threads=1, **settings)).load(str(folder))
+    return Models(ServeConfig(models=(str(folder),), threads=1, **settings).start()).load(str(folder))

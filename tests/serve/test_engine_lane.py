@@ -17,6 +17,7 @@ from trimtab.runtime.engine.sampling import SamplingParams
 from trimtab.sched.scheduler import Scheduler
 from trimtab.sched.trace import Trace, replay
 from trimtab.serve import messages as m
+from trimtab.serve.config import ServeConfig
 from trimtab.serve.engine.models import Models
 
 
@@ -363,7 +364,7 @@ def test_deterministic_answers_are_equal_to_the_bit(model: Any) -> None:
 
 
 def test_a_lane_runs_on_the_torch_decoder(folder: Path, model: Any) -> None:
-    models = Models(m.Start(models=(str(folder),), threads=1))
+    models = Models(ServeConfig(models=(str(folder),), threads=1).start())
     base = models.load(str(folder)).base
     torch, native = Bench(models._torch(str(folder), base, (), "asked for")), Bench(model)
     for bench in (torch, native):

@@ -14,6 +14,7 @@ from tests.serve.conftest import TEMPLATE, tiny_backend
 from tests.serve.engines import write_model
 from trimtab.serve import messages as m
 from trimtab.serve.channel import BlockingChannel
+from trimtab.serve.config import ServeConfig
 from trimtab.serve.engine.main import main
 
 
@@ -57,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_models_come_and_go_and_a_drain_ends_it(folder: Path) -> None:
     name = str(folder)
-    pair = Pair(m.Start(models=(name,), kv_bytes=32 << 20, threads=1))
+    pair = Pair(ServeConfig(models=(name,), kv_bytes=32 << 20, threads=1).start())
     ready = pair.until(m.Ready)
     assert [info.id for info in ready.models] == [name] and ready.memory.kv_bytes == 32 << 20
     assert ready.models[0].weight_bytes > 0 and ready.models[0].runs == "native"
@@ -92,7 +93,7 @@ def test_models_come_and_go_and_a_drain_ends_it(folder: Path) -> None:
 
 
 def test_a_held_request_costs_no_time(folder: Path) -> None:
-    pair = Pair(m.Start(models=(str(folder),), kv_bytes=32 << 20, threads=1))
+    pair = Pair(ServeConfig(models=(str(folder),), kv_bytes=32 << 20, threads=1).start())
     pair.until(m.Ready)
     drawn = m.Sampling(max_tokens=1000, temperature=0.0, ignore_eos=True)
     pair.channel.send(m.Submit(id="a", model=str(folder), prompt=(1, 2, 3), sampling=drawn))

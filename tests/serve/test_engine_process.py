@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,17 +15,17 @@ import pytest
 
 from tests.serve.conftest import TEMPLATE, tiny_backend
 from tests.serve.engines import write_model
+from tests.serve.running import ServerThread
 from trimtab.runtime.weights.load import read_tokenizer
 from trimtab.serve.config import ServeConfig
 from trimtab.serve.launch import SubprocessLauncher
-from trimtab.serve.lifecycle import Service
 
 httpx = pytest.importorskip("httpx2")
 openai = pytest.importorskip("openai")
 
 
-class Running:
-    """A server in a thread, its engine in a process."""
+class Running(ServerThread):
+    """A server over the real engine."""
 
     def __init__(self, folder: Path) -> None:
         self.name = str(folder)
@@ -35,31 +33,7 @@ class Running:
             models=(self.name, f"{self.name}@kivi:bits=4,group=16,residual=32"), port=0, grace_s=2.0, threads=1, kv_bytes=64 << 20, step_tokens=256,
         )  # fmt: skip
         launcher = SubprocessLauncher(environment={"PYTHONPATH": ":".join(filter(None, sys.path))})
-        self.service = Service(config, launcher, lambda base: read_tokenizer(Path(base)))
-        self._ready, self.error = threading.Event(), None
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-        assert self._ready.wait(60), "the server did not start"
-        if self.error is not None:
-            raise self.error
-
-    def _run(self) -> None:
-        try:
-            asyncio.run(self.service.run(lambda _: self._ready.set()))
-        except BaseException as error:
-            self.error = error
-        self._ready.set()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.service.port}"
-
-    def stop(self) -> None:
-        loop = self.service._loop
-        assert loop is not None
-        loop.call_soon_threadsafe(self.service.drain)
-        self._thread.join(20)
-        assert not self._thread.is_alive(), "the server did not end"
+        super().__init__(config, launcher, lambda base: read_tokenizer(Path(base)))
 
 
 @pytest.fixture(scope="module")

@@ -69,6 +69,9 @@ def register(app: typer.Typer) -> None:
         prefix_cache: Annotated[
             bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep prompts for reuse within a key.")
         ] = True,
+        fairness: Annotated[
+            bool, typer.Option("--fairness/--no-fairness", help="Share tokens evenly among keys.")
+        ] = True,
         deterministic: Annotated[
             bool, typer.Option("--deterministic", help="Answers do not depend on what else runs.")
         ] = False,
@@ -106,6 +109,7 @@ def register(app: typer.Typer) -> None:
             body_s=body_seconds, idle_s=idle_seconds, request_s=request_seconds, slow_reader_s=slow_reader_seconds,
             stream_buffer=parse_bytes(stream_buffer), heartbeat_s=heartbeat_seconds, grace_s=grace, threads=threads,
             step_ms=step_ms, step_tokens=step_tokens, max_sequences=max_sequences, kv_bytes=parse_bytes(kv_bytes),
-            dtype=dtype, kv_dtype=kv_dtype, isa=isa, prefix_cache=prefix_cache, deterministic=deterministic,
+            dtype=dtype, kv_dtype=kv_dtype, isa=isa, prefix_cache=prefix_cache, fairness=fairness,
+            deterministic=deterministic,
         )  # fmt: skip
         raise typer.Exit(run(config))

@@ -34,7 +34,7 @@ class ServeConfig:
         grace_s: how long open requests may go on after SIGTERM.
         engine_s: longest silence of the engine before it is killed and started again.
         start_s: longest time the engine may take to load.
-        kv_bytes, threads, isa, dtype, kv_dtype, step_ms, step_tokens, max_sequences, prefix_cache, deterministic: see
+        kv_bytes, threads, isa, dtype, kv_dtype, step_ms, step_tokens, max_sequences, prefix_cache, fairness, deterministic: see
             `trimtab.serve.messages.Start`.
 
     Raises:
@@ -73,6 +73,7 @@ class ServeConfig:
     step_tokens: int = 0
     max_sequences: int = 0
     prefix_cache: bool = True
+    fairness: bool = True
     deterministic: bool = False
 
     def __post_init__(self) -> None:
@@ -94,13 +95,8 @@ class ServeConfig:
 
     def start(self) -> Start:
         """The engine's part."""
-        return Start(
-            models=self.models, kv_bytes=self.kv_bytes, threads=self.threads, isa=self.isa, dtype=self.dtype,
-            kv_dtype=self.kv_dtype, step_ms=self.step_ms, step_tokens=self.step_tokens, max_sequences=self.max_sequences,
-            max_queue=self.max_queue, max_queue_tokens=self.max_queue_tokens, max_queue_s=self.max_queue_s,
-            prefix_cache=self.prefix_cache, deterministic=self.deterministic,
-            tokenizer="" if self.tokenizer is None else str(self.tokenizer),
-        )  # fmt: skip
+        same = {name: getattr(self, name) for name in Start.__struct_fields__ if name not in ("protocol", "tokenizer")}
+        return Start(**same, tokenizer="" if self.tokenizer is None else str(self.tokenizer))
 
 
 _LEAST: dict[str, float] = {

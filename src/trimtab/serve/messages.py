@@ -181,7 +181,7 @@ class Piece(Part, frozen=True, kw_only=True):
 
 
 class Start(Message, frozen=True, kw_only=True):
-    """First message: what to load and how much to use.
+    """First message: what to load and how much to use; `ServeConfig` has the defaults.
 
     Attributes:
         models: ids, the first is the default; all share their base's buffers.
@@ -202,21 +202,21 @@ class Start(Message, frozen=True, kw_only=True):
 
     protocol: int = PROTOCOL
     models: tuple[str, ...]
-    kv_bytes: int = 0
-    threads: int = 0
-    isa: str = "auto"
-    dtype: str = "auto"
-    kv_dtype: str = "float32"
-    step_ms: float = 50.0
-    step_tokens: int = 0
-    max_sequences: int = 0
-    max_queue: int = 256
-    max_queue_tokens: int = 1 << 20
-    max_queue_s: float = 60.0
-    prefix_cache: bool = True
-    fairness: bool = True
-    deterministic: bool = False
-    tokenizer: str = ""
+    kv_bytes: int
+    threads: int
+    isa: str
+    dtype: str
+    kv_dtype: str
+    step_ms: float
+    step_tokens: int
+    max_sequences: int
+    max_queue: int
+    max_queue_tokens: int
+    max_queue_s: float
+    prefix_cache: bool
+    fairness: bool
+    deterministic: bool
+    tokenizer: str
 
 
 class Submit(Message, frozen=True, kw_only=True):

@@ -11,14 +11,14 @@ from trimtab.serve.handlers import chat, completions, embeddings, responses, ser
 from trimtab.serve.types.chat import ChatChunk, ChatReply, ChatRequest
 from trimtab.serve.types.common import Reply, Request
 from trimtab.serve.types.completions import CompletionReply, CompletionRequest
-from trimtab.serve.types.embeddings import (
+from trimtab.serve.types.embeddings import EmbeddingReply, EmbeddingRequest
+from trimtab.serve.types.responses import Response, ResponseEvent, ResponsesRequest
+from trimtab.serve.types.server import (
     Cancelled,
     DetokenizeReply,
     DetokenizeRequest,
     Document,
     Draining,
-    EmbeddingReply,
-    EmbeddingRequest,
     Health,
     LoadRequest,
     ModelCard,
@@ -28,7 +28,6 @@ from trimtab.serve.types.embeddings import (
     TokenizeRequest,
     Version,
 )
-from trimtab.serve.types.responses import Response, ResponseEvent, ResponsesRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

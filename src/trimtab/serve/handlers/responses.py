@@ -24,7 +24,6 @@ from trimtab.serve.texts import TokenTexts
 from trimtab.serve.tools import ToolSetup, tool_setup
 from trimtab.serve.types.chat import ChatRequest, ContentPart, Message
 from trimtab.serve.types.common import FunctionCall, FunctionDefinition, ToolCall, Usage
-from trimtab.serve.types.embeddings import Removed
 from trimtab.serve.types.responses import (
     Incomplete,
     InputDetails,
@@ -40,6 +39,7 @@ from trimtab.serve.types.responses import (
     TextConfig,
     TextFormat,
 )
+from trimtab.serve.types.server import Removed
 
 
 async def responses(front: Front, call: Call, request: ResponsesRequest) -> Answer:

@@ -10,7 +10,7 @@ from trimtab.serve.handlers.chat import functions_of
 from trimtab.serve.messages import Load, Loaded, ModelInfo, Unload
 from trimtab.serve.metrics import CONTENT_TYPE
 from trimtab.serve.prompts import chat_prompt
-from trimtab.serve.types.embeddings import (
+from trimtab.serve.types.server import (
     Cancelled,
     DetokenizeReply,
     DetokenizeRequest,
