@@ -293,6 +293,25 @@ def test_grammars_are_followed_by_every_choice(model: Any) -> None:
     everything_is_free(bench)
 
 
+def test_who_waited_too_long_is_told_to_come_back(model: Any) -> None:
+    bench = Bench(model, max_sequences=1, max_queue_s=0.5)
+    bench.submit("first", prompt(1, 40), max_tokens=200, ignore_eos=True)
+    bench.turn()
+    bench.submit("second", prompt(2, 40))
+    bench.turn()
+    bench.now += 0.6
+    bench.turn()
+    bench.turn()
+    refused = bench.end("second")
+    assert isinstance(refused, m.Refused) and refused.status == 429
+    assert refused.retry_after_s is not None and refused.retry_after_s >= 0
+    bench.submit("third", prompt(3, 40))
+    bench.lane.drain()
+    bench.run()
+    assert bench.end("first").completion_tokens == 200
+    everything_is_free(bench)
+
+
 def test_what_cannot_be_is_refused(model: Any) -> None:
     bench = Bench(model, kv_bytes=256 << 10, max_queue=2)
     bench.submit("long", prompt(1, 2000), max_tokens=100)

@@ -109,7 +109,7 @@ class Scheduler:
         if refusal is not None:
             self._counters.rejected[refusal.reason] += 1
             return refusal
-        ahead, wait = len(self._queue), self._rate.wait(self._queue)
+        ahead, wait = len(self._queue), self.wait_s
         deadline = None if request.timeout_s is None else now + request.timeout_s
         key = now + request.priority * self.config.ageing_s
         order = next(self._orders)
@@ -157,6 +157,11 @@ class Scheduler:
         if self.trace is not None:
             self.trace.add(now, Cleared())
         self._cleared += self.index.clear()
+
+    @property
+    def wait_s(self) -> float | None:
+        """Estimated seconds until all that wait have been served; None before a throughput is known."""
+        return self._rate.wait(self._queue)
 
     @property
     def drained(self) -> bool:

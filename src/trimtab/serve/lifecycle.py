@@ -152,7 +152,6 @@ def serve(
     Raises:
         SpecError: settings, keys or models that are not possible.
     """
-    _log_to_stderr()
     check_models(config)
 
     async def main() -> None:
@@ -170,7 +169,8 @@ def serve(
                 signal.signal(number, signal.SIG_IGN)  # all that is left to do is to end
 
     try:
-        asyncio.run(main())
+        with _logging_to_stderr():
+            asyncio.run(main())
     except StartFailed as error:
         print(f"trimtab: {error}", file=sys.stderr)
         return error.code
@@ -212,15 +212,21 @@ def announcement(ready: Ready, config: ServeConfig, port: int) -> str:
     return "\n".join(lines)
 
 
-def _log_to_stderr() -> None:
+@contextlib.contextmanager
+def _logging_to_stderr() -> Iterator[None]:
     """Events as text, the access log as bare JSON lines; both on standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    for name in ("trimtab.serve", "uvicorn.error"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-    logging.getLogger("trimtab.serve").setLevel(logging.INFO)
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    levels = {logging.getLogger("trimtab.serve"): logging.INFO, logging.getLogger("uvicorn.error"): logging.WARNING}
+    before = [(logger, logger.handlers, logger.propagate, logger.level) for logger in levels]
+    try:
+        for logger, level in levels.items():
+            logger.handlers, logger.propagate = [handler], False
+            logger.setLevel(level)
+        yield
+    finally:  # whoever called keeps a log of their own
+        for logger, logger.handlers, logger.propagate, level in before:
+            logger.setLevel(level)
 
 
 class _Formatter(logging.Formatter):

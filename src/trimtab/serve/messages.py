@@ -193,7 +193,7 @@ class Start(Message, frozen=True, kw_only=True):
         step_tokens: token budget of one step; 0 = from `step_ms` and the machine's calibration.
         max_sequences: rows of a step; 0 = as many as fit.
         max_queue, max_queue_tokens: requests and prompt tokens waiting; beyond, Refused with 429.
-        max_queue_s: longest wait; beyond, Refused with 503.
+        max_queue_s: longest wait; beyond, Refused with 429.
         prefix_cache: keep finished prompts for reuse within a salt.
         fairness: share tokens evenly among salts.
         deterministic: an answer may not depend on what else is in the batch.

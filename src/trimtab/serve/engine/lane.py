@@ -34,7 +34,13 @@ from trimtab.serve.messages import (
 )
 from trimtab.serve.messages import Start as Settings
 
-_STATUS = {"draining": 503, "queue_full": 429, "queue_tokens": 429, "queue_seconds": 503, "never_fits": 413}
+#: Why a request ends that never started -> status and sentence.
+_GIVEN_BACK = {
+    "queue_timeout": (429, "The request waited longer than allowed: too many are ahead of it. Try again later."),
+    "aborted": (503, "The server is shutting down and gave the request back. Send it to another."),
+}
+#: Why one is not taken -> status.
+_STATUS = {"draining": 503, "queue_full": 429, "queue_tokens": 429, "queue_seconds": 429, "never_fits": 413}
 _ENDING: dict[str, FinishReason] = {"expired": "deadline"}
 
 
@@ -341,15 +347,9 @@ class Lane:
         if served.failed:
             self._send(Failed(name, served.failed))
             return
-        if ended.reason in ("queue_timeout", "aborted"):
-            self._send(
-                Refused(
-                    id=name,
-                    status=503,
-                    message="The request waited longer than allowed. Try again later.",
-                    retry_after_s=1.0,
-                )
-            )
+        if ended.reason in _GIVEN_BACK:
+            status, message = _GIVEN_BACK[ended.reason]
+            self._send(Refused(id=name, status=status, message=message, retry_after_s=self.scheduler.wait_s))
             return
         prompt = len(served.submit.prompt)
         entries = tuple(served.prompt_logprobs[at] for at in range(1, prompt) if at in served.prompt_logprobs)
