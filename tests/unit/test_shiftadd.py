@@ -15,6 +15,7 @@ from trimtab.errors import SpecError
 from trimtab.model.binary import BinaryRule
 from trimtab.model.sweep import factor, group_order, sweep
 from trimtab.runtime.kernels import reference
+from trimtab.runtime.kernels.binary import binary_multiply, binary_multiply_plain
 from trimtab.runtime.numerics import decode, encode
 from trimtab.runtime.numerics.bcq import (
     EVEN,
@@ -28,6 +29,7 @@ from trimtab.runtime.numerics.bcq import (
     tile,
     values_of,
 )
+from trimtab.runtime.numerics.rotation import rotation_of
 from trimtab.spec.bcq import BcqFormat
 from trimtab.techniques.registry import parse_technique
 
@@ -149,6 +151,37 @@ def test_codec_and_tiles_hold_the_same(form: BcqFormat, rows: int) -> None:
             value[first : first + step, c : c + wide].reshape(-1),
             rtol=1e-6,
         )
+
+
+@pytest.mark.parametrize("cols", [24, 64, 576, 1536, 8 * 13])
+def test_a_rotation_keeps_lengths_and_spreads_what_stands_out(cols: int) -> None:
+    turn = rotation_of(cols)
+    whole = turn.apply(np.eye(cols)).T  # V: column j is what it makes of unit vector j
+    np.testing.assert_allclose(whole @ whole.T, np.eye(cols), atol=2e-6)
+    x = weights(3, 5, cols)
+    np.testing.assert_allclose(turn.apply(x), x @ whole.T, atol=2e-5)
+    np.testing.assert_allclose(turn.undo(turn.apply(x)), x, atol=2e-5)
+    assert len(turn.left) * len(turn.right) == cols and np.abs(whole).max() < 0.99
+    outlier = np.zeros((1, cols), np.float32)
+    outlier[0, 3] = 1.0
+    assert np.abs(turn.apply(outlier)).max() < 0.95
+    assert rotation_of(cols).order is turn.order, "made once"
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+def test_a_rotated_matrix_is_the_plain_one_of_turned_weights(tokens: int) -> None:
+    w, x = weights(11, 37, 48), weights(12, tokens, 48)
+    plain, form = BcqFormat(bits=3, group=16, mode="acc"), BcqFormat(bits=3, group=16, mode="acc", rotated=True)
+    turn = rotation_of(48)
+    packed, inner = encode(w, form), encode(turn.apply(w), plain)
+    for name, buffer in inner.buffers.items():
+        np.testing.assert_array_equal(packed.buffers[name], buffer)
+    np.testing.assert_allclose(decode(packed), turn.undo(decode(inner)), atol=1e-6)
+    assert packed.nbytes == form.nbytes(37, 48) == plain.nbytes(37, 48)
+    assert form.input_flops(48) == 2 * 48 * (6 + 8) and plain.input_flops(48) == 0
+    wanted = x @ decode(packed).T
+    for multiply in (binary_multiply, binary_multiply_plain):
+        np.testing.assert_allclose(multiply(tile(packed), x), wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("nearest", [True, False])

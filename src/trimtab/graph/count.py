@@ -130,8 +130,8 @@ def _decoding(node: LinearSpec) -> int:
 
 
 def _coding(node: LinearSpec, rows: Any) -> Any:
-    """Vector FLOPs that code the inputs of a product and scale its outputs."""
-    return rows * (DEQUANT * node.k + node.n) if _coded(node) else 0
+    """Vector FLOPs that code or rotate the inputs of a product and scale its outputs."""
+    return rows * (node.format.input_flops(node.k) + (DEQUANT * node.k + node.n if _coded(node) else 0))
 
 
 def _coded(node: LinearSpec) -> bool:

@@ -8,6 +8,7 @@ Source: You et al., ShiftAddLLM, arXiv 2406.05981; Xu et al., Alternating Multi-
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from trimtab.errors import SpecError, unknown
@@ -19,6 +20,11 @@ CHUNK = 8
 MODES = ("lat", "acc")
 
 
+def rotation_factor(cols: int) -> int:
+    """The largest divisor of `cols` that is not above its root: rows of the table that a rotation lays columns out in."""
+    return next(a for a in range(math.isqrt(cols), 0, -1) if cols % a == 0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BcqFormat(WeightFormat):
     """Signs in planes of bits, scales as powers of two.
@@ -28,6 +34,7 @@ class BcqFormat(WeightFormat):
         group: weights that share scales, a multiple of 8; 0: as many as a row has (``lat``) or a whole column (``acc``).
         apot: powers of two of a scale, 1..4.
         mode: of `MODES`.
+        rotated: coded in the basis of a fixed random rotation of the columns, which every input is brought into before the product.
 
     Raises:
         SpecError: a value outside of these.
@@ -36,6 +43,7 @@ class BcqFormat(WeightFormat):
     kind: str = "bcq"
     apot: int = 3
     mode: str = "lat"
+    rotated: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 4:
@@ -84,5 +92,10 @@ class BcqFormat(WeightFormat):
             Buffer("scales", "u8", (blocks, cols // self.scale_cols, self.bits, self.apot)),
         )
 
+    def input_flops(self, cols: int) -> int:
+        left = rotation_factor(cols)
+        return 2 * cols * (left + cols // left) if self.rotated else 0
+
     def __str__(self) -> str:
-        return f"bcq{self.bits}-g{self.group or 'row'}-{self.mode}-apot{self.apot}{'-tiled' if self.tiled else ''}"
+        ends = ("-rotated" if self.rotated else "") + ("-tiled" if self.tiled else "")
+        return f"bcq{self.bits}-g{self.group or 'row'}-{self.mode}-apot{self.apot}{ends}"

@@ -167,6 +167,11 @@ class WeightFormat:
         """True for codes that a quantizer chose: rounding them to another grid would round twice."""
         return self.kind == "int" or self.kind in LOOKUP_KINDS
 
+    def input_flops(self, cols: int) -> int:
+        """FLOPs that prepare one input [cols] before the product, beside what its product does."""
+        del cols
+        return 0
+
     def buffers(self, rows: int, cols: int) -> tuple[Buffer, ...]:
         """Return the buffers of a stored [rows, cols] matrix.
 

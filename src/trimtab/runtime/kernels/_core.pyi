@@ -78,6 +78,8 @@ def time_products(
 #: Signs and scales in tiles, flat; rows, columns, rows and columns that share scales, bits, terms of a scale.
 Binary = tuple[np.ndarray, np.ndarray, int, int, int, int, int, int]
 #: Matrix, index of the values it writes, first column there, bias, factor, cap.
+#: Left factor [a, a], transposed right factor [b, b], order of the columns int32 [a * b].
+Rotation = tuple[np.ndarray, np.ndarray, np.ndarray]
 BinaryProduct = tuple[Binary, int, int, np.ndarray | None, float, float]
 
 def binary_multiply(w: Binary, x: np.ndarray, threads: int, y: np.ndarray) -> None: ...
@@ -156,7 +158,14 @@ class Program:
         act: int,
     ) -> None: ...
     def binary_linear(
-        self, name: str, source: int, norm: Norm | None, products: list[BinaryProduct], store: int, act: int
+        self,
+        name: str,
+        source: int,
+        norm: Norm | None,
+        rotation: Rotation | None,
+        products: list[BinaryProduct],
+        store: int,
+        act: int,
     ) -> None: ...
     def gate_first(
         self,

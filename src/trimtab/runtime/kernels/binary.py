@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from trimtab.runtime.kernels import _core
+from trimtab.runtime.numerics.rotation import rotation_of
 from trimtab.runtime.weights.packed import Packed
 from trimtab.spec.bcq import BcqFormat
 
@@ -20,6 +21,20 @@ def binary_matrix(packed: Packed) -> _core.Binary:
     )  # fmt: skip
 
 
+def rotation(format: BcqFormat, cols: int) -> _core.Rotation | None:
+    """What inputs are brought into the basis of a matrix by; None where it is their own."""
+    if not format.rotated:
+        return None
+    found = rotation_of(cols)
+    return found.left, np.ascontiguousarray(found.right.T), found.order
+
+
+def _inputs(packed: Packed, x: np.ndarray) -> np.ndarray:
+    """Inputs float32 [T, K] in the basis of the matrix."""
+    assert isinstance(packed.format, BcqFormat)
+    return np.ascontiguousarray(rotation_of(packed.shape[1]).apply(x) if packed.format.rotated else x, np.float32)
+
+
 def binary_multiply(packed: Packed, x: np.ndarray, threads: int = 1) -> np.ndarray:
     """Y [T, N] = x [T, K] @ W.T: few tokens by look-up, many with the decoded matrix.
 
@@ -29,12 +44,12 @@ def binary_multiply(packed: Packed, x: np.ndarray, threads: int = 1) -> np.ndarr
         threads: workers.
     """
     y = np.empty((len(x), packed.shape[0]), np.float32)
-    _core.binary_multiply(binary_matrix(packed), np.ascontiguousarray(x, np.float32), threads, y)
+    _core.binary_multiply(binary_matrix(packed), _inputs(packed, x), threads, y)
     return y
 
 
 def binary_multiply_plain(packed: Packed, x: np.ndarray) -> np.ndarray:
     """The same by plain loops over a number type that has additions and shifts and no multiplication at all."""
     y = np.empty((len(x), packed.shape[0]), np.float32)
-    _core.binary_multiply_plain(binary_matrix(packed), np.ascontiguousarray(x, np.float32), y)
+    _core.binary_multiply_plain(binary_matrix(packed), _inputs(packed, x), y)
     return y

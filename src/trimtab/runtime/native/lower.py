@@ -15,7 +15,7 @@ from trimtab.errors import SpecError, UnsupportedModelError
 from trimtab.runtime import kernels
 from trimtab.runtime.cache.rows import head_forms
 from trimtab.runtime.kernels import _core
-from trimtab.runtime.kernels.binary import binary_matrix
+from trimtab.runtime.kernels.binary import binary_matrix, rotation
 from trimtab.runtime.native.arena import Arena
 from trimtab.runtime.native.attention import unified_limits
 from trimtab.runtime.native.dataflow import ONLY, thresholds
@@ -347,13 +347,17 @@ class _Builder:
     ) -> None:
         """Products of one input: paths -> nodes, and what `product` made of each."""
         made = [product for _, product in parts.values()]
-        binary = {isinstance(node.format, BcqFormat) for node, _ in parts.values()}
-        if len(binary) > 1:
-            raise UnsupportedModelError(
-                f"Binary-coded matrices and others that share an input ({', '.join(parts)}) have no native kernel."
-            )
-        if binary == {True}:
-            self.program.binary_linear(name, source, norm, [each[:6] for each in made], store, act)
+        forms = {path: node.format for path, (node, _) in parts.items() if isinstance(node.format, BcqFormat)}
+        if forms:
+            rotated = {form.rotated for form in forms.values()}
+            if len(forms) < len(parts) or len(rotated) > 1:
+                raise UnsupportedModelError(
+                    f"Binary-coded matrices and others, or rotated and plain ones, that share an input ({', '.join(parts)}) have no "
+                    "native kernel."
+                )
+            first = next(iter(forms))
+            turn = rotation(forms[first], parts[first][0].k)
+            self.program.binary_linear(name, source, norm, turn, [each[:6] for each in made], store, act)
             return
         how = one_input({path: node for path, (node, _) in parts.items()})
         if how is None:

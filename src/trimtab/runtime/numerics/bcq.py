@@ -12,6 +12,7 @@ import itertools
 import numpy as np
 
 from trimtab.errors import SpecError
+from trimtab.runtime.numerics.rotation import rotation_of
 from trimtab.runtime.weights.packed import Packed
 from trimtab.spec.bcq import CHUNK, BcqFormat
 from trimtab.spec.formats import TILE_ROWS, WeightFormat
@@ -153,6 +154,7 @@ def encode(values: np.ndarray, format: WeightFormat) -> dict[str, np.ndarray]:
     """Code float32 [N, K] group by group, without looking at inputs."""
     assert isinstance(format, BcqFormat)
     rows, cols = values.shape
+    values = rotation_of(cols).apply(values) if format.rotated else values
     step, wide = format.scale_rows(rows), format.scale_cols
     signs = np.empty((rows, cols, format.bits), bool)
     codes = np.empty(format.buffers(rows, cols)[1].shape, np.uint8)
@@ -185,6 +187,8 @@ def decode(packed: Packed, out: np.ndarray) -> None:
     for i in range(format.bits):
         bits = np.unpackbits(planes[i], axis=-1, bitorder="little")
         out += np.where(bits, wide[..., i], -wide[..., i])
+    if format.rotated:
+        out[...] = rotation_of(cols).undo(out)
 
 
 def tile(packed: Packed, buffers: dict[str, np.ndarray] | None = None) -> Packed:

@@ -37,7 +37,8 @@ class Shiftadd(Technique):
     Exact: bytes (signs in planes of bits, scales as powers of two). Approximated: the weights, coded inside a sweep that makes up
     for every column's error in later ones. Unlike the paper: every calibration token weighs the same (`tokens=unitnorm`); coding
     starts from even levels too, which saves a sixth of the error at 3 bits; an average of bits is allotted by
-    an integer program over measured sensitivities; ``acc`` is stored in planes as well, without random rotations.
+    an integer program over measured sensitivities; ``acc`` turns the columns alone and is stored in planes as well, so that inputs are
+    turned at run time and no bytes are lost.
 
     Source: You et al., ShiftAddLLM, NeurIPS 2024, arXiv 2406.05981.
     """
@@ -53,7 +54,7 @@ class Shiftadd(Technique):
         "bits of a weight, or their average with alloc=auto",
         "1..4, one for each group of matrices (a|b|c); 1.0..4.0 with alloc=auto",
     )
-    mode: str = param("lat", "lat: 8 columns share scales; acc: one column does", "lat, acc")
+    mode: str = param("lat", "lat: 8 columns share scales; acc: one column does, in a rotated basis", "lat, acc")
     group: int = param(
         128, "weights that share scales; -1: an eighth of the rows (lat) or all (acc)", "multiples of 8, -1"
     )
@@ -132,7 +133,8 @@ class Shiftadd(Technique):
     def form(self, node: LinearSpec, bits: int) -> BcqFormat:
         """The format of a matrix of `bits` bits."""
         del node
-        return BcqFormat(bits=bits, group=max(self.group, 0), apot=self.apot, mode=self.mode)
+        acc = self.mode == "acc"
+        return BcqFormat(bits=bits, group=max(self.group, 0), apot=self.apot, mode=self.mode, rotated=acc)
 
     @property
     def unresolved(self) -> bool:
@@ -189,5 +191,6 @@ class Shiftadd(Technique):
             group_of=lambda path: form_of(path).scale_cols,
             rule_of=lambda path, shape, order: BinaryRule(form_of(path), shape, order, self.rounds, self.bst),
             stored=lambda path, rule: rule.packed(),
+            rotated=lambda path: form_of(path).rotated,
             samples=self.samples, window=self.window, tokens=self.tokens, damp=self.damp, act_order=self.act_order,
         )  # fmt: skip

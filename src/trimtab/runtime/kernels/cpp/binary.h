@@ -73,6 +73,18 @@ void binary_plain(const Binary& w, const F* x, F* y) {
             }
 }
 
+// Rows of inputs [left, right] turned along both axes, after reordering: what a matrix coded in another basis is multiplied with.
+struct Rotation {
+    const float *left = nullptr, *right_t = nullptr;  // [left, left] and, transposed, [right, right]
+    const int32_t* order = nullptr;                   // [left * right], which input stands where
+    int64_t lefts = 0, rights = 0;
+
+    int64_t cols() const { return lefts * rights; }
+    int64_t flops() const { return 2 * cols() * (lefts + rights); }
+    // x [cols] in place; room [cols].
+    void apply(float* x, float* room) const;
+};
+
 struct BinaryKernels {
     // tables [K / 8, 256]: entry p of a chunk is the sum of +x_s where bit s of p is set and of -x_s elsewhere.
     void (*tabulate)(const float* x, int64_t cols, float* tables);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <optional>
 
 #include "native/finish.h"
 #include "native/program.h"
@@ -17,6 +18,7 @@ struct BinaryLinear : Kernel {
     int source = 0;
     bool has_norm = false;
     Norm norm;
+    std::optional<Rotation> rotation;
     std::vector<BinaryProduct> products;
     Store store = Store::set;
     Act act = Act::none;
@@ -56,6 +58,7 @@ struct BinaryLinear : Kernel {
                 tile_kernels().norm(norm, row, x + t * width);
             else
                 std::memcpy(x + t * width, row, static_cast<size_t>(4 * width));
+            if (rotation) rotation->apply(x + t * width, room);
             if (tokens <= lookup_tokens) binary_kernels().tabulate(x + t * width, width, table(tables, t));
         }
         if (!own) worker.wait();
@@ -141,11 +144,12 @@ struct BinaryLinear : Kernel {
 
 }  // namespace
 
-void Program::binary_linear(const std::string& name, int source, const Norm* norm, std::vector<BinaryProduct> products, Store store,
-                            Act act) {
+void Program::binary_linear(const std::string& name, int source, const Norm* norm, std::optional<Rotation> rotation,
+                            std::vector<BinaryProduct> products, Store store, Act act) {
     auto kernel = std::make_unique<BinaryLinear>();
     kernel->name = name, kernel->source = source, kernel->store = store, kernel->act = act;
     if (norm) kernel->has_norm = true, kernel->norm = *norm;
+    kernel->rotation = rotation;
     kernel->products = std::move(products);
     kernels_.push_back(std::move(kernel));
 }

@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
+#include <cstring>
 
 #include "binary_fit.h"
 #include "native/bind_pages.h"
@@ -103,6 +104,7 @@ int64_t multiply(const BoundTiles& w, Array<const float, 2> x, int threads, Arra
 using Int8Tuple = std::tuple<Array<const int8_t, 2>, Floats, std::optional<Array<const uint16_t, 2>>>;
 
 // Signs and scales of a binary-coded matrix in tiles, and what they mean: rows, columns, rows and columns that share scales, bits, terms.
+using RotationTuple = std::tuple<Array<const float, 2>, Array<const float, 2>, Array<const int32_t, 1>>;
 using BinaryTuple = std::tuple<Bytes, Bytes, int64_t, int64_t, int64_t, int64_t, int, int>;
 
 Binary binary_of(const BinaryTuple& matrix) {
@@ -286,8 +288,15 @@ void bind_native(nb::module_& m) {
              nb::arg("name"), nb::arg("source"), nb::arg("norm").none(), nb::arg("products"), nb::arg("threshold"),
              nb::arg("columns").none(), nb::arg("store"), nb::arg("act"))
         .def("binary_linear",
-             [](Bound& b, const std::string& name, int source, const Norm* norm,
+             [](Bound& b, const std::string& name, int source, const Norm* norm, const std::optional<RotationTuple>& turn,
                 const std::vector<std::tuple<BinaryTuple, int, int64_t, std::optional<Floats>, float, float>>& products, int store, int act) {
+                 std::optional<Rotation> rotation;
+                 if (turn) {
+                     const auto& [left, right_t, order] = *turn;
+                     rotation = Rotation{left.data(), right_t.data(), order.data(), static_cast<int64_t>(left.shape(0)),
+                                         static_cast<int64_t>(right_t.shape(0))};
+                     b.keep.push_back(nb::cast(left)), b.keep.push_back(nb::cast(right_t)), b.keep.push_back(nb::cast(order));
+                 }
                  std::vector<BinaryProduct> made;
                  for (const auto& [matrix, values, column, bias, factor, softcap] : products) {
                      BinaryProduct product;
@@ -297,9 +306,9 @@ void bind_native(nb::module_& m) {
                      product.factor = factor, product.softcap = softcap;
                      made.push_back(product);
                  }
-                 b.program.binary_linear(name, source, norm, std::move(made), static_cast<Store>(store), static_cast<Act>(act));
+                 b.program.binary_linear(name, source, norm, rotation, std::move(made), static_cast<Store>(store), static_cast<Act>(act));
              },
-             nb::arg("name"), nb::arg("source"), nb::arg("norm").none(), nb::arg("products"), nb::arg("store"), nb::arg("act"))
+             nb::arg("name"), nb::arg("source"), nb::arg("norm").none(), nb::arg("rotation").none(), nb::arg("products"), nb::arg("store"), nb::arg("act"))
         .def("gate_first",
              [](Bound& b, const std::string& name, int source, int values, const Norm& norm, const BoundTiles& gate,
                 const BoundRows& up, const BoundRows& down_t, int act, float threshold, int64_t max_tokens, bool prefill) {

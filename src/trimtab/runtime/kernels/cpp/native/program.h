@@ -3,6 +3,7 @@
 #pragma once
 #include <atomic>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -155,7 +156,8 @@ class Program {
     void int8_linear(const std::string& name, int source, const Norm* norm, std::vector<Int8Product> products, Outliers how,
                      Store store, Act act);
     // The same with sums of signs times powers of two.
-    void binary_linear(const std::string& name, int source, const Norm* norm, std::vector<BinaryProduct> products, Store store, Act act);
+    void binary_linear(const std::string& name, int source, const Norm* norm, std::optional<Rotation> rotation,
+                       std::vector<BinaryProduct> products, Store store, Act act);
     void gate_first(const std::string& name, GateFirstFFN ffn);
     void norm_add(const std::string& name, int source, const Norm& norm, int values);
     // `forms` is by KV head.
