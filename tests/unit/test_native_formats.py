@@ -19,11 +19,12 @@ from trimtab.runtime.kernels import _core
 from trimtab.runtime.native import lower
 from trimtab.runtime.native.dataflow import ONLY
 from trimtab.runtime.native.products import core_tiles
-from trimtab.runtime.numerics import decode
+from trimtab.runtime.numerics import decode, encode
 from trimtab.runtime.step import Recorder
 from trimtab.runtime.weights.packed import NUMPY_DTYPES, Packed
 from trimtab.runtime.weights.random import random_weights
 from trimtab.spec import tree
+from trimtab.spec.bcq import BcqFormat
 from trimtab.spec.formats import WeightFormat
 from trimtab.spec.grids import GRIDS, SCALES, GridFormat, PairFormat
 from trimtab.spec.leaves import EmbeddingSpec, LinearSpec
@@ -184,3 +185,29 @@ def test_models_run_at_their_width(tiny_model: Model, form: WeightFormat) -> Non
     once = 0 if program.spec.tie_word_embeddings else embedded.format.nbytes(embedded.n, embedded.k)
     row = embedded.format.row_nbytes(embedded.k)
     assert record.total("weight_read") == program.weight_bytes - once + row
+
+
+@pytest.mark.parametrize("tokens", [1, 12])  # looked up, and decoded
+@pytest.mark.parametrize(
+    "form",
+    [BcqFormat(bits=2, group=16), BcqFormat(bits=3, group=16, mode="acc", rotated=True), BcqFormat(bits=3, mode="acc")],
+    ids=str,
+)
+def test_models_of_binary_codes_run_at_their_width(tiny_model: Model, form: BcqFormat, tokens: int) -> None:
+    """Matrices of the layers, in the basis they are coded in."""
+    base = tiny_model
+    paths = [path for path, _ in base.spec.linears() if path.startswith("layers.")]
+    spec = base.spec.edit([tree.Edit(path, "format", form) for path in paths], by="test")
+    coded_weights = {path: encode(decode(base.weights[path]), form) for path in paths}
+    model = Model(Variant(spec, base.weights | coded_weights))
+    program = lower(model.spec, model.weights, 2)
+    assert program.weight_bytes == program.spec.weight_nbytes()
+    session, ids = Session(program), np.random.default_rng(3).integers(0, 131, 24)
+    session.prefill([ids[:12]], reserve=12)
+    if tokens == 1:
+        found, seen = session.decode([ids[12]])[0], 13
+    else:
+        other = Session(program)
+        found, seen = other.prefill([ids[:24]], reserve=1)[0], 24
+    wanted = model.logits([ids[:seen].tolist()])[0, -1].numpy()
+    np.testing.assert_allclose(found, wanted, atol=1e-3 * np.abs(wanted).max())
