@@ -31,6 +31,7 @@ from trimtab.runtime.numerics.bcq import (
 )
 from trimtab.runtime.numerics.rotation import rotation_of
 from trimtab.spec.bcq import BcqFormat
+from trimtab.techniques.linear.shiftadd import near
 from trimtab.techniques.registry import parse_technique
 
 
@@ -223,5 +224,8 @@ def test_an_average_of_bits_is_allotted(tiny_model: Any, tiny_materials: Any) ->
     sizes = np.array([sum(nodes[path].n * nodes[path].k for path in part) for part in groups(tiny_model.spec)])
     average = float((sizes * found.bits).sum() / sizes.sum())
     assert 2.3 < average <= 2.5 and parse_technique(str(found)) == found
+    assert set(found.bits) == {2, 3}, "the bits next to the average alone"
     mixed: Any = parse_technique('shiftadd:mix="2:0.8|3:0.2",alloc=auto,group=16')
     assert mixed.average == pytest.approx(2.2)
+    assert set(mixed.resolve(tiny_model, tiny_materials).bits) <= {2, 3}
+    assert near(3.0) == (3,) and near(1.25) == (1, 2)

@@ -21,12 +21,12 @@ inline int32_t code(const float* x, int64_t count, float by, int8_t* codes) {
     return sum_of(all);
 }
 
-// An act group of x as floats, zero beyond `cols`.
-inline void take_group(const Input& in, const float* x, int64_t cols, int64_t a, float* values) {
+// An act group of x: in place, or, where it reaches beyond `cols`, in `room` and filled up with zeros.
+inline const float* group_of(const Input& in, const float* x, int64_t cols, int64_t a, float* room) {
     const int64_t from = a * in.act_group, left = cols > from ? cols - from : 0;
-    const int64_t have = left < in.act_group ? left : in.act_group;
-    memcpy(values, x + from, static_cast<size_t>(have) * 4);
-    for (int64_t i = have; i < in.act_group; ++i) values[i] = 0;
+    if (left >= in.act_group) return x + from;
+    for (int64_t i = 0; i < in.act_group; ++i) room[i] = i < left ? x[from + i] : 0.0f;
+    return room;
 }
 
 inline FV act_of(Act act, FV v) {
@@ -76,11 +76,11 @@ void quantize(const Input& in, int64_t t, const float* x, int64_t cols) {
     const int64_t acts = in.acts(), groups = in.sums();
     float *scale = in.scale + t * acts, *second_scale = in.second_scale + t * acts, *sum = in.sum + t * groups;
     int8_t *codes = in.codes + t * in.stride, *second = in.second + t * in.stride;
-    alignas(64) float values[64];
+    alignas(64) float room[64], left[64];
     for (int64_t g = 0; g < groups; ++g) sum[g] = 0;
     int64_t bits = 0, some = 0;
     for (int64_t a = 0; a < acts; ++a) {
-        take_group(in, x, cols, a, values);
+        const float* values = group_of(in, x, cols, a, room);
         FV most = {};
         for (int64_t i = 0; i < in.act_group; i += lanes) {
             const FV v = load<FV>(values + i);
@@ -99,11 +99,11 @@ void quantize(const Input& in, int64_t t, const float* x, int64_t cols) {
     for (int64_t a = 0; a < acts; ++a) {
         if (!(scale[a] > 0) || scale[a] < typical * in.twice_from) continue;
         listed[++listed[0]] = static_cast<int32_t>(a);
-        take_group(in, x, cols, a, values);
+        const float* values = group_of(in, x, cols, a, room);
         for (int64_t i = 0; i < in.act_group; i += lanes)
-            store_f(values + i, load<FV>(values + i) - load_i8s(codes + a * in.act_group + i) * scale[a]);
+            store_f(left + i, load<FV>(values + i) - load_i8s(codes + a * in.act_group + i) * scale[a]);
         second_scale[a] = scale[a] / 254.0f;
-        const int32_t all = code(values, in.act_group, 254.0f / scale[a], second + a * in.act_group);
+        const int32_t all = code(left, in.act_group, 254.0f / scale[a], second + a * in.act_group);
         sum[a * in.act_group / in.group] += second_scale[a] * static_cast<float>(all);
     }
 }
