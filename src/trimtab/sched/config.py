@@ -18,7 +18,7 @@ class SchedulerConfig:
         max_step_tokens: tokens of a step at most; at least `max_running`, so that every answer goes on in every step.
         target_step_s: seconds of a step that prompts may fill it up to, by the cost function handed to the scheduler; None =
             tokens alone count. Answers always go on, whatever they take.
-        min_prefill_tokens: of the first prompt in line, run even when `target_step_s` is passed, so that it gets there.
+        min_prefill_tokens: of prompts, run even when `target_step_s` is passed, so that they get there.
         max_queue: requests waiting for the first time.
         max_queue_tokens: prompt tokens of these together; None = no limit.
         max_queue_s: estimated wait beyond which a request is refused, and true wait after which it ends; None = no limit.

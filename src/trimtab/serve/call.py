@@ -28,6 +28,7 @@ class Call:
         tenant: whose key it is.
         arrived: `time.monotonic()`.
         log: fields of the access log; holds names and numbers, never text of the client's.
+        token_at: engine's time of the token that the next piece of the stream brings; None = it brings none.
         leaves: the reason the engine is told when the answer ends early.
     """
 
@@ -39,6 +40,7 @@ class Call:
         self.arrived = time.monotonic()
         self.tenant: Tenant = tenant  # type: ignore[assignment]  # set once the key is known
         self.log: dict[str, Any] = {}
+        self.token_at: float | None = None
         self.leaves: CancelReason = "disconnect"
         self.path_params: dict[str, str] = scope.get("path_params", {})
 

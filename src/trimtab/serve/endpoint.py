@@ -134,6 +134,9 @@ class Endpoint:
         try:
             async with asyncio.timeout(self._front.config.slow_reader_s):
                 await answer.part(part)
+            if (at_s := call.token_at) is not None:
+                call.token_at = None
+                self._front.metrics.delay.labels(call.log["model"]).observe(time.monotonic() - at_s)
         except TimeoutError:
             call.log["code"] = call.leaves = "slow_reader"
             answer.abort()

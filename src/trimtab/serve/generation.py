@@ -163,6 +163,7 @@ class Generation:
         metrics, label = self._front.metrics, self._model.id
         count = len(piece.ids)
         self.new_tokens += count
+        self._call.token_at = at_s if count else None
         if count:
             if self._first:
                 self._first = False

@@ -328,7 +328,7 @@ class Admitted(Message, frozen=True, kw_only=True):
 
 
 class Tokens(Message, frozen=True):
-    """What one step made, for all requests at once."""
+    """What one step made, for all requests at once; `at_s` is when the last of it was drawn."""
 
     pieces: tuple[Piece, ...]
     at_s: float
@@ -403,7 +403,14 @@ class Failed(Message, frozen=True):
 
 
 class Stats(Message, frozen=True, kw_only=True):
-    """State and counters since the start of the engine; sent at least once a second, also when idle."""
+    """State and counters since the start of the engine; sent at least once a second, also when idle.
+
+    Attributes:
+        step_s, predicted_step_s: steps, from their plan to their last token.
+        busy_s: turns of the loop that ran a step, messages in and out included; what it is more than `pass_s` is Python.
+        pass_s: passes through models, as the engine calls them.
+        native_s: the part of it in the native program's own code; the rest arranges pages.
+    """
 
     at_s: float
     running: int = 0
@@ -423,6 +430,9 @@ class Stats(Message, frozen=True, kw_only=True):
     predicted_step_s: float = 0.0
     energy_j: float = 0.0
     tokens_per_s: float = 0.0
+    busy_s: float = 0.0
+    pass_s: float = 0.0
+    native_s: float = 0.0
 
 
 class Stopped(Message, frozen=True):
