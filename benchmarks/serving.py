@@ -116,17 +116,22 @@ class Bench:
         longs: list[float] = []
         flags = [*self.flags(), "--step-ms", f"{self.options.step_ms:g}"]
         with trimtab_server(MODEL, flags) as server:
+            before = asyncio.run(samples(server.port))
             for turn in range(self.options.rounds):
                 shorts, long = asyncio.run(self._beside(server.port, turn))
                 longs.append(long.ttft_s)
                 inside += [each.ttft_s for each in shorts if each.started + each.ttft_s < long.started + long.ttft_s]
+            time.sleep(1.3)
+            after = asyncio.run(samples(server.port))
+        step = grown(before, after, "trimtab_step_seconds_total") / grown(before, after, "trimtab_steps_total")
         worst = quantiles([value / budget for value in inside])
-        found = {"step_ms": self.options.step_ms, "long_ttft_s": longs, "ttft_budgets": worst, "requests": len(inside)}
+        found = {"step_ms": self.options.step_ms, "long_ttft_s": longs, "step_s": step, "ttft_budgets": worst, "requests": len(inside)}
         rows = [
             row(f"median of {len(inside)} requests", f"{worst.get('p50', 0):.2f} budgets", "", None),
             row("p90", f"{worst.get('p90', 0):.2f} budgets", "", None),
             row("worst", f"{worst.get('max', 0):.2f} budgets", "at most 3", bool(inside) and worst["max"] <= 3),
             row("first token of the long prompt itself, median", f"{float(np.median(longs)):.1f} s", "", None),
+            row("a step, mean", f"{1e3 * step:.0f} ms", "", None),
         ]
         return found | {"rows": rows}
 

@@ -118,6 +118,19 @@ def test_a_short_prompt_passes_a_long_one_that_keeps_half_of_every_step() -> Non
         assert sum(row.count for row in work.rows if row.seq == 0) >= work.load.n_prefill // 2 > 0
 
 
+def test_steps_that_take_longer_than_predicted_become_shorter() -> None:
+    def prompts(slower: float) -> list[int]:
+        scheduler = make(target_step_s=0.101, seconds=seconds, prefix_cache=False, max_step_tokens=64, capacity=10**6)
+        executor = ModelledExecutor(lambda *load: slower * seconds(*load), lengths(lambda *_: 4))
+        scheduler.submit(ask("a", 600, max_tokens=4), 0.0)
+        works, _ = drive(scheduler, executor, 30)
+        return [work.load.n_prefill for work in works]
+
+    exact, slow = prompts(1.0), prompts(3.0)
+    assert set(exact[:20]) == {exact[0]}
+    assert slow[0] == exact[0] and abs(slow[25] - exact[0] / 3) <= 1
+
+
 def test_rows_of_an_answer_do_not_depend_on_others() -> None:
     def answer_rows(others: int) -> list[tuple[int, int]]:
         scheduler, executor = make(max_running=8), model(6)

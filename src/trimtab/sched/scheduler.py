@@ -25,6 +25,8 @@ from trimtab.sched.work import Fork, Load, MarkPrefix, Outcome, Row, Start, Step
 
 #: So many prompts at least are on their way together, where there are bytes and sequences for them.
 _PROMPTS = 4
+#: How far the seconds of steps are believed to differ from the cost function, and the weight of the newest step.
+_PACE, _PACE_SHARE = (0.5, 8.0), 0.25
 
 
 @dataclasses.dataclass(slots=True)
@@ -96,6 +98,7 @@ class Scheduler:
         self._cleared: list[int] = []
         self._in_flight: StepWork | None = None
         self._now = 0.0
+        self._pace = 1.0  # measured over predicted seconds of late steps with prompts
         self._draining = False
 
     # Requests come and go.
@@ -373,7 +376,8 @@ class Scheduler:
                     context += done + 1
                 else:
                     prompts.append(seq)
-        budget = StepBudget(config.max_step_tokens, config.target_step_s, self._seconds, config.min_prefill_tokens)
+        target = None if config.target_step_s is None else config.target_step_s / self._pace
+        budget = StepBudget(config.max_step_tokens, target, self._seconds, config.min_prefill_tokens)
         budget.decode, budget.context = len(rows), context
         for seq, most in self._shares(prompts, budget):
             group, first = seq.group, seq.computed
@@ -493,6 +497,11 @@ class Scheduler:
         counters.prefill_tokens += work.load.n_prefill
         counters.decode_tokens += work.load.n_decode
         self._rate.ran(work.tokens, outcome.seconds)
+        if self._seconds is not None and work.load.n_prefill and outcome.seconds > 0:
+            # The cost function was fitted once; a machine that is busier now, or a longer context, shows here.
+            low, high = _PACE
+            ratio = outcome.seconds / max(self._seconds(*work.load), 1e-9)
+            self._pace += _PACE_SHARE * (min(max(ratio, low), high) - self._pace)
         if outcome.held_bytes is not None:
             counters.kv_held_bytes = outcome.held_bytes
             counters.overruns += outcome.held_bytes > self.kv.used

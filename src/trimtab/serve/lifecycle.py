@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -93,6 +94,8 @@ class Service:
             ready = await self.front.engine.start()
             for info in ready.models:
                 await self.front.texts(info.base)
+            gc.collect()
+            gc.freeze()  # collections while streams run look at what requests have left, not at modules and tokenizers
             if started is not None:
                 started(ready)
             await serving

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import traceback
 
@@ -28,6 +29,8 @@ def main(channel: BlockingChannel) -> int:
         use_isa(first.isa)
         loop = Loop(channel, first)
         ready = loop.load()
+        gc.collect()
+        gc.freeze()  # what was loaded stays: later collections need not look at it
     except TrimtabError as error:
         return _stop(channel, str(error), REFUSED)
     except Exception as error:
