@@ -13,8 +13,8 @@ from trimtab.spec.model import ModelSpec
 
 #: New tokens whose bytes are reserved when a request starts; more are found as it goes, or another is sent back.
 _RESERVE = 128
-#: Prompt tokens of the first prompt in line that a step runs whatever it takes.
-_LEAST_PROMPT = 64
+#: Prompt tokens that a step runs whatever they take.
+_LEAST_PROMPT = 32
 
 
 def scheduler_config(start: Start, spec: ModelSpec, *, plain: bool) -> SchedulerConfig:
