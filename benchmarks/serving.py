@@ -51,7 +51,7 @@ MODEL = "smollm2-135m"
 #: Limits of a request that counts as served well, and the share of requests that must.
 TTFT_S, TPOT_S, SHARE = 2.0, 0.1, 0.95
 #: What each contestant may be set to; the best of three counts.
-OURS = ("--step-ms 50", "--step-ms 100", "--step-ms 25 --max-sequences 32")
+OURS = ("--step-ms 50", "--step-ms 80 --answer-ms 60", "--step-ms 100 --answer-ms 80")
 THEIRS = ("-b 2048 -ub 512", "-b 512 -ub 128", "-b 2048 -ub 512 -ctk f16 -ctv f16 -fa on")
 
 
@@ -96,7 +96,7 @@ class Bench:
         prefill = max(each["figures"]["prefill_tokens_per_s"]["value"] for each in told)
         found: dict[str, Any] = {"threads": threads, "prefill_tokens_per_s": prefill, "rows": []}
         found["rows"].append(row("prefill of 512 tokens, trimtab run, best of 3", f"{prefill:.0f} tokens/s", "", None))
-        with trimtab_server(MODEL, self.flags()) as server:
+        with trimtab_server(MODEL, [*self.flags(), "--answer-ms", "0"]) as server:
             for streams in self.options.streams:
                 jobs = [Job(0.0, self.texts.prompt(32), self.options.gen) for _ in range(streams)]
                 answers = asyncio.run(play(server.port, jobs, MODEL))
@@ -157,7 +157,7 @@ class Bench:
         title(f"From the engine's token to the write into the socket, {streams} streams")
         found: dict[str, Any] = {"streams": streams, "rows": []}
         for threads in (1, 2):
-            with trimtab_server(MODEL, self.flags(threads)) as server:
+            with trimtab_server(MODEL, [*self.flags(threads), "--answer-ms", "0"]) as server:
                 before, after = self._around(server.port, streams, gen)
             name = "trimtab_stream_delay_seconds"
             bounds = {share: histogram_quantile(before, after, name, share)[0] for share in (0.5, 0.9, 0.99, 0.999)}

@@ -34,6 +34,8 @@ from serving_client import (
 
 #: Gauges that are zero when nothing runs. The cache keeps prefixes, so its share is not among them.
 GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "trimtab_requests_paused")
+#: Cache of the server that is overloaded, and the tokens it holds.
+KV, KV_TOKENS = "512MiB", 11_700
 Row = Callable[[str, str, str, "bool | None"], dict[str, Any]]
 
 
@@ -60,26 +62,29 @@ def overload(bench: Any, row: Row, title: Callable[[str], None]) -> dict[str, An
     """Far more than can be served, for a while."""
     options = bench.options
     rate = options.rate or known_rate(options)
-    seconds, flags = options.seconds, bench.flags()
+    # A cache of this size is full after the warm-up; memory that grows then has another reason.
+    seconds, flags = options.seconds, ["--kv-bytes", KV, *bench.flags()]
     title(f"{options.times:g} times {rate:.2f} requests/s for {seconds:g} s ({' '.join(flags)})")
     times = poisson(options.times * rate, seconds, options.seed + 3)
     jobs = mixed_jobs(bench.texts, times, options.seed + 3)
     with trimtab_server(bench_model(bench), flags) as server:
-        answers, memory, gauges = asyncio.run(_overload(server, jobs, bench_model(bench)))
+        answers, memory, gauges = asyncio.run(_overload(server, jobs, bench.texts, bench_model(bench)))
     statuses = Counter(answer.status for answer in answers)
     taken = [a for a in answers if a.status == 200]
     whole = [a for a in taken if a.done and a.tokens]
     told = [a for a in answers if a.status == 429]
+    late = [a for a in taken if a.error and not a.done]  # a comment had gone out while it waited, so the refusal is an event
+    lost = [a for a in answers if not a.status or (a.status == 200 and not a.done and not a.error)]
     tpot = [a.tpot_s for a in whole if a.tokens > 1]
     p90 = float(np.quantile(tpot, 0.9)) if tpot else float("inf")
     settled = [sum(each) for at, *each in memory if at >= seconds / 4]
     flat = max(settled) / min(settled) - 1 if settled else float("inf")
     other = {status: count for status, count in statuses.items() if status not in (200, 429)}
     rows = [
-        row(f"{len(answers)} requests: answered {len(whole)}, 429 {len(told)}, others", f"{other or 'none'}", "none", not other and len(whole) == len(taken)),
+        row(f"{len(answers)} requests: answered {len(whole)}, 429 {len(told)}, others", f"{other or 'none'}", "none", not other),
+        row("told in the stream that the wait was too long, after 10 s of comments", f"{len(late)}", "", None),
         row("429 without Retry-After", f"{sum(not a.retry_after for a in told)}", "none", all(a.retry_after for a in told)),
-        row("hanging", f"{sum(not a.status or (a.status == 200 and not a.done) for a in answers)}", "none",
-            all(a.done for a in answers)),
+        row("hanging or broken off", f"{len(lost)}", "none", not lost),
         row("resident memory, front and engine, largest over smallest after a quarter", f"{flat:+.1%}", "within 5 %", flat <= 0.05),
         row("TPOT of answered ones, p90", f"{1e3 * p90:.0f} ms", "at most 100 ms", p90 <= 0.1),
         row("gauges afterwards", ", ".join(f"{v:g}" for v in gauges.values()) or "?", "0, 0, 0", bool(gauges) and not any(gauges.values())),
@@ -87,12 +92,13 @@ def overload(bench: Any, row: Row, title: Callable[[str], None]) -> dict[str, An
     return {
         "rate": rate, "times": options.times, "seconds": seconds, "flags": flags, "statuses": {str(k): v for k, v in statuses.items()},
         "tpot_p90_s": p90, "rss_growth": flat, "memory": memory, "gauges": gauges, "rows": rows,
-        "errors": sorted({a.error for a in answers if a.status not in (200, 429)})[:10],
+        "errors": sorted({a.error for a in answers if a.error and a.status != 429})[:10],
     }  # fmt: skip
 
 
-async def _overload(server: Server, jobs: list[Job], model: str) -> tuple[list[Answer], list[tuple[float, int, int]], dict]:
-    # The cache fills in the first seconds of any load; what grows after that does not stop.
+async def _overload(server: Server, jobs: list[Job], texts: Any, model: str) -> tuple[list[Answer], list[tuple[float, int, int]], dict]:
+    for _ in range(KV_TOKENS * 5 // 4 // 4000):
+        await play(server.port, [Job(0.0, texts.prompt(1000), 4) for _ in range(4)], model)
     await play(server.port, [Job(0.0, job.prompt, job.max_tokens) for job in jobs[:16]], model)
     memory: list[tuple[float, int, int]] = []
     begun = time.monotonic()

@@ -118,6 +118,24 @@ def test_a_short_prompt_passes_a_long_one_that_keeps_half_of_every_step() -> Non
         assert sum(row.count for row in work.rows if row.seq == 0) >= work.load.n_prefill // 2 > 0
 
 
+@pytest.mark.parametrize(("slower", "together"), [(1.0, 8), (2.0, 4)])
+def test_requests_wait_rather_than_make_answers_slow(slower: float, together: int) -> None:
+    scheduler = make(
+        answer_step_s=0.0085, seconds=seconds, max_running=12, max_step_tokens=64, capacity=10**6, prefix_cache=False
+    )
+    executor = ModelledExecutor(lambda *load: slower * seconds(*load), lengths(lambda *_: 40))
+    for name in range(30):
+        scheduler.submit(ask(f"r{name}", 4, max_tokens=40), 0.0)
+    works, ended = drive(scheduler, executor)
+    assert len(ended) == 30  # all of them in the end
+    assert max(len(work.rows) for work in works) == 8  # 1 ms an answer; what is slower is known once it has been measured
+    assert max(len(work.rows) for work in works[60:]) == together
+
+    alone = make(answer_step_s=1e-6, seconds=seconds)
+    alone.submit(ask("a"), 0.0)
+    assert rows(alone.step(0.0))
+
+
 def test_steps_that_take_longer_than_predicted_become_shorter() -> None:
     def prompts(slower: float) -> list[int]:
         scheduler = make(target_step_s=0.101, seconds=seconds, prefix_cache=False, max_step_tokens=64, capacity=10**6)

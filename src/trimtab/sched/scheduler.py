@@ -73,9 +73,9 @@ class Scheduler:
         tokens_per_s: float | None = None,
         trace: Trace | None = None,
     ) -> None:
-        if config.target_step_s is not None and seconds is None:
+        if not (config.target_step_s is None and config.answer_step_s is None) and seconds is None:
             raise SpecError(
-                f"target_step_s={config.target_step_s} needs to know what a step takes. Hand in "
+                f"target_step_s={config.target_step_s} answer_step_s={config.answer_step_s} needs to know what a step takes. Hand in "
                 "seconds(n_prefill, prefill_context, n_decode, context_sum), or leave the target out."
             )
         self.config, self.trace = config, trace
@@ -98,7 +98,7 @@ class Scheduler:
         self._cleared: list[int] = []
         self._in_flight: StepWork | None = None
         self._now = 0.0
-        self._pace = 1.0  # measured over predicted seconds of late steps with prompts
+        self._pace = self._answer_pace = 1.0  # measured over predicted seconds of late steps with prompts, and without
         self._draining = False
 
     # Requests come and go.
@@ -336,9 +336,20 @@ class Scheduler:
         )
         # The first that does not fit ends it: were others let past, it could wait for ever.
         while left > 0 and (group := self._queue.peek()) is not None:
-            if self._slots + len(group.unfinished) > config.max_running or not self._start(group, draft):
+            if self._slots + len(group.unfinished) > config.max_running or self._too_slow_with(group):
+                return
+            if not self._start(group, draft):
                 return
             left -= min(group.goal(group.running[0]) - group.running[0].computed, most)
+
+    def _too_slow_with(self, group: Group) -> bool:
+        """Whether answers would come slower than they may, with one request more."""
+        limit = self.config.answer_step_s
+        if limit is None or self._seconds is None or not self._running:
+            return False
+        context = sum(seq.total for other in self._running.values() for seq in other.running)
+        new = len(group.unfinished)
+        return self._answer_pace * self._seconds(0, 0, self._slots + new, context + new * group.prompt) > limit
 
     def _start(self, group: Group, draft: _Draft) -> bool:
         if not self._admission.start(group, draft.release):
@@ -497,11 +508,14 @@ class Scheduler:
         counters.prefill_tokens += work.load.n_prefill
         counters.decode_tokens += work.load.n_decode
         self._rate.ran(work.tokens, outcome.seconds)
-        if self._seconds is not None and work.load.n_prefill and outcome.seconds > 0:
+        if self._seconds is not None and work.rows and outcome.seconds > 0:
             # The cost function was fitted once; a machine that is busier now, or a longer context, shows here.
             low, high = _PACE
-            ratio = outcome.seconds / max(self._seconds(*work.load), 1e-9)
-            self._pace += _PACE_SHARE * (min(max(ratio, low), high) - self._pace)
+            ratio = min(max(outcome.seconds / max(self._seconds(*work.load), 1e-9), low), high)
+            if work.load.n_prefill:
+                self._pace += _PACE_SHARE * (ratio - self._pace)
+            else:
+                self._answer_pace += _PACE_SHARE * (ratio - self._answer_pace)
         if outcome.held_bytes is not None:
             counters.kv_held_bytes = outcome.held_bytes
             counters.overruns += outcome.held_bytes > self.kv.used

@@ -185,11 +185,12 @@ class Start(Message, frozen=True, kw_only=True):
 
     Attributes:
         models: ids, the first is the default; all share their base's buffers.
-        kv_bytes: room for the cache; 0 = what is free, less a reserve.
+        kv_bytes: room for the cache; 0 = what `max_sequences` of full context need, at most half of what is free.
         threads: of the model; 0 = all this process may use.
         isa: ``auto`` or an instruction set.
         dtype, kv_dtype: as in ``trimtab run``.
         step_ms: longest step aimed at: bounds how much prompt is mixed into decoding.
+        answer_ms: a step of answers alone beyond which requests wait rather than make all slower; 0 = no limit.
         step_tokens: token budget of one step; 0 = from `step_ms` and the machine's calibration.
         max_sequences: rows of a step; 0 = as many as fit.
         max_queue, max_queue_tokens: requests and prompt tokens waiting; beyond, Refused with 429.
@@ -217,6 +218,7 @@ class Start(Message, frozen=True, kw_only=True):
     fairness: bool
     deterministic: bool
     tokenizer: str
+    answer_ms: float = 0.0
 
 
 class Submit(Message, frozen=True, kw_only=True):

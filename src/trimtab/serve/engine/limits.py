@@ -31,6 +31,7 @@ def scheduler_config(start: Start, spec: ModelSpec, *, plain: bool) -> Scheduler
         max_running=rows,
         max_step_tokens=max(start.step_tokens or STEP_TOKENS, rows),
         target_step_s=None if start.step_tokens else start.step_ms / 1000,
+        answer_step_s=start.answer_ms / 1000 if start.answer_ms else None,
         min_prefill_tokens=_LEAST_PROMPT,
         max_queue=start.max_queue,
         max_queue_tokens=start.max_queue_tokens,
