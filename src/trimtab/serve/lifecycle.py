@@ -102,6 +102,7 @@ class Service:
             if self._draining is not None:
                 await self._draining
         finally:
+            gc.unfreeze()
             self.server.should_exit = True
             await self.front.engine.stop()
             with contextlib.suppress(asyncio.CancelledError):

@@ -46,6 +46,8 @@ def main(channel: BlockingChannel) -> int:
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
         return _stop(channel, f"The engine broke: {type(error).__name__}: {error}", BROKE)
+    finally:
+        gc.unfreeze()
 
 
 def _stop(channel: BlockingChannel, reason: str, code: int) -> int:
