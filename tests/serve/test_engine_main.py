@@ -12,10 +12,13 @@ import pytest
 
 from tests.serve.conftest import TEMPLATE, tiny_backend
 from tests.serve.engines import write_model
+from trimtab.runtime.engine.bounds import bound_bytes
 from trimtab.serve import messages as m
 from trimtab.serve.channel import BlockingChannel
 from trimtab.serve.config import ServeConfig
 from trimtab.serve.engine.main import main
+from trimtab.serve.engine.memory import plan_memory
+from trimtab.serve.engine.models import Models
 
 
 class Pair:
@@ -90,6 +93,40 @@ def test_models_come_and_go_and_a_drain_ends_it(folder: Path) -> None:
     assert stats.code == 0
     pair.join()
     assert pair.code == 0
+
+
+def test_the_cache_takes_what_it_may_need_and_half_of_what_is_free_at_most(folder: Path) -> None:
+    name = str(folder)
+    start = ServeConfig(models=(name,), threads=1, max_sequences=8).start()
+    served = [Models(start).load(name)]
+    needed = 8 * bound_bytes(served[0].runner.spec)(2048)
+    plenty = plan_memory(start, served, 100 * needed)
+    assert plenty.kv_bytes == needed and plenty.full_contexts == 8
+    little = plan_memory(start, served, needed)
+    assert little.kv_bytes == (needed - little.workspace_bytes) // 2
+    two = plan_memory(start, served * 2, 100 * needed)
+    assert two.kv_bytes == 2 * needed  # as much for every id
+    asked = plan_memory(ServeConfig(models=(name,), kv_bytes=12345678).start(), served, needed)
+    assert asked.kv_bytes == 12345678
+
+
+def test_the_loop_counts_its_time_and_that_of_passes(folder: Path) -> None:
+    name = str(folder)
+    pair = Pair(ServeConfig(models=(name,), kv_bytes=32 << 20, threads=1).start())
+    pair.until(m.Ready)
+    drawn = m.Sampling(max_tokens=200, temperature=0.0, ignore_eos=True)
+    began = time.monotonic()
+    pair.channel.send(m.Submit(id="a", model=name, prompt=(1, 2, 3), sampling=drawn))
+    pair.until(m.Finished, "a")
+    pair.channel.send(m.Drain(0.0))
+    spent = time.monotonic() - began
+    pair.until(m.Stopped)
+    stats = [said for said in pair.said if isinstance(said, m.Stats)][-1]
+    assert stats.steps == 200
+    assert 0 < stats.native_s < stats.pass_s < stats.step_s < stats.busy_s < spent
+    tokens = [said for said in pair.said if isinstance(said, m.Tokens)]
+    assert began < tokens[0].at_s <= tokens[-1].at_s < began + spent
+    pair.join()
 
 
 def test_a_held_request_costs_no_time(folder: Path) -> None:

@@ -291,8 +291,28 @@ def test_metrics_have_vllms_names_and_predictions_beside_measurements(start: Any
     assert samples[f'vllm:request_success_total{{finished_reason="stop",{label}}}'] == "1.0"
     assert samples[f"vllm:num_requests_running{{{label}}}"] == "0.0"
     assert samples[f"vllm:kv_cache_usage_perc{{{label}}}"] == "0.0"
+    assert f"trimtab_stream_delay_seconds_count{{{label}}}" not in samples or (
+        samples[f"trimtab_stream_delay_seconds_count{{{label}}}"] == "0.0"  # neither answer was a stream
+    )
     for what in ("first_token", "request"):
         assert samples[f'trimtab_predicted_seconds_count{{{label},quantity="{what}"}}'] == "1.0"
     assert samples[f'trimtab_predicted_seconds_sum{{{label},quantity="request"}}'] == "0.1"
     assert samples[f'trimtab_measured_seconds_count{{{label},quantity="first_token"}}'] == "1.0"
     assert samples['trimtab_requests_rejected_total{code="invalid_value",status="400"}'] == "1.0"
+
+
+def test_the_delay_of_every_written_token_is_metered(start: Any, order: Any) -> None:
+    server = start()
+    with server.client() as client:
+        began = time.monotonic()
+        body = {"model": "tiny", "messages": [{"role": "user", "content": order(say="abcdefgh", delay=0.02)}], "stream": True}
+        with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+            assert answer.read().endswith(b"[DONE]\n\n")
+        took = time.monotonic() - began
+        text = client.get("/metrics").text
+    samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    label = 'model_name="tiny"'
+    assert samples[f"trimtab_stream_delay_seconds_count{{{label}}}"] == "9.0"  # eight letters and the end token
+    assert 0 < float(samples[f"trimtab_stream_delay_seconds_sum{{{label}}}"]) < took
+    bounds = [line for line in samples if line.startswith("trimtab_stream_delay_seconds_bucket")]
+    assert any('le="0.005"' in line for line in bounds)

@@ -89,12 +89,12 @@ def test_a_target_of_seconds_limits_prompts_but_not_answers() -> None:
     scheduler.submit(ask("b", 3, max_tokens=9), 0.0)
     works, _ = drive(scheduler, executor, 4)
     assert [rows(w) for w in works] == [
-        [(0, 0, 5)],
-        [(0, 5, 5)],
-        [(0, 10, 2), (1, 0, 3)],
-        [(0, 12, 1), (1, 3, 1)],
+        [(1, 0, 2), (0, 0, 3)],
+        [(1, 2, 1), (0, 3, 4)],
+        [(1, 3, 1), (0, 7, 4)],
+        [(1, 4, 1), (0, 11, 1)],
     ]
-    assert works[2].load.n_prefill == 5
+    assert works[1].load.n_prefill == 5
 
 
 def test_a_prompt_gets_on_even_past_the_target() -> None:
@@ -102,6 +102,51 @@ def test_a_prompt_gets_on_even_past_the_target() -> None:
     scheduler.submit(ask("a", 7), 0.0)
     works, _ = drive(scheduler, executor, 4)
     assert [rows(w)[0][1:] for w in works] == [(0, 3), (3, 3), (6, 1), (7, 1)]
+
+
+def test_a_short_prompt_passes_a_long_one_that_keeps_half_of_every_step() -> None:
+    scheduler, executor = make(capacity=10**6, prefix_cache=False), model()
+    scheduler.submit(ask("long", 400), 0.0)
+    drive(scheduler, executor, 2)
+    for name in ("s1", "s2", "s3"):
+        scheduler.submit(ask(name, 12), 0.0)
+    works, _ = drive(scheduler, executor, 8)
+    firsts = {seq: at for at, work in enumerate(works) for row in work.rows for seq in row.sample if seq > 0 and row.first < 12}
+    assert firsts == {1: 1, 2: 3, 3: 4}  # each with what the answers before it leave of a half
+    for work in works:
+        assert work.load.n_prefill + work.load.n_decode == 16
+        assert sum(row.count for row in work.rows if row.seq == 0) >= work.load.n_prefill // 2 > 0
+
+
+@pytest.mark.parametrize(("slower", "together"), [(1.0, 8), (2.0, 4)])
+def test_requests_wait_rather_than_make_answers_slow(slower: float, together: int) -> None:
+    scheduler = make(
+        answer_step_s=0.0085, seconds=seconds, max_running=12, max_step_tokens=64, capacity=10**6, prefix_cache=False
+    )
+    executor = ModelledExecutor(lambda *load: slower * seconds(*load), lengths(lambda *_: 40))
+    for name in range(30):
+        scheduler.submit(ask(f"r{name}", 4, max_tokens=40), 0.0)
+    works, ended = drive(scheduler, executor)
+    assert len(ended) == 30  # all of them in the end
+    assert max(len(work.rows) for work in works) == 8  # 1 ms an answer; what is slower is known once it has been measured
+    assert max(len(work.rows) for work in works[60:]) == together
+
+    alone = make(answer_step_s=1e-6, seconds=seconds)
+    alone.submit(ask("a"), 0.0)
+    assert rows(alone.step(0.0))
+
+
+def test_steps_that_take_longer_than_predicted_become_shorter() -> None:
+    def prompts(slower: float) -> list[int]:
+        scheduler = make(target_step_s=0.101, seconds=seconds, prefix_cache=False, max_step_tokens=64, capacity=10**6)
+        executor = ModelledExecutor(lambda *load: slower * seconds(*load), lengths(lambda *_: 4))
+        scheduler.submit(ask("a", 600, max_tokens=4), 0.0)
+        works, _ = drive(scheduler, executor, 30)
+        return [work.load.n_prefill for work in works]
+
+    exact, slow = prompts(1.0), prompts(3.0)
+    assert set(exact[:20]) == {exact[0]}
+    assert slow[0] == exact[0] and abs(slow[25] - exact[0] / 3) <= 1
 
 
 def test_rows_of_an_answer_do_not_depend_on_others() -> None:

@@ -22,6 +22,7 @@ VERBS = {
     "plan": "Search for a plan under limits: machines, layouts, formats, techniques.",
     "fit": "Largest context and batch that fit a machine.",
     "run": "Generate text.",
+    "chat": "Talk with a model in the terminal.",
     "serve": "An OpenAI-compatible HTTP server, techniques as model ids.",
     "measure": "Predicted beside measured, quality included.",
     "eval": "Quality alone: text, needles, or through the cache (kv).",

@@ -56,10 +56,14 @@ def register(app: typer.Typer) -> None:
         step_ms: Annotated[
             float, typer.Option(help="Longest step aimed at: how much prompt is mixed into decoding.")
         ] = 50.0,
+        answer_ms: Annotated[
+            float,
+            typer.Option(help="Slowest step of answers alone: beyond it requests wait instead of slowing all; 0 is no limit."),
+        ] = 100.0,
         step_tokens: Annotated[int, typer.Option(help="Tokens of a step; 0 follows --step-ms.")] = 0,
         max_sequences: Annotated[int, typer.Option(help="Requests in one step; 0 is what fits.")] = 0,
         kv_bytes: Annotated[
-            str, typer.Option(help="Room for keys and values, e.g. 2GiB; 0 is what is free, less a reserve.")
+            str, typer.Option(help="Room for keys and values, e.g. 2GiB; 0 is what full contexts need, at most half of what is free.")
         ] = "0",
         dtype: Annotated[str, typer.Option(help="Weights: auto, file, float32, bfloat16 or float16.")] = "auto",
         kv_dtype: Annotated[
@@ -108,7 +112,7 @@ def register(app: typer.Typer) -> None:
             max_headers=parse_bytes(max_headers), max_connections=max_connections, header_s=header_seconds,
             body_s=body_seconds, idle_s=idle_seconds, request_s=request_seconds, slow_reader_s=slow_reader_seconds,
             stream_buffer=parse_bytes(stream_buffer), heartbeat_s=heartbeat_seconds, grace_s=grace, threads=threads,
-            step_ms=step_ms, step_tokens=step_tokens, max_sequences=max_sequences, kv_bytes=parse_bytes(kv_bytes),
+            step_ms=step_ms, answer_ms=answer_ms, step_tokens=step_tokens, max_sequences=max_sequences, kv_bytes=parse_bytes(kv_bytes),
             dtype=dtype, kv_dtype=kv_dtype, isa=isa, prefix_cache=prefix_cache, fairness=fairness,
             deterministic=deterministic,
         )  # fmt: skip

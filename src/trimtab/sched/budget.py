@@ -15,7 +15,7 @@ class StepBudget:
         tokens: of the step at most.
         target_s: seconds prompts may fill it up to; None = tokens alone count.
         seconds: cost function, needed with a target.
-        least: tokens of the first prompt that are run whatever they take.
+        least: tokens of prompts that are run whatever they take.
     """
 
     __slots__ = ("context", "decode", "least", "prefill", "prefill_context", "seconds", "target_s", "tokens")
@@ -30,7 +30,7 @@ class StepBudget:
         most = min(left, self.tokens - self.prefill - self.decode)
         if most <= 0 or self.target_s is None or self.seconds is None:
             return max(most, 0)
-        low, high = (0 if self.prefill else min(most, self.least)), most
+        low, high = min(most, max(self.least - self.prefill, 0)), most
         while low < high:
             middle = (low + high + 1) // 2
             if self._seconds_with(first, middle) <= self.target_s:

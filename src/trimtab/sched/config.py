@@ -18,7 +18,9 @@ class SchedulerConfig:
         max_step_tokens: tokens of a step at most; at least `max_running`, so that every answer goes on in every step.
         target_step_s: seconds of a step that prompts may fill it up to, by the cost function handed to the scheduler; None =
             tokens alone count. Answers always go on, whatever they take.
-        min_prefill_tokens: of the first prompt in line, run even when `target_step_s` is passed, so that it gets there.
+        answer_step_s: seconds of a step without prompts, by the cost function, beyond which no further request is started; None = no
+            limit. One request runs whatever it takes.
+        min_prefill_tokens: of prompts, run even when `target_step_s` is passed, so that they get there.
         max_queue: requests waiting for the first time.
         max_queue_tokens: prompt tokens of these together; None = no limit.
         max_queue_s: estimated wait beyond which a request is refused, and true wait after which it ends; None = no limit.
@@ -41,6 +43,7 @@ class SchedulerConfig:
     max_running: int = 64
     max_step_tokens: int = 512
     target_step_s: float | None = None
+    answer_step_s: float | None = None
     min_prefill_tokens: int = 1
     max_queue: int = 256
     max_queue_tokens: int | None = None
@@ -67,6 +70,7 @@ class SchedulerConfig:
                 ("max_running", whole(self.max_running, 1), count, "64"),
                 ("max_step_tokens", whole(self.max_step_tokens, 1), count, "512"),
                 ("target_step_s", _optional(self.target_step_s, positive), "None or seconds above 0", "0.05"),
+                ("answer_step_s", _optional(self.answer_step_s, positive), "None or seconds above 0", "0.1"),
                 ("min_prefill_tokens", whole(self.min_prefill_tokens, 1), count, "1"),
                 ("max_queue", whole(self.max_queue, 0), more, "256"),
                 (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
+from collections.abc import Iterator
 
 from trimtab.errors import SpecError, TrimtabError
 from trimtab.sched.admission import Admission
@@ -20,6 +21,12 @@ from trimtab.sched.request import Admitted, Ended, Refusal, Request
 from trimtab.sched.throughput import Throughput
 from trimtab.sched.trace import Cancelled, Cleared, Committed, Drained, Paused, Stepped, Submitted, Trace
 from trimtab.sched.work import Fork, Load, MarkPrefix, Outcome, Row, Start, StepWork
+
+
+#: So many prompts at least are on their way together, where there are bytes and sequences for them.
+_PROMPTS = 4
+#: How far the seconds of steps are believed to differ from the cost function, and the weight of the newest step.
+_PACE, _PACE_SHARE = (0.5, 8.0), 0.25
 
 
 @dataclasses.dataclass(slots=True)
@@ -66,9 +73,9 @@ class Scheduler:
         tokens_per_s: float | None = None,
         trace: Trace | None = None,
     ) -> None:
-        if config.target_step_s is not None and seconds is None:
+        if not (config.target_step_s is None and config.answer_step_s is None) and seconds is None:
             raise SpecError(
-                f"target_step_s={config.target_step_s} needs to know what a step takes. Hand in "
+                f"target_step_s={config.target_step_s} answer_step_s={config.answer_step_s} needs to know what a step takes. Hand in "
                 "seconds(n_prefill, prefill_context, n_decode, context_sum), or leave the target out."
             )
         self.config, self.trace = config, trace
@@ -91,6 +98,7 @@ class Scheduler:
         self._cleared: list[int] = []
         self._in_flight: StepWork | None = None
         self._now = 0.0
+        self._pace = self._answer_pace = 1.0  # measured over predicted seconds of late steps with prompts, and without
         self._draining = False
 
     # Requests come and go.
@@ -315,18 +323,33 @@ class Scheduler:
         return sent_back
 
     def _admit(self, draft: _Draft) -> None:
-        """Start requests in the order of the queue while bytes, sequences and tokens of the step are left."""
+        """Start requests in the order of the queue while bytes, sequences and tokens of the step are left.
+
+        A long prompt counts as a part of a step only, so that short ones behind it start while it runs.
+        """
         config = self.config
         if not len(self._queue) or self._slots >= config.max_running:
             return
+        most = max(config.max_step_tokens // _PROMPTS, 1)
         left = config.max_step_tokens - sum(
-            group.goal(seq) - seq.computed for group in self._running.values() for seq in group.running
+            min(group.goal(seq) - seq.computed, most) for group in self._running.values() for seq in group.running
         )
         # The first that does not fit ends it: were others let past, it could wait for ever.
         while left > 0 and (group := self._queue.peek()) is not None:
-            if self._slots + len(group.unfinished) > config.max_running or not self._start(group, draft):
+            if self._slots + len(group.unfinished) > config.max_running or self._too_slow_with(group):
                 return
-            left -= group.goal(group.running[0]) - group.running[0].computed
+            if not self._start(group, draft):
+                return
+            left -= min(group.goal(group.running[0]) - group.running[0].computed, most)
+
+    def _too_slow_with(self, group: Group) -> bool:
+        """Whether answers would come slower than they may, with one request more."""
+        limit = self.config.answer_step_s
+        if limit is None or self._seconds is None or not self._running:
+            return False
+        context = sum(seq.total for other in self._running.values() for seq in other.running)
+        new = len(group.unfinished)
+        return self._answer_pace * self._seconds(0, 0, self._slots + new, context + new * group.prompt) > limit
 
     def _start(self, group: Group, draft: _Draft) -> bool:
         if not self._admission.start(group, draft.release):
@@ -344,7 +367,11 @@ class Scheduler:
         return True
 
     def _rows(self) -> tuple[list[Row], Load]:
-        """A token for every answer, then prompts in the order they started while the budget lasts."""
+        """A token for every answer, then prompts while the budget lasts.
+
+        Shorter prompts may take half of what the oldest could; the rest goes to prompts in the order they started. So a short one
+        is done in a few steps whatever it came behind, and a long one takes twice as long at most.
+        """
         config = self.config
         rows: list[Row] = []
         prompts: list[Sequence] = []
@@ -360,17 +387,34 @@ class Scheduler:
                     context += done + 1
                 else:
                     prompts.append(seq)
-        budget = StepBudget(config.max_step_tokens, config.target_step_s, self._seconds, config.min_prefill_tokens)
+        target = None if config.target_step_s is None else config.target_step_s / self._pace
+        budget = StepBudget(config.max_step_tokens, target, self._seconds, config.min_prefill_tokens)
         budget.decode, budget.context = len(rows), context
-        for seq in prompts:
+        for seq, most in self._shares(prompts, budget):
             group, first = seq.group, seq.computed
             goal = group.goal(seq)
-            count = self._admission.row_tokens(group, first, budget.take_prompt(first, goal - first))
-            if not count:
-                break
-            budget.spend(first, count)
-            rows.append(Row(seq.id, first, count, self._samples(group, seq) if first + count == goal else ()))
+            count = self._admission.row_tokens(group, first, budget.take_prompt(first, most))
+            if count:
+                budget.spend(first, count)
+                rows.append(Row(seq.id, first, count, self._samples(group, seq) if first + count == goal else ()))
         return rows, Load(budget.prefill, budget.prefill_context, budget.decode, budget.context)
+
+    def _shares(self, prompts: list[Sequence], budget: StepBudget) -> Iterator[tuple[Sequence, int]]:
+        """Prompts in the order they get tokens of a step, and how many each may have."""
+        left = [seq.group.goal(seq) - seq.computed for seq in prompts]
+        ahead: set[int] = set()
+        if len(prompts) > 1:
+            half = budget.take_prompt(prompts[0].computed, left[0]) // 2
+            for index in sorted(range(1, len(prompts)), key=left.__getitem__):
+                if left[index] >= left[0] or not half:
+                    break
+                most = min(left[index], half)
+                half -= most
+                ahead.add(index)
+                yield prompts[index], most
+        for index, seq in enumerate(prompts):
+            if index not in ahead:
+                yield seq, left[index]
 
     def _samples(self, group: Group, seq: Sequence) -> tuple[int, ...]:
         """Who gets a token after all that is known has been run: nobody where a prompt is only run again to be forked."""
@@ -464,6 +508,14 @@ class Scheduler:
         counters.prefill_tokens += work.load.n_prefill
         counters.decode_tokens += work.load.n_decode
         self._rate.ran(work.tokens, outcome.seconds)
+        if self._seconds is not None and work.rows and outcome.seconds > 0:
+            # The cost function was fitted once; a machine that is busier now, or a longer context, shows here.
+            low, high = _PACE
+            ratio = min(max(outcome.seconds / max(self._seconds(*work.load), 1e-9), low), high)
+            if work.load.n_prefill:
+                self._pace += _PACE_SHARE * (ratio - self._pace)
+            else:
+                self._answer_pace += _PACE_SHARE * (ratio - self._answer_pace)
         if outcome.held_bytes is not None:
             counters.kv_held_bytes = outcome.held_bytes
             counters.overruns += outcome.held_bytes > self.kv.used

@@ -7,6 +7,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -28,6 +29,8 @@ class Call:
         tenant: whose key it is.
         arrived: `time.monotonic()`.
         log: fields of the access log; holds names and numbers, never text of the client's.
+        token_at: engine's time of the token that the next piece of the stream brings; None = it brings none.
+        written: told, when that piece has been written, how many seconds later that was.
         leaves: the reason the engine is told when the answer ends early.
     """
 
@@ -39,6 +42,8 @@ class Call:
         self.arrived = time.monotonic()
         self.tenant: Tenant = tenant  # type: ignore[assignment]  # set once the key is known
         self.log: dict[str, Any] = {}
+        self.token_at: float | None = None
+        self.written: Callable[[float], None] = _nobody
         self.leaves: CancelReason = "disconnect"
         self.path_params: dict[str, str] = scope.get("path_params", {})
 
@@ -120,6 +125,10 @@ async def read_body(call: Call, receive: Receive, limit: int, seconds: float, bu
     if not body:
         raise bad("The body is empty. Send one JSON object.", code="invalid_json")
     return bytes(body)
+
+
+def _nobody(seconds: float) -> None:
+    pass
 
 
 def _too_long(limit: int) -> ApiError:

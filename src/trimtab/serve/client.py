@@ -366,7 +366,7 @@ class Engine:
 
 _COUNTERS = (
     "prefix_queries", "prefix_hits", "preemptions", "prompt_tokens", "generation_tokens", "cancelled", "steps", "step_s",
-    "predicted_step_s", "energy_j",
+    "predicted_step_s", "energy_j", "busy_s", "pass_s", "native_s",
 )  # fmt: skip
 
 

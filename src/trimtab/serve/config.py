@@ -34,7 +34,7 @@ class ServeConfig:
         grace_s: how long open requests may go on after SIGTERM.
         engine_s: longest silence of the engine before it is killed and started again.
         start_s: longest time the engine may take to load.
-        kv_bytes, threads, isa, dtype, kv_dtype, step_ms, step_tokens, max_sequences, prefix_cache, fairness, deterministic: see
+        kv_bytes, threads, isa, dtype, kv_dtype, step_ms, answer_ms, step_tokens, max_sequences, prefix_cache, fairness, deterministic: see
             `trimtab.serve.messages.Start`.
 
     Raises:
@@ -70,6 +70,7 @@ class ServeConfig:
     dtype: str = "auto"
     kv_dtype: str = "float32"
     step_ms: float = 50.0
+    answer_ms: float = 100.0
     step_tokens: int = 0
     max_sequences: int = 0
     prefix_cache: bool = True
@@ -103,7 +104,7 @@ _LEAST: dict[str, float] = {
     "port": 0, "max_queue": 1, "max_queue_tokens": 1, "max_queue_s": 0.1, "max_prompt_tokens": 0, "max_body": 1024,
     "max_headers": 1024, "max_connections": 1, "header_s": 0.1, "body_s": 0.1, "idle_s": 0.1, "request_s": 0.1,
     "slow_reader_s": 0.1, "stream_buffer": 1024, "heartbeat_s": 0.1, "grace_s": 0, "engine_s": 1, "start_s": 1,
-    "kv_bytes": 0, "threads": 0, "step_ms": 1, "step_tokens": 0, "max_sequences": 0,
+    "kv_bytes": 0, "threads": 0, "step_ms": 1, "answer_ms": 0, "step_tokens": 0, "max_sequences": 0,
 }  # fmt: skip
 
 

@@ -100,9 +100,10 @@ class Endpoint:
         beating = asyncio.create_task(self._beat(call, answer))
         try:
             # Leaving closes the generator, which tells the engine, also when this task is cancelled.
-            async with contextlib.aclosing(result.parts) as parts:
-                async for part in parts:
-                    await self._push(call, answer, part)
+            with _Patience(call, answer, self._front.config.slow_reader_s):
+                async with contextlib.aclosing(result.parts) as parts:
+                    async for part in parts:
+                        await self._push(call, answer, part)
         except (ConnectionError, asyncio.CancelledError):
             raise
         except Exception as raised:
@@ -114,7 +115,8 @@ class Endpoint:
                 error = _broke(call)
             call.log["code"] = error.code
             self._front.metrics.rejected.labels(str(error.status), error.code or "").inc()
-            await self._push(call, answer, result.failed(error))
+            with _Patience(call, answer, self._front.config.slow_reader_s):
+                await self._push(call, answer, result.failed(error))
         finally:
             beating.cancel()
         await answer.finish()
@@ -131,13 +133,37 @@ class Endpoint:
                 await asyncio.sleep(seconds)
 
     async def _push(self, call: Call, answer: _Sender, part: bytes) -> None:
-        try:
-            async with asyncio.timeout(self._front.config.slow_reader_s):
-                await answer.part(part)
-        except TimeoutError:
-            call.log["code"] = call.leaves = "slow_reader"
-            answer.abort()
-            raise ConnectionError from None
+        await answer.part(part)
+        if (at_s := call.token_at) is not None:
+            call.token_at = None
+            call.written(time.monotonic() - at_s)
+
+
+class _Patience:
+    """Drops a stream whose reader takes nothing for `seconds`: one timer for all its pieces. A context."""
+
+    def __init__(self, call: Call, answer: _Sender, seconds: float) -> None:
+        self._call, self._answer, self._seconds = call, answer, seconds
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> None:
+        self._timer = self._loop.call_later(self._seconds, self._look)
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look(self) -> None:
+        # A piece that begins to wait now is looked at before its time is over, and then exactly when it is.
+        left = self._seconds
+        if self._answer.busy:
+            left -= time.monotonic() - self._answer.begun
+        if left > 0:
+            self._timer = self._loop.call_later(left, self._look)
+            return
+        self._call.log["code"] = self._call.leaves = "slow_reader"
+        self._answer.abort()
 
 
 _EVENT_HEADERS = {
@@ -154,13 +180,14 @@ class _Sender:
         status: sent, or 0.
         started: whether headers have gone out.
         last: when something was sent, or the request came.
+        begun: when the piece that is being sent began.
         busy: a piece is being sent: its reader has yet to take what came before.
     """
 
     def __init__(self, call: Call, send: Send) -> None:
         self._call, self._raw = call, send
         self.status, self.started = 0, False
-        self.last, self.busy = call.arrived, False
+        self.last, self.busy, self.begun = call.arrived, False, call.arrived
         self._turn = asyncio.Lock()
 
     async def whole(self, status: int, body: bytes, content_type: str, headers: dict[str, str] | None = None) -> None:
@@ -172,7 +199,7 @@ class _Sender:
     async def part(self, data: bytes) -> None:
         """A piece of a stream."""
         async with self._turn:
-            self.busy = True
+            self.busy, self.begun = True, time.monotonic()
             if not self.started:
                 await self._start(200, _EVENT_HEADERS)
             await self._send({"type": "http.response.body", "body": data, "more_body": True})

@@ -86,6 +86,9 @@ class Generation:
         except BaseException:
             self._lease.end(0)
             raise
+        metrics, label = self._front.metrics, self._model.id
+        self._between = metrics.between.labels(label)
+        self._call.written = metrics.delay.labels(label).observe
         self._front.open[self._name] = (self._call.tenant.entry.name, self.cancel)
         self._call.log |= {"id": self._name, "prompt_tokens": self.prompt_tokens}
         return self
@@ -163,6 +166,7 @@ class Generation:
         metrics, label = self._front.metrics, self._model.id
         count = len(piece.ids)
         self.new_tokens += count
+        self._call.token_at = at_s if count else None
         if count:
             if self._first:
                 self._first = False
@@ -173,9 +177,8 @@ class Generation:
                     metrics.predicted.labels(label, "first_token").observe(self._predicted.predicted_first_s)
                     metrics.measured.labels(label, "first_token").observe(took)
             if choice in self._last:
-                between = metrics.between.labels(label)
                 for _ in range(count):
-                    between.observe((at_s - self._last[choice]) / count)
+                    self._between.observe((at_s - self._last[choice]) / count)
             self._last[choice] = at_s
         if piece.finish is not None:
             metrics.success.labels(label, piece.finish if piece.finish in ("stop", "length") else "abort").inc()

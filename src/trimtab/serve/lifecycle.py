@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -93,12 +94,15 @@ class Service:
             ready = await self.front.engine.start()
             for info in ready.models:
                 await self.front.texts(info.base)
+            gc.collect()
+            gc.freeze()  # collections while streams run look at what requests have left, not at modules and tokenizers
             if started is not None:
                 started(ready)
             await serving
             if self._draining is not None:
                 await self._draining
         finally:
+            gc.unfreeze()
             self.server.should_exit = True
             await self.front.engine.stop()
             with contextlib.suppress(asyncio.CancelledError):

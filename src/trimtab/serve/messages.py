@@ -185,11 +185,12 @@ class Start(Message, frozen=True, kw_only=True):
 
     Attributes:
         models: ids, the first is the default; all share their base's buffers.
-        kv_bytes: room for the cache; 0 = what is free, less a reserve.
+        kv_bytes: room for the cache; 0 = what `max_sequences` of full context need, at most half of what is free.
         threads: of the model; 0 = all this process may use.
         isa: ``auto`` or an instruction set.
         dtype, kv_dtype: as in ``trimtab run``.
         step_ms: longest step aimed at: bounds how much prompt is mixed into decoding.
+        answer_ms: a step of answers alone beyond which requests wait rather than make all slower; 0 = no limit.
         step_tokens: token budget of one step; 0 = from `step_ms` and the machine's calibration.
         max_sequences: rows of a step; 0 = as many as fit.
         max_queue, max_queue_tokens: requests and prompt tokens waiting; beyond, Refused with 429.
@@ -217,6 +218,7 @@ class Start(Message, frozen=True, kw_only=True):
     fairness: bool
     deterministic: bool
     tokenizer: str
+    answer_ms: float = 0.0
 
 
 class Submit(Message, frozen=True, kw_only=True):
@@ -328,7 +330,7 @@ class Admitted(Message, frozen=True, kw_only=True):
 
 
 class Tokens(Message, frozen=True):
-    """What one step made, for all requests at once."""
+    """What one step made, for all requests at once; `at_s` is when the last of it was drawn."""
 
     pieces: tuple[Piece, ...]
     at_s: float
@@ -403,7 +405,14 @@ class Failed(Message, frozen=True):
 
 
 class Stats(Message, frozen=True, kw_only=True):
-    """State and counters since the start of the engine; sent at least once a second, also when idle."""
+    """State and counters since the start of the engine; sent at least once a second, also when idle.
+
+    Attributes:
+        step_s, predicted_step_s: steps, from their plan to their last token.
+        busy_s: turns of the loop that ran a step, messages in and out included; what it is more than `pass_s` is Python.
+        pass_s: passes through models, as the engine calls them.
+        native_s: the part of it in the native program's own code; the rest arranges pages.
+    """
 
     at_s: float
     running: int = 0
@@ -423,6 +432,9 @@ class Stats(Message, frozen=True, kw_only=True):
     predicted_step_s: float = 0.0
     energy_j: float = 0.0
     tokens_per_s: float = 0.0
+    busy_s: float = 0.0
+    pass_s: float = 0.0
+    native_s: float = 0.0
 
 
 class Stopped(Message, frozen=True):

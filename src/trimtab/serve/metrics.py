@@ -15,6 +15,10 @@ from prometheus_client.registry import Collector
 from trimtab.serve.client import Engine
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SOON = (
+    0.0001, 0.0002, 0.0003, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.0025, 0.003, 0.0035, 0.004, 0.0045, 0.005, 0.006, 0.008,
+    0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0,
+)  # fmt: skip
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0)
 _LONG = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
 
@@ -37,6 +41,13 @@ class Metrics:
             "Between tokens, by the engine's clock.",
             model,
             buckets=_SHORT,
+            registry=registry,
+        )
+        self.delay = Histogram(
+            "trimtab_stream_delay_seconds",
+            "From the engine's token to the write into the client's socket.",
+            model,
+            buckets=_SOON,
             registry=registry,
         )
         self.whole = Histogram(
@@ -122,5 +133,8 @@ _COUNTERS = (
     ("trimtab_steps", "steps", "Steps of the engine."),
     ("trimtab_step_seconds", "step_s", "Time in steps, measured."),
     ("trimtab_predicted_step_seconds", "predicted_step_s", "Time in the same steps, predicted."),
+    ("trimtab_busy_seconds", "busy_s", "Time in turns of the engine's loop that ran a step."),
+    ("trimtab_pass_seconds", "pass_s", "The part of it in passes through models."),
+    ("trimtab_native_seconds", "native_s", "The part of that in native code."),
     ("trimtab_energy_joules", "energy_j", "Estimated energy."),
 )

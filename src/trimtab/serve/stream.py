@@ -116,31 +116,44 @@ class Stream:
         Raises:
             ApiError: a request was refused or failed, waited too long, or the engine went.
         """
-        while True:
-            while self._events:
-                place, event, at_s, size = self._events.popleft()
-                self._size -= size
-                if self._paused and self._size <= self._buffer // 8:
-                    self._paused = False
-                    self._tell(Resume)
-                if isinstance(event, Refused):
-                    self.cancel("request")
-                    raise _refusal(event)
-                if isinstance(event, Failed):
-                    self.cancel("request")
-                    raise ApiError(500, event.message, code="engine_error")
-                yield place, event, at_s
-            if self._failure is not None:
-                raise self._failure
-            if not self._open:
-                return
-            self._wake.clear()
-            by = min(self._admit_by, self._end_by) if self._queued else self._end_by
-            try:
-                async with asyncio.timeout(by - time.monotonic()):
-                    await self._wake.wait()
-            except TimeoutError:
-                self._late()
+        loop = asyncio.get_running_loop()
+        timer: asyncio.TimerHandle | None = None  # one for many waits: a stream waits once for every token
+        due = 0.0
+        try:
+            while True:
+                while self._events:
+                    yield self._next()
+                if self._failure is not None:
+                    raise self._failure
+                if not self._open:
+                    return
+                self._wake.clear()
+                by = min(self._admit_by, self._end_by) if self._queued else self._end_by
+                if timer is None or due <= time.monotonic() or by < due:
+                    if timer is not None:
+                        timer.cancel()
+                    due = by
+                    timer = loop.call_later(max(by - time.monotonic(), 0.0), self._wake.set)
+                await self._wake.wait()
+                if not self._events and self._failure is None and time.monotonic() >= by:
+                    self._late()
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _next(self) -> tuple[int, Event, float]:
+        place, event, at_s, size = self._events.popleft()
+        self._size -= size
+        if self._paused and self._size <= self._buffer // 8:
+            self._paused = False
+            self._tell(Resume)
+        if isinstance(event, Refused):
+            self.cancel("request")
+            raise _refusal(event)
+        if isinstance(event, Failed):
+            self.cancel("request")
+            raise ApiError(500, event.message, code="engine_error")
+        return place, event, at_s
 
     def _late(self) -> None:
         now = time.monotonic()

@@ -24,10 +24,12 @@ from trimtab.runtime.step import IntArray
 _ROWS = 64
 #: Up to so many tokens, sorting all is the shortest way.
 _FEW = 2048
+#: Values of a strip of logits of which only the largest is looked at, to find the largest of all.
+_STRIP = 128
 #: Temperatures below which single precision overflows.
 _COLD = 1e-4
 #: Nats below the likeliest token within which the drawn one is looked for, one after the other.
-_LEVELS = (3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 16.0, math.inf)
+_LEVELS = (5.0, 7.5, 9.5, 11.0, 13.0, 16.0, math.inf)
 
 
 class Nothing(TrimtabError):
@@ -181,21 +183,23 @@ def pick(row_V: NDArray[np.floating], params: SamplingParams, u: float, top: flo
     """
     ids = None
     if 0 < params.top_k < len(row_V):
-        least = np.partition(row_V, -params.top_k)[-params.top_k]
-        ids = np.flatnonzero(row_V >= least)
+        ids = _largest(row_V, params.top_k)
         row_V = row_V[ids]
     if len(row_V) <= _FEW or params.temperature < _COLD:
         found, probabilities = candidates(row_V, params)
         token = _at(found, np.cumsum(probabilities), u)
         return token if ids is None else int(ids[token])
     temperature = params.temperature
-    # Single precision for the sum of the many unlikely tokens: it moves a boundary by 1e-7 of their share at most.
-    scaled = np.multiply(np.subtract(row_V, np.float32(top)), np.float32(1 / temperature), dtype=np.float32)
-    total = float(np.exp(scaled).sum(dtype=np.float64))
+    # Single precision for the sum of the many unlikely tokens: it moves a boundary by some 1e-7 of their share.
+    rough = np.subtract(row_V, np.float32(top), dtype=np.float32)
+    if temperature != 1:
+        rough *= np.float32(1 / temperature)
+    np.exp(rough, out=rough)
+    total = float(rough.sum())
     free = params.top_p == 1 and params.min_p == 0
     some, shares = np.zeros(0, np.int64), np.zeros(0)
     for level in _LEVELS:
-        some = np.flatnonzero(scaled >= -level)
+        some = np.flatnonzero(rough >= np.float32(math.exp(-level)))
         shares = np.exp((row_V[some].astype(np.float64) - top) / temperature)
         # Without a cut the whole sum counts, with one what is left of it: enough is known once the cut lies inside.
         known = float(shares.sum()) / total
@@ -214,6 +218,20 @@ def pick(row_V: NDArray[np.floating], params: SamplingParams, u: float, top: flo
         kept = kept[kept >= params.min_p * kept[0]]
     token = _at(some[: len(kept)], np.cumsum(kept), u, 1.0 if free else None)
     return token if ids is None else int(ids[token])
+
+
+def _largest(row_V: NDArray[np.floating], count: int) -> IntArray:
+    """Ids of the `count` largest values, and of those that equal the least of them."""
+    # The count-th largest of the maxima of disjoint strips has at least `count` values at or above it: few are left to sort.
+    strips = row_V[: len(row_V) // _STRIP * _STRIP].reshape(_STRIP, -1)
+    ids: IntArray | None = None
+    if strips.shape[1] > count:
+        bound = np.partition(strips.max(axis=0), -count)[-count]
+        ids = np.flatnonzero(row_V >= bound)
+        row_V = row_V[ids]
+    least = np.partition(row_V, -count)[-count]
+    kept = np.flatnonzero(row_V >= least)
+    return kept if ids is None else ids[kept]
 
 
 def _at(ids: IntArray, sums: NDArray[np.float64], u: float, total: float | None = None) -> int:
@@ -237,8 +255,7 @@ def likeliest(row_V: NDArray[np.float32], normalizer: float, count: int) -> tupl
     count = min(count, len(row_V))
     if count == 0:
         return ()
-    least = np.partition(row_V, -count)[-count]
-    ids = np.flatnonzero(row_V >= least)
+    ids = _largest(row_V, count)
     ids = ids[np.argsort(-row_V[ids], kind="stable")][:count]
     return tuple((int(token), float(row_V[token]) - normalizer) for token in ids)
 

@@ -5,6 +5,7 @@ Legend: T tokens of a pass, R rows of logits, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -73,10 +74,12 @@ class StepExecutor:
 
     Attributes:
         store: keys and values.
+        pass_s: seconds in passes.
     """
 
     def __init__(self, runner: Runner, known: Callable[[str], Known], *, fixed: bool = False) -> None:
         self.runner, self.store = runner, runner.open_store()
+        self.pass_s = 0.0
         self._known, self._fixed = known, fixed
         self._together = not fixed or rows_alike(runner)
         self._seqs: dict[int, Seq] = {}
@@ -170,7 +173,11 @@ class StepExecutor:
                 told.append(_Piece(index, first + count - 1, 1))
         step = Step.of(new, past, seqs, None, reach, ends)
         flat = ids[0] if len(ids) == 1 else np.concatenate(ids)
-        return self.runner.forward(flat, step, self.store, np.array(wanted, np.int64)), told
+        began = time.perf_counter()
+        try:
+            return self.runner.forward(flat, step, self.store, np.array(wanted, np.int64)), told
+        finally:
+            self.pass_s += time.perf_counter() - began
 
     def _joined(
         self, rows: Sequence[Row], passes: Sequence[tuple[np.ndarray, list[_Piece]]], failed: dict[int, Exception]

@@ -5,7 +5,7 @@ Legend: B rows, T tokens of a pass, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -132,6 +132,43 @@ class Session:
         every = list(range(len(self.seqs)))
         arrays = [np.asarray(piece, dtype=np.int64) for piece in pieces]
         return self._forward(every, arrays, None)
+
+    def append(self, piece: Sequence[int] | IntArray, reserve: int = 0, going: Callable[[], bool] | None = None) -> np.ndarray:
+        """Run further prompt tokens behind the only row, in chunks, and return the logits after them [1, V].
+
+        Args:
+            piece: token ids, at least one.
+            reserve: tokens that will follow.
+            going: asked before every chunk; False ends it early, and the logits are those after the chunk before.
+
+        Raises:
+            SpecError: more rows than one, no token, or prompt and reserve exceed the context.
+            CapacityError: the cache is full.
+        """
+        ids = np.asarray(piece, dtype=np.int64)
+        if len(self.seqs) > 1 or len(ids) == 0:
+            raise SpecError("append takes at least one token for a session of one row.")
+        if not self.seqs:
+            self.seqs, self.lengths, self._reach, self._prompts = [self.store.open()], [0], [0], [0]
+        end = self.lengths[0] + len(ids)
+        check_context(self.runner.spec, end, reserve)
+        self._reach[0], self._prompts[0] = end + reserve, end
+        logits = np.empty((0, self.runner.spec.vocab_size), np.float32)
+        for at in range(0, len(ids), self.chunk):
+            if going is not None and not going():
+                break
+            logits = self._forward([0], [ids[at : at + self.chunk]], [0])
+        return logits
+
+    def cut(self, tokens: int) -> None:
+        """Forget all but the first `tokens` tokens of the only row.
+
+        Raises:
+            NotRewindable: its cache cannot go back.
+            SpecError: more tokens than it has.
+        """
+        self.store.truncate(self.seqs[0], tokens)
+        self.lengths[0] = tokens
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Free all rows but these; the rest keep their order."""

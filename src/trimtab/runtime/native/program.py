@@ -5,6 +5,7 @@ Legend: B rows, T new tokens of all rows, R rows of logits, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ class NativeProgram:
 
     Attributes:
         spec: the model as it is held (see `lowered_spec`).
+        native_s: seconds in C++, of all passes so far.
         weight_bytes: bytes of the live weight buffers, ties once; those shared with an earlier program count there.
     """
 
@@ -40,6 +42,7 @@ class NativeProgram:
         self.spec, self.weight_bytes, self._coded = spec, weight_bytes, coded
         self._core, self._arena, self._logits, self._kept = core, arena, logits, kept
         self._watched = 0
+        self.native_s = 0.0
 
     @property
     def threads(self) -> int:
@@ -83,6 +86,7 @@ class NativeProgram:
 
         def run(records: IntArray, first: int = 0, end: int = -1) -> None:
             past, timed = step.positions[step.cu[:-1]], step.record is not None
+            began = time.perf_counter()
             try:
                 self._core.run(
                     tokens, step.cu, past, step.reaches, logits_rows, records, self._logits, timed, out, self._whole(step),
@@ -92,6 +96,8 @@ class NativeProgram:
                 raise CapacityError(f"{error} Prefill in smaller chunks.") from None
             except ValueError as error:  # a key or value that the pages cannot hold
                 raise SpecError(str(error)) from None
+            finally:
+                self.native_s += time.perf_counter() - began
 
         if store.layered(step):  # what a layer gives up is free before the next one needs room
             records, first = store.records(step), 0

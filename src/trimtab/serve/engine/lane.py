@@ -88,7 +88,17 @@ class Lane:
         self.paused: set[str] = set()
         self.stalled = False
         self.steps = self.generated = self.cancelled = 0
-        self.step_s = self.predicted_s = self.forward_s = 0.0
+        self.step_s = self.predicted_s = 0.0
+        self._drawn_s = 0.0
+        self._native_before_s = self._native_total_s()
+
+    @property
+    def native_s(self) -> float:
+        """Seconds in native code, of all passes since the lane was made."""
+        return self._native_total_s() - self._native_before_s
+
+    def _native_total_s(self) -> float:
+        return getattr(self.model.runner, "native_s", 0.0)  # a torch variant has none
 
     # Requests come and go.
 
@@ -192,7 +202,7 @@ class Lane:
         over = [(each, self._let_go(each)) for each in (*work.ended, *ended)]
         if self._pieces:
             pieces, self._pieces = self._pieces, []
-            self._send(Tokens(tuple(pieces), self._clock()))
+            self._send(Tokens(tuple(pieces), max(self._drawn_s, now)))
         for each, served in over:
             self._end(each, served)
         for served in [one for one in self._served.values() if one.failed]:
@@ -207,7 +217,6 @@ class Lane:
         for fork in work.forks:
             self._choices[fork.seq] = self._served[fork.request].choices[fork.sample]
         ran = self.executor.run(work, self.scheduler.tokens)
-        self.forward_s += time.perf_counter() - began
         tokens: list[list[int]] = [[] for _ in work.rows]
         finished: dict[int, str] = {}
         wishes: list[Wish] = []
@@ -240,6 +249,7 @@ class Lane:
                 wishes.append(Wish(ran.last[index], choice.chooser, allowed))
                 takers.append((index, seq, choice))
         self._draw(ran.logits_RV, wishes, takers, tokens, finished)
+        self._drawn_s = self._clock()
         for row, drawn in zip(work.rows, tokens, strict=True):
             if len(drawn) < len(row.sample) and len(row.sample) > 1:  # the first token of all its answers, or of none
                 drawn.clear()

@@ -13,8 +13,8 @@ from trimtab.spec.model import ModelSpec
 
 #: New tokens whose bytes are reserved when a request starts; more are found as it goes, or another is sent back.
 _RESERVE = 128
-#: Prompt tokens of the first prompt in line that a step runs whatever it takes.
-_LEAST_PROMPT = 64
+#: Prompt tokens that a step runs whatever they take.
+_LEAST_PROMPT = 32
 
 
 def scheduler_config(start: Start, spec: ModelSpec, *, plain: bool) -> SchedulerConfig:
@@ -31,6 +31,7 @@ def scheduler_config(start: Start, spec: ModelSpec, *, plain: bool) -> Scheduler
         max_running=rows,
         max_step_tokens=max(start.step_tokens or STEP_TOKENS, rows),
         target_step_s=None if start.step_tokens else start.step_ms / 1000,
+        answer_step_s=start.answer_ms / 1000 if start.answer_ms else None,
         min_prefill_tokens=_LEAST_PROMPT,
         max_queue=start.max_queue,
         max_queue_tokens=start.max_queue_tokens,

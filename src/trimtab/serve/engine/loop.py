@@ -64,6 +64,7 @@ class Loop:
         self._last_stats = 0.0
         self._last_made = 0
         self._turn = 0
+        self._busy_s = 0.0
 
     def load(self) -> Ready:
         """Load the first models, time them, divide the memory.
@@ -89,12 +90,16 @@ class Loop:
             ChannelClosed: the front is gone.
         """
         while True:
-            ready = [lane for lane in self.lanes.values() if lane.ready]
-            embedding = [each for each in self._embedders.values() if len(each)]
-            for message in self._channel.receive(0.0 if ready or embedding else self._sleep()):
+            began = time.monotonic()
+            busy = any(lane.ready for lane in self.lanes.values()) or any(map(len, self._embedders.values()))
+            messages = self._channel.receive(0.0 if busy else self._sleep())
+            if not busy:
+                began = time.monotonic()
+            for message in messages:
                 self.handle(message)
             now = time.monotonic()
-            self._next_turn(now)
+            if self._next_turn(now):
+                self._busy_s += time.monotonic() - began
             self._finish_unloads()
             if now - self._last_stats >= _STATS_S:
                 self.send(self.stats(now))
@@ -178,8 +183,13 @@ class Loop:
             due = min(due, self._until - now)
         return max(due, 0.0)
 
-    def _next_turn(self, now: float) -> None:
-        """One step of the lane in line, and one pass of each embedder; lanes that hold requests back are looked at, too."""
+    def _next_turn(self, now: float) -> bool:
+        """One step of the lane in line, and one pass of each embedder; lanes that hold requests back are looked at, too.
+
+        Returns:
+            Whether anything ran.
+        """
+        ran = False
         lanes = [lane for lane in self.lanes.values() if lane.scheduler.busy]
         for _ in range(len(lanes)):
             self._turn += 1
@@ -187,10 +197,13 @@ class Loop:
             held = lane.stalled
             lane.turn()
             if not held:
+                ran = True
                 break
         for embedder in self._embedders.values():
             if len(embedder):
                 embedder.turn(now)
+                ran = True
+        return ran
 
     def _drained(self, now: float) -> bool:
         busy = any(lane.scheduler.busy for lane in self.lanes.values()) or any(map(len, self._embedders.values()))
@@ -267,12 +280,12 @@ class Loop:
         spent = now - self._last_stats
         rate = max(total.generation_tokens - self._last_made, 0) / spent if self._last_stats and spent > 0 else 0.0
         self._last_stats, self._last_made = now, total.generation_tokens
-        return changed(total, at_s=now, tokens_per_s=rate)
+        return changed(total, at_s=now, tokens_per_s=rate, busy_s=self._busy_s)
 
 
 _COUNTERS = (
     "prefix_queries", "prefix_hits", "preemptions", "prompt_tokens", "generation_tokens", "cancelled", "steps", "step_s",
-    "predicted_step_s",
+    "predicted_step_s", "pass_s", "native_s",
 )  # fmt: skip
 
 
@@ -288,6 +301,7 @@ def added(stats: Stats, lane: Lane, gauges: bool = False) -> Stats:
         "prefix_queries": c.prefix_query_tokens, "prefix_hits": c.prefix_hit_tokens, "preemptions": c.preemptions,
         "prompt_tokens": c.prefill_tokens, "generation_tokens": lane.generated, "cancelled": lane.cancelled,
         "steps": lane.steps, "step_s": lane.step_s, "predicted_step_s": lane.predicted_s,
+        "pass_s": lane.executor.pass_s, "native_s": lane.native_s,
     }  # fmt: skip
     if gauges:
         sums |= {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import traceback
 
@@ -28,6 +29,8 @@ def main(channel: BlockingChannel) -> int:
         use_isa(first.isa)
         loop = Loop(channel, first)
         ready = loop.load()
+        gc.collect()
+        gc.freeze()  # what was loaded stays: later collections need not look at it
     except TrimtabError as error:
         return _stop(channel, str(error), REFUSED)
     except Exception as error:
@@ -43,6 +46,8 @@ def main(channel: BlockingChannel) -> int:
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
         return _stop(channel, f"The engine broke: {type(error).__name__}: {error}", BROKE)
+    finally:
+        gc.unfreeze()
 
 
 def _stop(channel: BlockingChannel, reason: str, code: int) -> int:

@@ -15,8 +15,8 @@ from trimtab.units import format_bytes
 MAX_SEQUENCES = 64
 #: Tokens of a step, where the user names no number; `step_ms` cuts earlier.
 STEP_TOKENS = 512
-#: Share of the free memory that is left to others, and its least bytes.
-_RESERVE, _LEAST = 0.1, 256 << 20
+#: Share of the free memory that the cache takes at most where the user names no number: others use the machine, too.
+_SHARE = 0.5
 
 
 def available_bytes() -> int:
@@ -52,7 +52,8 @@ def workspace_bytes(served: list[Served], tokens: int, rows: int) -> int:
 def plan_memory(start: Start, served: list[Served], available: int) -> MemoryPlan:
     """Divide what is free.
 
-    Every id gets an equal part of ``kv_bytes`` for its sequences and prefixes, for as long as it is loaded.
+    Where the user names no number, the cache has what `rows` sequences of full context of every id need, or half of what is free,
+    whichever is less. Every id gets an equal part of ``kv_bytes`` for its sequences and prefixes, for as long as it is loaded.
 
     Args:
         start: settings.
@@ -65,7 +66,8 @@ def plan_memory(start: Start, served: list[Served], available: int) -> MemoryPla
     tokens = start.step_tokens or STEP_TOKENS
     rows = start.max_sequences or MAX_SEQUENCES
     workspace = workspace_bytes(served, tokens, rows)
-    kv = start.kv_bytes or int(available - max(available * _RESERVE, _LEAST)) - workspace
+    whole = sum(bound_bytes(spec)(spec.max_position_embeddings) for spec in (one.runner.spec for one in served))
+    kv = start.kv_bytes or min(rows * whole, int((available - workspace) * _SHARE))
     share = kv // len(served)
     first = served[0].runner.spec
     nbytes, context = bound_bytes(first), first.max_position_embeddings
