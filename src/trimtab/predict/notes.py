@@ -10,11 +10,11 @@ import numpy as np
 from trimtab.errors import SpecError
 from trimtab.graph.build import Phase
 from trimtab.graph.ops import StepShape
-from trimtab.graph.passes import Graphs, prompt_held
-from trimtab.graph.shard import shard, tp_choices
+from trimtab.graph.passes import prompt_held
 from trimtab.predict.energy import multiply_add_pj, operation_energy, product_pj, technology
-from trimtab.predict.memory import UNBOUNDED, Footprint, Memory
+from trimtab.predict.memory import UNBOUNDED, Memory
 from trimtab.predict.price import product_dtypes
+from trimtab.predict.slices import Slices
 from trimtab.spec import tree
 from trimtab.spec.leaves import LinearSpec
 from trimtab.spec.machine import Machine, kernel_machines
@@ -28,14 +28,14 @@ from trimtab.units import format_bytes
 _PRICE_AGE = datetime.timedelta(days=365)
 
 
-def notes(plan: Plan, memory: Memory, footprint: Footprint) -> tuple[str, ...]:
+def notes(plan: Plan, memory: Memory, slices: Slices) -> tuple[str, ...]:
     """Sentences about a plan, the most important first."""
     spec, work, machine = plan.model, plan.workload, plan.machine
     notes: list[str] = []
     usable = usable_bytes(plan)
     over = memory.peak - usable
     if over > 0:
-        notes.append(_too_big(plan, memory, over, footprint))
+        notes.append(_too_big(plan, memory, over, slices))
     longest = prompt_held(spec, work.prompt) + work.gen
     if spec.max_position_embeddings and longest > spec.max_position_embeddings:
         notes.append(
@@ -144,9 +144,9 @@ def price_age(machine: Machine, today: datetime.date) -> str:
     )
 
 
-def _too_big(plan: Plan, memory: Memory, over: int, footprint: Footprint) -> str:
+def _too_big(plan: Plan, memory: Memory, over: int, slices: Slices) -> str:
     """What does not fit, by how much, and what would."""
-    work, machine = plan.workload, plan.machine
+    work, machine, footprint = plan.workload, plan.machine, slices.footprint(plan.parallel)
     total = (
         f"weights {format_bytes(memory.weights)} + cache {format_bytes(memory.kv_peak)} + activations "
         f"{format_bytes(memory.activations)} + reserve {format_bytes(memory.reserve)} = {format_bytes(memory.peak)}"
@@ -167,7 +167,7 @@ def _too_big(plan: Plan, memory: Memory, over: int, footprint: Footprint) -> str
     bits = min(8, int(8 * room * plan.parallel.devices / max(elements, 1) - 0.5))
     if bits >= 2:
         ways.append(f"Weights of {bits} bits would: `-t rtn:bits={bits},group=32`.")
-    tp = _smallest_tp(plan)
+    tp = _smallest_tp(plan, slices)
     if tp:
         ways.append(f"Cut over {tp} devices it would: `--tp {tp}`.")
     if not ways:
@@ -175,14 +175,13 @@ def _too_big(plan: Plan, memory: Memory, over: int, footprint: Footprint) -> str
     return " ".join((text, *ways))
 
 
-def _smallest_tp(plan: Plan) -> int | None:
+def _smallest_tp(plan: Plan, slices: Slices) -> int | None:
     """The smallest tensor-parallel degree inside a node that fits, on a machine with links."""
     if plan.machine.link_bytes_per_s_per_dir is None:
         return None
-    for tp in tp_choices(plan.model, plan.machine.node_devices):
-        if tp > plan.parallel.tp:
+    for tp in slices.tp_degrees:
+        if plan.parallel.tp < tp <= plan.machine.node_devices:
             parallel = replace(plan.parallel, tp=tp, ep=1)
-            cut = Footprint(Graphs(shard(plan.model, parallel)), plan.stack, parallel)
-            if cut.at(plan.workload).peak <= usable_bytes(plan):
+            if slices.footprint(parallel).at(plan.workload).peak <= usable_bytes(plan):
                 return tp
     return None
