@@ -23,6 +23,7 @@ _REASONS = {
 
 def document(routes: Sequence[Route]) -> dict[str, Any]:
     """The document of a route table."""
+    routes = [route for route in routes if route.listed]
     kinds = [*types_of(tuple(routes)), ErrorReply]
     schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     named = dict(zip(kinds, schemas, strict=True))
