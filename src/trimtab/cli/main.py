@@ -23,6 +23,7 @@ VERBS = {
     "fit": "Largest context and batch that fit a machine.",
     "run": "Generate text.",
     "serve": "An OpenAI-compatible HTTP server, techniques as model ids.",
+    "ui": "The explorer in the browser: verdict, roofline, sweeps, techniques, plans, runs.",
     "measure": "Predicted beside measured, quality included.",
     "eval": "Quality alone: text, needles, or through the cache (kv).",
     "study": "What a model looks like inside: outliers.",

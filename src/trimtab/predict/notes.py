@@ -13,13 +13,11 @@ from trimtab.graph.ops import StepShape
 from trimtab.graph.passes import prompt_held
 from trimtab.predict.energy import multiply_add_pj, operation_energy, product_pj, technology
 from trimtab.predict.memory import UNBOUNDED, Memory
-from trimtab.predict.price import product_dtypes
 from trimtab.predict.slices import Slices
-from trimtab.spec import tree
 from trimtab.spec.leaves import LinearSpec
 from trimtab.spec.machine import Machine, kernel_machines
-from trimtab.spec.model import owned
-from trimtab.spec.nodes import AttentionSpec, MoESpec
+from trimtab.spec.model import ModelSpec, owned
+from trimtab.spec.nodes import MoESpec
 from trimtab.spec.plan import Plan
 from trimtab.spec.product import EXACT, Lmul
 from trimtab.units import format_bytes
@@ -46,7 +44,7 @@ def notes(plan: Plan, memory: Memory, slices: Slices) -> tuple[str, ...]:
         notes.append(
             f"Warning: the filter pass reads {work.prompt} tokens, beyond the {spec.max_position_embeddings} positions of {spec.name}."
         )
-    for dtype in product_dtypes(spec):
+    for dtype in slices.dtypes:
         _, priced_as = machine.peak(dtype)
         if priced_as != dtype:
             notes.append(f"No {dtype} path on {machine.id}: arithmetic is priced as {priced_as}.")
@@ -63,17 +61,16 @@ def notes(plan: Plan, memory: Memory, slices: Slices) -> tuple[str, ...]:
         notes.append(f"Distinct experts per pass are an expectation under {routing}.")
     if any(getattr(layer.self_attn, "window", None) for layer in spec.layers):
         notes.append("Sliding-window layers keep every token in the cache; the window limits what is read.")
-    added = _added_bits(plan)
+    added = _added_bits(plan, slices.with_plain_products)
     if added:
         notes.append(added)
     return tuple(notes)
 
 
-def _added_bits(plan: Plan) -> str:
+def _added_bits(plan: Plan, plain: ModelSpec) -> str:
     """What products by addition of bit patterns (L-Mul) save, the memory included; empty for a model without them."""
     spec, work = plan.model, plan.workload
-    plain = tree.mapped(spec, _multiplied)
-    if plain == spec:
+    if plain is spec:
         return ""
     past = np.asarray([max(work.prompt - 1, 0) + work.gen // 2])
     passes: dict[Phase, StepShape] = {
@@ -95,16 +92,6 @@ def _added_bits(plan: Plan) -> str:
         f"the addition; of the whole model, DRAM included, {saved['decode']:.1%} of a decode step and {saved['prefill']:.1%} of "
         "the prefill. No processor of today has it, so no time is saved."
     )
-
-
-def _multiplied(node: tree.Node) -> dict[str, object]:
-    """A node with plain products in place of L-Mul."""
-    found: dict[str, object] = {}
-    if isinstance(getattr(node, "product", None), Lmul):
-        found["product"] = EXACT
-    if isinstance(node, AttentionSpec) and node.rope is not None and isinstance(node.rope.product, Lmul):
-        found["rope"] = replace(node.rope, product=EXACT)
-    return found
 
 
 def usable_bytes(plan: Plan) -> int:

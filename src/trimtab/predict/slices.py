@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 from trimtab.graph.passes import Graphs
 from trimtab.graph.shard import shard, tp_choices
 from trimtab.predict.memory import Footprint
+from trimtab.predict.price import product_dtypes
+from trimtab.spec import tree
 from trimtab.spec.machine import Stack
 from trimtab.spec.model import ModelSpec
+from trimtab.spec.nodes import AttentionSpec
 from trimtab.spec.parallel import Parallel
+from trimtab.spec.product import EXACT, Lmul
 
 
 class Slices:
@@ -42,3 +47,24 @@ class Slices:
     def tp_degrees(self) -> tuple[int, ...]:
         """Tensor-parallel degrees that divide the model."""
         return tuple(tp_choices(self.model))
+
+    @functools.cached_property
+    def dtypes(self) -> tuple[str, ...]:
+        """Dtypes whose peaks the products ask for."""
+        return product_dtypes(self.model)
+
+    @functools.cached_property
+    def with_plain_products(self) -> ModelSpec:
+        """The model with plain products in place of L-Mul; itself where it has none."""
+        plain = tree.mapped(self.model, _multiplied)
+        return self.model if plain == self.model else plain
+
+
+def _multiplied(node: tree.Node) -> dict[str, object]:
+    """A node with plain products in place of L-Mul."""
+    found: dict[str, object] = {}
+    if isinstance(getattr(node, "product", None), Lmul):
+        found["product"] = EXACT
+    if isinstance(node, AttentionSpec) and node.rope is not None and isinstance(node.rope.product, Lmul):
+        found["rope"] = replace(node.rope, product=EXACT)
+    return found
