@@ -66,7 +66,7 @@ export function Operators() {
         <Slider name="batch" label="Batch" most={10} />
         <Slider name="prompt" label="Prompt tokens" most={17} />
       </div>
-      <div class="split">
+      <div class="split wide">
         <OpTable rows={rows} found={found} />
         <Roofline rows={rows} before={dots(found.base?.ops ?? [], phase)} found={found} phase={phase} />
       </div>
@@ -131,7 +131,7 @@ function OpTable({ rows, found }: { rows: Dot[]; found: Predict }) {
             <tr key={d.name} data-row={d.name} aria-selected={d.name === selected} class={brush.length && !brush.includes(d.name) ? "dim" : ""}
               onMouseEnter={() => (hovered.value = d.name)} onMouseLeave={() => (hovered.value = "")}>
               <td><button type="button" class="num" aria-label={`Select ${d.name}`} onClick={() => set({ selected: d.name === selected ? "" : d.name })}>{brief(d.name)}</button></td>
-              <td>{d.shape}</td>
+              <td class="n">{d.shape.replace("->", "→")}</td>
               <td class="r">{d.count}</td>
               <td class="r" data-col="flops"><Num title={`FLOP of ${d.name}`} text={why(d, found, "")}>{si(of(d, d.flops))}</Num></td>
               <td class="r" data-col="bytes"><Num title={`bytes of ${d.name}`} text={why(d, found, "")}>{si(of(d, d.bytes), "B")}</Num></td>

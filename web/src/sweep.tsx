@@ -101,7 +101,7 @@ function MemoryLines({ found, batch }: { found: Sweep; batch: number }) {
   const crossings = found.crossings.filter((each) => each.axis === "prompt" && cells.length && each.at <= (cells.at(-1)?.prompt ?? 0));
   const options = (): Plot.PlotOptions => ({
     x: { type: "log", base: 2, label: "prompt tokens →", tickFormat: tokens, ticks: 6 },
-    y: { type: "log", label: "↑ bytes", grid: true, tickFormat: bytes, ticks: 6 },
+    y: { type: "log", base: 2, label: "↑ bytes", grid: true, tickFormat: bytes, ticks: 6 },
     color: { domain: ["weights", "cache", "total"], range: ["var(--weights)", "var(--cache)", "currentColor"], legend: true },
     marks: [
       Plot.ruleY([found.capacity_bytes], { stroke: "var(--bad)", strokeDasharray: "5 3" }),
@@ -140,7 +140,10 @@ function Latency({ found, prompt }: { found: Sweep; prompt: number }) {
     marks: [
       Plot.ruleY(limits, { y: "value", stroke: "what", strokeDasharray: "5 3" }),
       Plot.ruleX(crossings, { x: "at", stroke: "currentColor", strokeOpacity: 0.5 }),
-      Plot.text(crossings, { x: "at", frameAnchor: "top", text: "what", rotate: -90, textAnchor: "end", dx: -6, dy: 4, fill: "currentColor", className: "crossing" }),
+      ...[0, 1].map((odd) => // in turn at the top and at the bottom: two may lie close together
+        Plot.text(crossings.filter((_, i) => i % 2 === odd), {
+          x: "at", frameAnchor: odd ? "bottom" : "top", text: "what", rotate: -90, textAnchor: odd ? "start" : "end", dx: -6, dy: odd ? -4 : 4, fill: "currentColor", className: "crossing",
+        })),
       Plot.lineY(lines, { x: "batch", y: "value", stroke: "what", strokeWidth: 2 }),
       Plot.dot(lines, { x: "batch", y: "value", stroke: "what", fill: (d) => (d.fits ? d.what : "none"), r: 3, className: "cell" }),
     ],
@@ -164,14 +167,17 @@ function Heat({ found, batch, prompt }: { found: Sweep; batch: number; prompt: n
   const batches = [...new Set(cells.map((cell) => cell.batch))];
   const prompts = [...new Set(cells.map((cell) => cell.prompt))];
   const own = cells.filter((cell) => cell.batch === batch && cell.prompt === prompt);
-  const options = (): Plot.PlotOptions => ({
+  const rates = cells.filter((c) => c.fits).map((c) => c.tokens_per_s ?? 1);
+  const middle = Math.sqrt(Math.min(...rates) * Math.max(...rates)); // of a scale by logarithm
+  const options = (width: number): Plot.PlotOptions => ({
     marginBottom: 40,
     x: { type: "band", domain: batches, label: "batch →" },
     y: { type: "band", domain: [...prompts].reverse(), label: "↑ prompt tokens", tickFormat: tokens },
-    color: { type: "log", scheme: "blues", label: "tokens/s", legend: true, tickFormat: (v: number) => si(v) },
+    color: { type: "log", scheme: "blues", label: "tokens/s" },
     marks: [
       Plot.cell(cells.filter((c) => c.fits), { x: "batch", y: "prompt", fill: "tokens_per_s", inset: 0.5, className: "fits", title: (c) => `batch ${c.batch}, prompt ${c.prompt}: ${si(c.tokens_per_s)} tokens/s` }),
       Plot.cell(cells.filter((c) => !c.fits), { x: "batch", y: "prompt", fill: "url(#hatch)", inset: 0.5, className: "over", title: (c) => `batch ${c.batch}, prompt ${c.prompt}: does not fit, ${bytes(c.peak_bytes)}` }),
+      Plot.text(width > 600 ? cells.filter((c) => c.fits) : [], { x: "batch", y: "prompt", text: (c) => si(c.tokens_per_s), fill: (c) => ((c.tokens_per_s ?? 0) > middle ? "white" : "black") }),
       Plot.cell(own, { x: "batch", y: "prompt", fill: "none", stroke: "var(--accent)", strokeWidth: 3 }),
     ],
   });

@@ -56,8 +56,13 @@ class Priced:
     refused: str
 
     def report(self) -> Report:
-        """Its prediction."""
-        return predict(self.plan, self.slices)
+        """Its prediction.
+
+        Raises:
+            ApiError: 400, the layout does not divide the model.
+        """
+        with blamed("tp"):
+            return predict(self.plan, self.slices)
 
 
 class Desk:
@@ -151,8 +156,7 @@ class Desk:
     def predict(self, case: Case) -> PredictReply:
         """Price a case, and the same without its techniques."""
         priced = self.price(case)
-        with blamed("tp"):  # a degree that does not divide the model
-            report = priced.report()
+        report = priced.report()
         base = self._base(case).report() if case.techniques else None
         plan = priced.plan
         usable = report.counts["capacity_bytes"]
@@ -188,11 +192,9 @@ class Desk:
         found = []
         for text in candidates:
             try:
-                after = self.price(_with(case, techniques=[*case.techniques, text])).report()
+                found.append(_delta(text, before, self.price(_with(case, techniques=[*case.techniques, text])).report()))
             except ApiError as error:
                 found.append(Delta(technique=text, refused=error.message))
-                continue
-            found.append(_delta(text, before, after))
         return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -101,5 +102,6 @@ def serve_explorer(config: HttpConfig, opened: Callable[[str], None] | None = No
         await host.run(started)
 
     with logging_to_stderr():
+        logging.getLogger("trimtab.serve.access").setLevel(logging.WARNING)  # one user, who sees the page
         asyncio.run(main())
     return 0
