@@ -16,6 +16,7 @@ export type Run = Schemas["RunRow"];
 export type Sweep = Schemas["SweepReply"];
 export type Progress = Schemas["Progress"];
 export type Compat = Schemas["CompatReply"];
+export type Candidate = Schemas["Found"];
 
 type Method = "get" | "post" | "delete";
 type Operation<P extends keyof paths, M extends Method> = NonNullable<paths[P][M]>;
@@ -96,7 +97,7 @@ export const papers = catalogue(() => call("get", "/api/papers"));
 export const runs = catalogue(() => call("get", "/api/runs"));
 
 /** Keeps an answer beside a question that changes: the newest question wins, the last good answer stays in sight. */
-export function follow<Q, A>(question: () => Q | null, ask: (asked: Q, abort: AbortSignal) => Promise<A>) {
+export function follow<Q, A>(question: () => Q | null, ask: (asked: Q, abort: AbortSignal, part: (value: A) => void) => Promise<A>) {
   const found = signal<Shared<A>>({ ...empty });
   const tries = signal(0);
   let abort: AbortController | null = null;
@@ -108,7 +109,8 @@ export function follow<Q, A>(question: () => Q | null, ask: (asked: Q, abort: Ab
     if (asked === null) return;
     const mine = (abort = new AbortController());
     found.value = { ...found.peek(), busy: true };
-    ask(asked, mine.signal).then(
+    const part = (value: A) => void (mine.signal.aborted || (found.value = { value, error: null, busy: true }));
+    ask(asked, mine.signal, part).then(
       (value) => mine.signal.aborted || (found.value = { value, error: null, busy: false }),
       (error) => mine.signal.aborted || (found.value = { ...found.peek(), error: refusal(error), busy: false }),
     );

@@ -13,7 +13,7 @@ const scaled = (value: number, steps: readonly (readonly [string, number])[], un
 const SI = [["P", 1e15], ["T", 1e12], ["G", 1e9], ["M", 1e6], ["k", 1e3]] as const;
 const BINARY = [["Ti", 2 ** 40], ["Gi", 2 ** 30], ["Mi", 2 ** 20], ["Ki", 2 ** 10]] as const;
 
-export const si = (value: number, unit = ""): string => scaled(value, SI, unit);
+export const si = (value: number, unit = ""): string => value === 0 ? `0 ${unit}`.trim() : scaled(value, SI, unit);
 
 export const bytes = (value: number): string =>
   Math.abs(value) < 1024 ? `${value.toFixed(0)} B` : scaled(value, BINARY, "B");

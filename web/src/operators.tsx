@@ -93,12 +93,11 @@ const HEADS: [keyof typeof SORTS | "shape" | "share", string][] = [
   ["bound", "bound"], ["time_s", "time"], ["share", "share"],
 ];
 
-const why = (d: Dot, found: Predict, what: string): string => {
+const why = (d: Dot, found: Predict): string => {
   const peak = found.peaks.find((p) => p.dtype === d.dtype);
   const memory = found.bandwidths.at(-1);
   return [
     `${d.name}, ${d.phase}: ${d.kind} ${d.shape} in ${d.dtype}, ${d.count} calls`,
-    what,
     `FLOP ${d.flops.toExponential(4)} (matrix products, 2 per multiply-add), bytes ${d.bytes.toExponential(4)} (weights, cache, activations)`,
     `intensity = FLOP / bytes = ${d.intensity.toPrecision(4)} FLOP/B`,
     peak && memory ? `ridge = ${si(peak.flops_per_s, "FLOP/s")} (${peak.priced_as}) / ${si(memory.bytes_per_s, "B/s")} = ${(peak.flops_per_s / memory.bytes_per_s).toPrecision(4)} FLOP/B` : "",
@@ -133,12 +132,12 @@ function OpTable({ rows, found }: { rows: Dot[]; found: Predict }) {
               <td><button type="button" class="num" aria-label={`Select ${d.name}`} onClick={() => set({ selected: d.name === selected ? "" : d.name })}>{brief(d.name)}</button></td>
               <td class="n">{d.shape.replace("->", "→")}</td>
               <td class="r">{d.count}</td>
-              <td class="r" data-col="flops"><Num title={`FLOP of ${d.name}`} text={why(d, found, "")}>{si(of(d, d.flops))}</Num></td>
-              <td class="r" data-col="bytes"><Num title={`bytes of ${d.name}`} text={why(d, found, "")}>{si(of(d, d.bytes), "B")}</Num></td>
-              <td class="r" data-col="intensity">{d.intensity.toPrecision(3)}</td>
+              <td class="r" data-col="flops"><Num title={`FLOP of ${d.name}`} text={why(d, found)}>{si(of(d, d.flops))}</Num></td>
+              <td class="r" data-col="bytes"><Num title={`bytes of ${d.name}`} text={why(d, found)}>{si(of(d, d.bytes), "B")}</Num></td>
+              <td class="r" data-col="intensity"><Num title={`intensity of ${d.name}`} text={why(d, found)}>{d.intensity.toPrecision(3)}</Num></td>
               <td data-col="bound" class={`b-${d.bound}`}>{d.bound}</td>
-              <td class="r" data-col="time"><Num title={`time of ${d.name}`} text={why(d, found, "")}>{seconds(of(d, d.time_s))}</Num></td>
-              <td class="r">{percent(d.share)}</td>
+              <td class="r" data-col="time"><Num title={`time of ${d.name}`} text={why(d, found)}>{seconds(of(d, d.time_s))}</Num></td>
+              <td class="r"><Num title={`share of ${d.name}`} text={why(d, found)}>{percent(d.share)}</Num></td>
             </tr>
           ))}
         </tbody>

@@ -1,12 +1,12 @@
 /** Screen 3: memory and latency over batch and context, where they cross, and what fits. */
 
 import * as Plot from "@observablehq/plot";
-import { type Sweep, call, follow } from "./api";
+import { type Sweep, call, follow, prediction } from "./api";
 import { Chart, Table } from "./chart";
 import { bytes, seconds, si, whole } from "./format";
 import { current, isCase, set, view } from "./state";
 import { Waiting } from "./verdict";
-import { Empty } from "./why";
+import { Empty, Num } from "./why";
 
 const BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
 const PROMPTS = [128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072];
@@ -91,6 +91,15 @@ function Crossings({ found }: { found: Sweep }) {
 
 const tokens = (value: number) => (value >= 1024 ? `${Math.round(value / 1024)}k` : String(value));
 
+type Cell = Sweep["cells"][number];
+
+/** Where a number of a cell comes from: the same case with another batch or prompt. */
+function Of({ cell, name, what, children }: { cell: Cell; name: string; what: string; children: string }) {
+  const command = (prediction.found.value.value?.command ?? "trimtab predict").replace(/--(batch|concurrency) \d+/, `--$1 ${cell.batch}`).replace(/--prompt \d+/, `--prompt ${cell.prompt}`);
+  const text = `${what} of this case at batch ${whole(cell.batch)} and ${whole(cell.prompt)} prompt tokens, priced as every prediction (formula, inputs, sources and band by the command below).\nPeak ${bytes(cell.peak_bytes)}, cache ${bytes(cell.kv_bytes)}; mostly bound by ${cell.bound}.\nCheck: ${command} --explain ${name}`;
+  return <Num title={`${what} at batch ${cell.batch}, prompt ${cell.prompt}`} text={text}>{children}</Num>;
+}
+
 function MemoryLines({ found, batch }: { found: Sweep; batch: number }) {
   const cells = found.cells.filter((cell) => cell.batch === batch);
   const lines = cells.flatMap((cell) => [
@@ -117,8 +126,8 @@ function MemoryLines({ found, batch }: { found: Sweep; batch: number }) {
       <Table caption="Memory over prompt length" rows={cells} columns={[
         { title: "prompt", number: true, cell: (r) => whole(r.prompt) },
         { title: "weights", number: true, cell: () => bytes(found.weight_bytes) },
-        { title: "cache", number: true, cell: (r) => bytes(r.kv_bytes) },
-        { title: "total", number: true, cell: (r) => bytes(r.peak_bytes) },
+        { title: "cache", number: true, cell: (r) => <Of cell={r} name="kv_peak_bytes" what="cache">{bytes(r.kv_bytes)}</Of> },
+        { title: "total", number: true, cell: (r) => <Of cell={r} name="peak_bytes" what="peak memory">{bytes(r.peak_bytes)}</Of> },
         { title: "fits", cell: (r) => (r.fits ? "yes" : "no") },
       ]} />
     </Chart>
@@ -152,9 +161,9 @@ function Latency({ found, prompt }: { found: Sweep; prompt: number }) {
     <Chart title={`Latency over batch at ${whole(prompt)} prompt tokens (hollow: does not fit)`} options={options} on={[found, prompt, view.value.ttft, view.value.tpot]}>
       <Table caption="Latency over batch" rows={cells} columns={[
         { title: "batch", number: true, cell: (r) => whole(r.batch) },
-        { title: "TTFT", number: true, cell: (r) => seconds(r.ttft_s) },
-        { title: "TPOT", number: true, cell: (r) => (r.tpot_s === null ? "none" : seconds(r.tpot_s)) },
-        { title: "tokens/s", number: true, cell: (r) => (r.tokens_per_s === null ? "none" : si(r.tokens_per_s)) },
+        { title: "TTFT", number: true, cell: (r) => <Of cell={r} name="ttft_s" what="TTFT">{seconds(r.ttft_s)}</Of> },
+        { title: "TPOT", number: true, cell: (r) => (r.tpot_s === null ? "none" : <Of cell={r} name="tpot_s" what="TPOT">{seconds(r.tpot_s)}</Of>) },
+        { title: "tokens/s", number: true, cell: (r) => (r.tokens_per_s === null ? "none" : <Of cell={r} name="tokens_per_s" what="tokens per second">{si(r.tokens_per_s)}</Of>) },
         { title: "bound", cell: (r) => r.bound },
         { title: "fits", cell: (r) => (r.fits ? "yes" : "no") },
       ]} />
@@ -198,7 +207,7 @@ function Heat({ found, batch, prompt }: { found: Sweep; batch: number; prompt: n
           title: `batch ${b}`, number: true,
           cell: (p: number) => {
             const cell = cells.find((each) => each.batch === b && each.prompt === p);
-            return cell?.fits ? si(cell.tokens_per_s ?? 0) : "does not fit";
+            return cell?.fits ? <Of cell={cell} name="tokens_per_s" what="tokens per second">{si(cell.tokens_per_s ?? 0)}</Of> : "does not fit";
           },
         })),
       ]} />

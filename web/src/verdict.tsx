@@ -95,9 +95,7 @@ export function Verdict() {
 function MemoryBar({ found }: { found: Predict }) {
   const rows = [{ title: "with techniques", report: found.report }, ...(found.base ? [{ title: "without", report: found.base }] : [])];
   const most = Math.max(found.capacity_bytes, ...rows.map((row) => row.report.counts["peak_bytes"] ?? 0));
-  const table = rows.flatMap((row) => [
-    ...PARTS.map(([name, label]) => ({ key: `${row.title} ${name}`, what: rows.length > 1 ? `${label}, ${row.title}` : label, name, value: row.report.counts[name] ?? 0, own: row.report === found.report })),
-  ]);
+  const parts = PARTS.map(([name, label]) => ({ name: name as string, label: label as string, value: found.report.counts[name] ?? 0, was: found.base?.counts[name] ?? null as number | null }));
   const free = found.capacity_bytes - (found.report.counts["peak_bytes"] ?? 0);
   return (
     <section aria-labelledby="memory">
@@ -109,12 +107,13 @@ function MemoryBar({ found }: { found: Predict }) {
           <i style={{ left: `${(100 * found.capacity_bytes) / most}%` }} />
         </div>
       ))}
-      <Table caption="Memory of one device at its fullest" rows={[...table, { key: "free", what: free >= 0 ? "free" : "missing", name: "capacity_bytes", value: Math.abs(free), own: true }]}
-        rowKey={(row) => row.key}
+      <Table caption="Memory of one device at its fullest" rows={[...parts, { name: "capacity_bytes", label: free >= 0 ? "free" : "missing", value: Math.abs(free), was: null }]}
+        rowKey={(row) => row.name}
         columns={[
-          { title: "part", cell: (row) => <><span class={`swatch ${row.name}`} /> {row.what}</> },
-          { title: "bytes", number: true, cell: (row) => (row.own ? <Num title={row.what} name={row.name}>{bytes(row.value)}</Num> : bytes(row.value)) },
+          { title: "part", cell: (row) => <><span class={`swatch ${row.name}`} /> {row.label}</> },
+          { title: "bytes", number: true, cell: (row) => <Num title={row.label} name={row.name}>{bytes(row.value)}</Num> },
           { title: "share of capacity", number: true, cell: (row) => percent(row.value / found.capacity_bytes) },
+          ...(found.base ? [{ title: "without techniques", number: true, cell: (row: { was: number | null }) => (row.was === null ? "" : bytes(row.was)) }] : []),
         ]} />
     </section>
   );
@@ -135,13 +134,14 @@ const asked = computed(() => {
 
 export const deltas = follow<string, Delta[]>(
   () => asked.value,
-  async (text, abort) => {
+  async (text, abort, part) => {
     const { c, names } = JSON.parse(text);
     await new Promise((done) => setTimeout(done, 400)); // a slider that still moves asks for nothing yet
     const found: Delta[] = [];
     for (let at = 0; at < names.length; at += 4) {
       if (abort.aborted) break;
       found.push(...(await call("post", "/api/deltas", { ...c, candidates: names.slice(at, at + 4) }, abort)).rows);
+      part([...found]);
     }
     return found;
   },
@@ -167,14 +167,14 @@ function Help({ found }: { found: Predict }) {
   const { value, busy, error } = deltas.found.value;
   const rows = (value ?? []).filter((row) => !row.refused).map((row) => ({ row, time: requestRatio(found, row) }));
   const useful = rows
-    .filter(({ row, time }) => time < 0.99 || (row.peak ?? 1) < 0.99)
+    .filter(({ row, time }) => (time < 0.99 || (row.peak ?? 1) < 0.99) && (time < 1.02 || (!found.fits && row.fits)))
     .sort((a, b) => Number(!found.fits && b.row.fits) - Number(!found.fits && a.row.fits) || a.time + (a.row.peak ?? 1) - b.time - (b.row.peak ?? 1))
     .slice(0, 6);
   return (
     <section aria-labelledby="help" aria-busy={busy}>
       <h2 id="help">What would help most</h2>
       {error && <p class="error" role="alert">{error.message}</p>}
-      {busy && <p class="busy">Pricing techniques on this case.</p>}
+      {busy && <p class="busy">Pricing techniques on this case: {value?.length ?? 0} so far.</p>}
       {!busy && value && useful.length === 0 && <Empty command="trimtab techniques">No technique saves more than 1 % of time or memory here.</Empty>}
       <ul class="cards">
         {useful.map(({ row, time }) => (

@@ -13,6 +13,9 @@ from trimtab.errors import SpecError
 from trimtab.serve.config import HttpConfig
 from trimtab.serve.protocol import make_protocol
 
+#: Connections that wait to be taken.
+_BACKLOG = 256
+
 
 class HttpServer(uvicorn.Server):
     """Uvicorn without signal handlers of its own, with the limits of `config`."""
@@ -22,7 +25,7 @@ class HttpServer(uvicorn.Server):
             uvicorn.Config(
                 app, host=config.host, port=config.port, http=make_protocol(config), ws="none", lifespan="off",
                 log_config=None, access_log=False, timeout_keep_alive=int(max(config.idle_s, 1)), timeout_graceful_shutdown=2,
-                server_header=False, date_header=False, proxy_headers=False, backlog=256,
+                server_header=False, date_header=False, proxy_headers=False, backlog=_BACKLOG,
             )
         )  # fmt: skip
 
@@ -43,6 +46,7 @@ def listen(host: str, port: int) -> socket.socket:
         sock = socket.socket(found[0][0], socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(found[0][4])
+        sock.listen(_BACKLOG)  # whoever is told the address may connect at once
     except OSError as error:
         raise SpecError(
             f"--host {host} --port {port}: cannot listen there: {error.strerror or error}. Try another --port, or 0 for a free one."

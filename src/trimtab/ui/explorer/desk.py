@@ -133,8 +133,7 @@ class Desk:
             raise SpecError("No model is named. Give a catalogue id such as llama-3.1-8b; `trimtab models` lists them.")
         if self.paths:
             load_spec(name)
-            path = Path(name).expanduser()
-            return name, path.stat().st_mtime_ns if path.exists() else 0
+            return name, _changed(Path(name).expanduser())
         try:
             return load_spec(str(catalogue_file(name))), 0
         except SpecError:
@@ -192,7 +191,9 @@ class Desk:
         found = []
         for text in candidates:
             try:
-                found.append(_delta(text, before, self.price(_with(case, techniques=[*case.techniques, text])).report()))
+                found.append(
+                    _delta(text, before, self.price(_with(case, techniques=[*case.techniques, text])).report())
+                )
             except ApiError as error:
                 found.append(Delta(technique=text, refused=error.message))
         return found
@@ -201,6 +202,12 @@ class Desk:
 def _with(case: Case, **changes: Any) -> Case:
     fields = {name: getattr(case, name) for name in Case.__struct_fields__}
     return Case(**{**fields, **changes})
+
+
+def _changed(path: Path) -> int:
+    """When what describes a model was last written; 0 for what is no path."""
+    files = [path, *path.glob("*.json")] if path.is_dir() else [path]
+    return max((file.stat().st_mtime_ns for file in files if file.exists()), default=0)
 
 
 def workload_of(case: Case) -> Workload:
