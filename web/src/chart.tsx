@@ -54,7 +54,10 @@ export function Chart({ title, options, on, children, ready, height = 340 }: {
   useEffect(() => {
     if (!place.current || width < 40) return;
     const plot = Plot.plot({ width, height, marginLeft: 64, style: { background: "none", overflow: "visible" }, ...options(width) });
-    plot.setAttribute("role", "img");
+    // Plot labels its groups with names of marks, which say nothing; labelled dots become images that do.
+    for (const group of plot.querySelectorAll("g[aria-label]")) group.removeAttribute("aria-label");
+    for (const dot of plot.querySelectorAll("circle[aria-label]")) dot.setAttribute("role", "img");
+    plot.setAttribute("role", "group");
     plot.setAttribute("aria-label", title);
     place.current.replaceChildren(plot);
     ready?.(plot as Built);

@@ -2,7 +2,7 @@
 
 const three = (value: number): string => {
   const size = Math.abs(value);
-  return value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : 2);
+  return size < 1 && size > 0 ? value.toPrecision(3) : value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : 2);
 };
 
 const scaled = (value: number, steps: readonly (readonly [string, number])[], unit: string): string => {

@@ -1,6 +1,6 @@
 /** Screen 2: the operator table and the roofline, one selection between them. */
 
-import { computed, signal } from "@preact/signals";
+import { computed, effect, signal } from "@preact/signals";
 import * as Plot from "@observablehq/plot";
 import { type Compat, type Op, type Predict, call, follow, prediction } from "./api";
 import { Chart, Table, points } from "./chart";
@@ -146,7 +146,18 @@ function OpTable({ rows, found }: { rows: Dot[]; found: Predict }) {
   );
 }
 
+/** The operator under the pointer, in the table or among the dots; lit without drawing anew, so that a drag may begin on it. */
 const hovered = signal("");
+function light(): void {
+  const lit = hovered.value || view.value.selected;
+  for (const dot of document.querySelectorAll<SVGElement>("circle[data-op]")) {
+    dot.classList.toggle("lit", dot.dataset["op"] === lit);
+    dot.classList.toggle("unlit", lit !== "" && dot.dataset["op"] !== lit);
+  }
+  for (const row of document.querySelectorAll<HTMLElement>(".ops tr[data-row]")) row.classList.toggle("lit", row.dataset["row"] === hovered.value);
+}
+effect(light);
+
 const COLOURS = { domain: ["compute", "memory", "launch", "comm"], range: ["var(--compute)", "var(--memory)", "var(--launch)", "var(--comm)"] };
 
 function Roofline({ rows, before, found, phase }: { rows: Dot[]; before: Dot[]; found: Predict; phase: string }) {
@@ -168,7 +179,7 @@ function Roofline({ rows, before, found, phase }: { rows: Dot[]; before: Dot[]; 
     { name: b.name, x: best / b.bytes_per_s, y: best },
   ]);
   const roofs = found.peaks.map((p) => ({ ...p, x1: p.flops_per_s / Math.max(...found.bandwidths.map((b) => b.bytes_per_s)), x2: high }));
-  const lit = hovered.value || view.value.selected;
+  const { selected } = view.value;
   const options = (): Plot.PlotOptions => ({
     x: { type: "log", domain: [low, high], label: "FLOP per byte →", grid: true, tickFormat: (v: number) => si(v) },
     y: { type: "log", domain: [floor, best * 2], label: "↑ FLOP/s", grid: true, tickFormat: (v: number) => si(v) },
@@ -182,16 +193,15 @@ function Roofline({ rows, before, found, phase }: { rows: Dot[]; before: Dot[]; 
       Plot.dot(moved, { x: "x1", y: "y1", r: 5, fill: "none", stroke: "currentColor", strokeDasharray: "2 2", className: "ghost" }),
       Plot.arrow(moved, { x1: "x1", y1: "y1", x2: "x2", y2: "y2", stroke: "currentColor", strokeOpacity: 0.6, headLength: 6 }),
       Plot.dot(plotted, {
-        x: "intensity", y: "rate", r: "share", sort: null, fill: "bound", fillOpacity: (d: Dot) => (!lit || d.name === lit ? 0.85 : 0.25),
-        stroke: (d: Dot) => (d.name === lit ? "currentColor" : "none"), strokeWidth: 2.5, className: "op",
+        x: "intensity", y: "rate", r: "share", sort: null, fill: "bound", className: "op",
         ariaLabel: (d: Dot) => `${d.name}: ${d.intensity.toPrecision(3)} FLOP/B, ${si(d.rate, "FLOP/s")}, ${d.bound}`,
       }),
-      Plot.text(plotted.filter((d) => d.name === lit), { x: "intensity", y: "rate", text: (d) => brief(d.name), dy: -16, fill: "currentColor", fontWeight: "bold" }),
+      Plot.text(plotted.filter((d) => d.name === selected), { x: "intensity", y: "rate", text: (d) => brief(d.name), dy: -16, fill: "currentColor", fontWeight: "bold" }),
     ],
   });
   return (
     <Chart title={`Roofline of ${phase}: dots are operators, their area is time; drag to sum several`} height={420} options={options}
-      on={[plotted, moved, lit, found]} ready={(plot) => wire(plot, plotted)}>
+      on={[found, phase, selected]} ready={(plot) => wire(plot, plotted)}>
       <Table caption="Roofline" rows={plotted} columns={[
         { title: "operator", cell: (d) => brief(d.name) },
         { title: "FLOP/B", number: true, cell: (d) => d.intensity.toPrecision(3) },
@@ -215,6 +225,7 @@ function wire(plot: Element & Plot.Plot, rows: Dot[]): void {
     element.addEventListener("pointerenter", () => (hovered.value = name));
     element.addEventListener("pointerleave", () => (hovered.value = ""));
   }
+  light();
   let start: DOMPoint | null = null;
   let frame: SVGRectElement | null = null;
   const at = (event: PointerEvent) => {

@@ -184,21 +184,25 @@ function Here({ spec }: { spec: string }) {
 function Fellows({ spec }: { spec: string }) {
   const found = useSignal<Delta[] | null>(null);
   const error = useSignal("");
+  const busy = useSignal(false);
   const ask = async () => {
     const c = current.value;
     if (!isCase(c)) return;
     const others = (techniques.found.value.value?.techniques ?? []).map((t) => t.name).filter((name) => name !== spec.split(":")[0]);
+    busy.value = true;
     try {
       found.value = (await call("post", "/api/deltas", { ...c, techniques: [spec], candidates: others })).rows;
     } catch (caught) {
       error.value = refusal(caught).message;
+    } finally {
+      busy.value = false;
     }
   };
   return (
     <details onToggle={(e) => e.currentTarget.open && void ask()}>
       <summary>What it composes with on this model</summary>
       {error.value && <p class="error" role="alert">{error.value}</p>}
-      {!found.value && !error.value && <p class="busy">Trying every other technique on top.</p>}
+      {busy.value && <p class="busy">Trying every other technique on top.</p>}
       {found.value && <Table caption={`On top of ${spec}`} rows={found.value} columns={[
         { title: "technique", cell: (r) => <code>{r.technique}</code> },
         { title: "TPOT", number: true, cell: (r) => (r.refused ? "" : change(r.tpot)) },
