@@ -116,7 +116,9 @@ def test_every_screen_at_both_sizes(visit: Any, repository: Path, screen: str, s
         pytest.skip("all but accessibility was checked; that needs web/node_modules (cd web && npm ci)")
     for scheme in ("light", "dark"):
         page.page.emulate_media(color_scheme=scheme)
-        page.page.evaluate("document.querySelectorAll('details').forEach((d) => d.className === 'viewer' || (d.open = true))")
+        page.page.evaluate(
+            "document.querySelectorAll('details').forEach((d) => d.className === 'viewer' || (d.open = true))"
+        )
         page.page.wait_for_timeout(100)
         page.page.evaluate(axe.read_text())
         found = page.page.evaluate("axe.run(document, {resultTypes: ['violations']})")
@@ -165,7 +167,9 @@ def test_a_batch_moves_operators_over_the_ridge_and_all_agree(visit: Any, explor
             assert table[name]["bound"] == op["bound"]
             if name in dots:
                 assert float(dots[name][0].split()[0]) == pytest.approx(op["flops"] / op["bytes"], rel=5.1e-3)
-                assert _three(dots[name][1].removesuffix("FLOP/s")) == pytest.approx(op["flops"] / op["time_s"], rel=5.1e-3)
+                assert _three(dots[name][1].removesuffix("FLOP/s")) == pytest.approx(
+                    op["flops"] / op["time_s"], rel=5.1e-3
+                )
         bounds[batch] = {name: row["bound"] for name, row in table.items()}
     moved = [name for name in bounds[1] if (bounds[1][name], bounds[1024][name]) == ("memory", "compute")]
     assert moved
@@ -185,7 +189,10 @@ def test_table_and_roofline_share_one_selection(visit: Any) -> None:
     other = page.page.locator("circle[data-op='layers.*.self_attn.rope+append+attend']")
     box = other.bounding_box()
     page.page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    assert page.page.locator("tr[data-row='layers.*.self_attn.rope+append+attend']").get_attribute("aria-selected") == "true"
+    assert (
+        page.page.locator("tr[data-row='layers.*.self_attn.rope+append+attend']").get_attribute("aria-selected")
+        == "true"
+    )
     assert row.get_attribute("aria-selected") == "false"
     assert "sel=" in page.page.url
 
@@ -277,7 +284,14 @@ def test_changes_redraw_in_time(visit: Any) -> None:
       Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, "value").set.call(field, value);
       field.dispatchEvent(new Event("input", {bubbles: true}));
     })"""
-    steps = [("f-batch", "3"), ("f-prompt", "999"), ("f-machine", "h200"), ("f-batch", "7"), ("f-machine", "a100"), ("f-batch", "9")]
+    steps = [
+        ("f-batch", "3"),
+        ("f-prompt", "999"),
+        ("f-machine", "h200"),
+        ("f-batch", "7"),
+        ("f-machine", "a100"),
+        ("f-batch", "9"),
+    ]
     times = []
     for step in steps:
         times.append(page.page.evaluate(script, list(step)))
@@ -406,7 +420,9 @@ def test_a_server_that_goes_away_loses_nothing(visit: Any, start: Any) -> None:
     page.page.get_by_role("alert").wait_for(state="detached", timeout=10_000)
     page.settled()
     assert page.field("Batch").input_value() == "9"
-    assert "--batch 9 " in page.page.locator("main code").first.inner_text() or page.page.get_by_text("--batch 9 ").count()
+    assert (
+        "--batch 9 " in page.page.locator("main code").first.inner_text() or page.page.get_by_text("--batch 9 ").count()
+    )
 
 
 @pytest.mark.slow
@@ -488,5 +504,9 @@ def test_llm_viewers_example(visit: Any) -> None:
     assert row["bound"] == "compute"
     table = page.page.get_by_role("region", name=re.compile("llm-viewer"))
     cells = table.get_by_role("row", name=re.compile("^q_proj")).get_by_role("cell").all_inner_texts()
-    assert (_three(cells[2]), _three(cells[3]), cells[5]) == (pytest.approx(68.7e9, rel=5e-3), pytest.approx(67.1e6, rel=5e-3), "compute")
+    assert (_three(cells[2]), _three(cells[3]), cells[5]) == (
+        pytest.approx(68.7e9, rel=5e-3),
+        pytest.approx(67.1e6, rel=5e-3),
+        "compute",
+    )
     page.quiet()

@@ -96,6 +96,9 @@ export const techniques = catalogue(() => call("get", "/api/techniques"));
 export const papers = catalogue(() => call("get", "/api/papers"));
 export const runs = catalogue(() => call("get", "/api/runs"));
 
+/** Asks again what failed. */
+const failing: (() => void)[] = [];
+
 /** Keeps an answer beside a question that changes: the newest question wins, the last good answer stays in sight. */
 export function follow<Q, A>(question: () => Q | null, ask: (asked: Q, abort: AbortSignal, part: (value: A) => void) => Promise<A>) {
   const found = signal<Shared<A>>({ ...empty });
@@ -115,19 +118,24 @@ export function follow<Q, A>(question: () => Q | null, ask: (asked: Q, abort: Ab
       (error) => mine.signal.aborted || (found.value = { ...found.peek(), error: refusal(error), busy: false }),
     );
   });
-  return { found, again: () => void tries.value++ };
+  const again = () => void tries.value++;
+  failing.push(() => found.peek().error && again());
+  return { found, again };
 }
 
 const asked = () => (isCase(current.value) ? current.value : null);
 export const prediction = follow<Case, Predict>(asked, (c, abort) => call("post", "/api/predict", c, abort));
 
-/** A server that went away is asked again until it is back. */
-setInterval(() => {
-  if (!reached.value) {
-    prediction.again();
-    for (const each of [models, machines, techniques, papers]) if (each.found.value.error) void each.load();
-  }
-}, 2000);
+/** A server that went away is asked again until it is back; then so is all that failed meanwhile. */
+setInterval(() => reached.value || prediction.again(), 2000);
+let before = true;
+effect(() => {
+  const back = reached.value && !before;
+  before = reached.value;
+  if (!back) return;
+  for (const ask of failing) ask();
+  for (const each of [models, machines, techniques, papers, runs]) if (each.found.peek().error) void each.load();
+});
 
 /** What is wrong with the fields, by field; "" for what belongs to none. */
 export const refused = (): Refusal | null => (isCase(current.value) ? prediction.found.value.error : current.value);

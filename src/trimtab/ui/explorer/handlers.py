@@ -116,6 +116,7 @@ class Explorer:
 
 _KINDS = {
     "html": "text/html; charset=utf-8",
+    "txt": "text/plain; charset=utf-8",
     "js": "text/javascript; charset=utf-8",
     "css": "text/css; charset=utf-8",
 }
