@@ -41,6 +41,7 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         SpecError: it is taken, or not this machine's.
     """
+    sock = None
     try:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         sock = socket.socket(found[0][0], socket.SOCK_STREAM)
@@ -48,6 +49,8 @@ def listen(host: str, port: int) -> socket.socket:
         sock.bind(found[0][4])
         sock.listen(_BACKLOG)  # whoever is told the address may connect at once
     except OSError as error:
+        if sock is not None:
+            sock.close()
         raise SpecError(
             f"--host {host} --port {port}: cannot listen there: {error.strerror or error}. Try another --port, or 0 for a free one."
         ) from None
