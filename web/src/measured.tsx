@@ -72,6 +72,7 @@ export function MeasuredScreen() {
               ]} />
             </Chart>
           )}
+          {dots.length > 1 && <Drift dots={dots} />}
           <Table caption="Runs, newest first" rows={rows} rowKey={(run) => String(run.id)} selected={view.value.selected} columns={[
             { title: "run", number: true, cell: (run) => <button type="button" class="num" aria-label={`Open run ${run.id}`} onClick={() => set({ selected: String(run.id) === view.value.selected ? "" : String(run.id) })}>{run.id}</button> },
             { title: "started (UTC)", cell: (run) => run.started_utc.replace("T", " ").replace("+00:00", "") },
@@ -95,6 +96,50 @@ export function MeasuredScreen() {
       )}
     </>
   );
+}
+
+interface Dot {
+  run: Run;
+  label: string;
+  ratio: number;
+}
+
+/** Measured over predicted, run after run: whether predictions get better or worse from version to version. */
+function Drift({ dots }: { dots: Dot[] }) {
+  const versions = dots.filter((d, i) => d.run.version !== dots[i + 1]?.run.version); // newest first: the last of each is its first run
+  return (
+    <Chart title="Measured over predicted, run after run, with the first run of each version named" height={240} on={[dots]} options={() => ({
+      x: { label: "run →", tickFormat: (v: number) => (Number.isInteger(v) ? String(v) : ""), inset: 20 },
+      y: { type: "log", label: "↑ measured / predicted", tickFormat: (v: number) => v.toFixed(2), ticks: 5, grid: true },
+      color: { domain: ["TTFT", "TPOT"], range: ["var(--compute)", "var(--memory)"], legend: true },
+      marks: [
+        Plot.ruleY([1], { stroke: "currentColor" }),
+        Plot.ruleY([0.8, 1.2], { stroke: "currentColor", strokeOpacity: 0.5, strokeDasharray: "4 4" }),
+        Plot.text(versions, { x: (d) => d.run.id, frameAnchor: "top", text: (d) => d.run.version, dy: 4, fill: "currentColor" }),
+        Plot.dot(dots, { x: (d) => d.run.id, y: "ratio", fill: "label", r: 4, className: "drift" }),
+      ],
+    })}>
+      <Table caption="Measured over predicted by version" rows={byVersion(dots)} columns={[
+        { title: "version", cell: (r) => r.version },
+        { title: "figure", cell: (r) => r.label },
+        { title: "runs", number: true, cell: (r) => r.ratios.length },
+        { title: "median", number: true, cell: (r) => r.ratios[r.ratios.length >> 1]?.toFixed(3) },
+        { title: "worst", number: true, cell: (r) => [...r.ratios].sort((a, b) => Math.abs(Math.log(b)) - Math.abs(Math.log(a)))[0]?.toFixed(3) },
+      ]} />
+    </Chart>
+  );
+}
+
+function byVersion(dots: Dot[]): { version: string; label: string; ratios: number[] }[] {
+  const found = new Map<string, { version: string; label: string; ratios: number[] }>();
+  for (const { run, label, ratio } of dots) {
+    const key = `${run.version} ${label}`;
+    const row = found.get(key) ?? { version: run.version, label, ratios: [] };
+    row.ratios.push(ratio);
+    row.ratios.sort((a, b) => a - b);
+    found.set(key, row);
+  }
+  return [...found.values()];
 }
 
 function Details({ run }: { run: Run }) {
