@@ -1,6 +1,6 @@
 """Screenshots of the explorer's screens for the documentation; needs playwright and Debian's chromium.
 
-    python scripts/explorer_shots.py docs/explorer
+python scripts/explorer_shots.py docs/explorer
 """
 
 from __future__ import annotations

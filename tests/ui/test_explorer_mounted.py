@@ -72,7 +72,9 @@ def test_keys_are_asked_for_and_only_an_admin_measures(mounted: Any, tmp_path: P
         headers = {"authorization": f"Bearer {key}"}
         assert client.post("/api/predict", json=CASE, headers=headers).status_code == 200
         assert client.post("/api/measurement", json={**CASE, "tp": 2}, headers=headers).status_code == status
-    answer = client.post("/api/predict", json={**CASE, "model": str(tmp_path)}, headers={"authorization": f"Bearer {user}"})
+    answer = client.post(
+        "/api/predict", json={**CASE, "model": str(tmp_path)}, headers={"authorization": f"Bearer {user}"}
+    )
     assert "only models of the catalogue" in answer.json()["error"]["message"]
 
 

@@ -6,12 +6,13 @@ import csv
 import json
 import re
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.ui.pages import Page, three
 
 SCREENS = {
     "verdict": "Fits", "operators": "Operators of", "sweep": "Memory and latency", "techniques": "Techniques",
@@ -21,39 +22,6 @@ SIZES = [(1280, 720), (390, 844)]
 #: A 70B model that fits: the largest that the bars are about.
 BIG = "m=llama-3.1-70b&on=h100&tp=4&p=2048&g=64"
 COMPARED = "c=m%3Dllama-3.1-8b%26on%3Dh100&c=m%3Dllama-3.1-8b%26on%3Da100&c=m%3Dllama-3.1-8b%26on%3Da100%26t%3Drtn"
-
-
-class Page:
-    """A page with what it said and asked."""
-
-    def __init__(self, page: Any, base: str) -> None:
-        self.page, self.base = page, base
-        self.console: list[str] = []
-        self.asked: list[str] = []
-        page.on("console", lambda message: self.console.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: self.console.append(f"error: {error}"))
-        page.on("request", lambda request: self.asked.append(request.url))
-
-    def go(self, parts: str = "") -> float:
-        """Open an address; return the seconds until the first numbers."""
-        self.page.goto("about:blank")
-        begin = time.perf_counter()
-        self.page.goto(f"{self.base}/ui/#{parts}")
-        self.page.get_by_role("heading", level=1).wait_for()
-        return time.perf_counter() - begin
-
-    def settled(self) -> None:
-        """Wait until nothing is being asked."""
-        self.page.wait_for_timeout(80)  # what was typed has begun to be asked
-        self.page.locator("[aria-busy=true], .busy").first.wait_for(state="detached", timeout=60_000)
-
-    def field(self, label: str) -> Any:
-        return self.page.get_by_label(label, exact=True)
-
-    def quiet(self) -> None:
-        """Nothing foreign was asked for, nothing went to the console."""
-        assert self.console == []
-        assert [url for url in self.asked if not url.startswith((self.base, "data:", "about:"))] == []
 
 
 @pytest.fixture
@@ -69,16 +37,6 @@ def visit(browser: Any, explorer: Any) -> Iterator[Callable[..., Page]]:
         context.close()
 
 
-def _three(text: str) -> float:
-    """A printed number with its unit, in base units."""
-    value, unit = re.fullmatch(r"\$?([\d.]+) ?(.*)", text.strip()).groups()  # type: ignore[union-attr]
-    scales = {
-        "Ti": 2**40, "Gi": 2**30, "Mi": 2**20, "Ki": 2**10, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "m": 1e-3, "µ": 1e-6,
-    }  # fmt: skip
-    scale = next((scales[p] for p in sorted(scales, key=len, reverse=True) if unit.startswith(p) and unit != p), None)
-    return float(value) * (scale or scales.get(unit, 1.0))
-
-
 def _predict(explorer: Any, **case: Any) -> Any:
     with explorer.client() as client:
         return client.post("/api/predict", json=case).json()
@@ -89,7 +47,7 @@ def test_smoke(visit: Any, explorer: Any) -> None:
     page.go("m=llama-3.1-8b&on=h100&b=4")
     found = _predict(explorer, model="llama-3.1-8b", machine="h100", batch=4, prompt=2048)
     shown = page.page.locator("[data-figure=tpot_s] button").inner_text()
-    assert _three(shown) == pytest.approx(found["report"]["figures"]["tpot_s"]["value"], rel=5e-3)
+    assert three(shown) == pytest.approx(found["report"]["figures"]["tpot_s"]["value"], rel=5e-3)
     assert page.page.get_by_role("heading", level=1).inner_text().startswith("Fits")
     page.quiet()
 
@@ -163,11 +121,11 @@ def test_a_batch_moves_operators_over_the_ridge_and_all_agree(visit: Any, explor
         assert set(dots) == {name for name, op in ops.items() if op["flops"]}
         for name, op in ops.items():
             for column, value in (("flops", op["flops"]), ("bytes", op["bytes"]), ("time", op["time_s"])):
-                assert _three(table[name][column]) == pytest.approx(value, rel=5.1e-3), (name, column)
+                assert three(table[name][column]) == pytest.approx(value, rel=5.1e-3), (name, column)
             assert table[name]["bound"] == op["bound"]
             if name in dots:
                 assert float(dots[name][0].split()[0]) == pytest.approx(op["flops"] / op["bytes"], rel=5.1e-3)
-                assert _three(dots[name][1].removesuffix("FLOP/s")) == pytest.approx(
+                assert three(dots[name][1].removesuffix("FLOP/s")) == pytest.approx(
                     op["flops"] / op["time_s"], rel=5.1e-3
                 )
         bounds[batch] = {name: row["bound"] for name, row in table.items()}
@@ -214,7 +172,7 @@ def test_dragging_sums_what_is_inside(visit: Any, explorer: Any) -> None:
     inside = [op for op in found["report"]["ops"] if op["phase"] == "decode" and op["flops"]]
     text = page.page.locator(".sum").inner_text()
     assert text.startswith(f"Sum of {len(inside)}: ")
-    assert _three(text.split(", ")[2]) == pytest.approx(sum(op["time_s"] for op in inside), rel=5.1e-3)
+    assert three(text.split(", ")[2]) == pytest.approx(sum(op["time_s"] for op in inside), rel=5.1e-3)
     page.page.get_by_role("button", name="Clear").click()
     assert page.page.locator(".sum").inner_text().startswith("Drag")
 
@@ -499,12 +457,12 @@ def test_llm_viewers_example(visit: Any) -> None:
     page.go("s=operators&m=llama-2-7b&on=a6000&b=1&p=2048&g=2&dt=float16&kv=float16&st=ideal&ph=prefill&per=call&lv=1")
     page.settled()
     row = _rows(page)["layers.*.mlp.down_proj"]
-    assert _three(row["flops"]) == pytest.approx(184.7e9, rel=5e-3)
-    assert _three(row["bytes"]) == pytest.approx(152e6, rel=5e-3)
+    assert three(row["flops"]) == pytest.approx(184.7e9, rel=5e-3)
+    assert three(row["bytes"]) == pytest.approx(152e6, rel=5e-3)
     assert row["bound"] == "compute"
     table = page.page.get_by_role("region", name=re.compile("llm-viewer"))
     cells = table.get_by_role("row", name=re.compile("^q_proj")).get_by_role("cell").all_inner_texts()
-    assert (_three(cells[2]), _three(cells[3]), cells[5]) == (
+    assert (three(cells[2]), three(cells[3]), cells[5]) == (
         pytest.approx(68.7e9, rel=5e-3),
         pytest.approx(67.1e6, rel=5e-3),
         "compute",

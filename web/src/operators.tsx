@@ -178,6 +178,11 @@ function Roofline({ rows, before, found, phase }: { rows: Dot[]; before: Dot[]; 
     { name: b.name, x: Math.max(low, floor / b.bytes_per_s), y: Math.max(low * b.bytes_per_s, floor) },
     { name: b.name, x: best / b.bytes_per_s, y: best },
   ]);
+  // Each name on its own side of the lines, one higher than the other.
+  const names = found.bandwidths.map((b, i) => {
+    const x = Math.sqrt(Math.max(low, floor / b.bytes_per_s) * (best / b.bytes_per_s)) * (i === found.bandwidths.length - 1 ? 0.4 : 2);
+    return { name: b.name, x, y: x * b.bytes_per_s };
+  });
   const roofs = found.peaks.map((p) => ({ ...p, x1: p.flops_per_s / Math.max(...found.bandwidths.map((b) => b.bytes_per_s)), x2: high }));
   const { selected } = view.value;
   const options = (): Plot.PlotOptions => ({
@@ -187,7 +192,8 @@ function Roofline({ rows, before, found, phase }: { rows: Dot[]; before: Dot[]; 
     r: { domain: [0, 1], range: [3, 26], type: "sqrt" },
     marks: [
       Plot.line(lines, { x: "x", y: "y", z: "name", stroke: "currentColor", strokeWidth: 1.5, className: "ridge" }),
-      Plot.text(lines.filter((_, i) => i % 2 === 0), { x: "x", y: "y", text: "name", dx: 6, dy: -6, textAnchor: "start", fill: "currentColor" }),
+      Plot.text(names.slice(0, -1), { x: "x", y: "y", text: "name", dx: -8, dy: -4, textAnchor: "end", fill: "currentColor" }),
+      Plot.text(names.slice(-1), { x: "x", y: "y", text: "name", dx: 8, dy: 8, textAnchor: "start", fill: "currentColor" }),
       Plot.link(roofs, { x1: "x1", x2: "x2", y1: "flops_per_s", y2: "flops_per_s", stroke: "currentColor", strokeWidth: 1.5, className: "roof" }),
       Plot.text(roofs, { x: "x2", y: "flops_per_s", text: (p) => `${p.dtype}${p.priced_as === p.dtype ? "" : ` as ${p.priced_as}`} ${si(p.flops_per_s, "FLOP/s")}`, textAnchor: "end", dy: -7, fill: "currentColor" }),
       Plot.dot(moved, { x: "x1", y: "y1", r: 5, fill: "none", stroke: "currentColor", strokeDasharray: "2 2", className: "ghost" }),

@@ -135,7 +135,7 @@ function Form({ technique }: { technique: Technique }) {
               {choices.length > 0
                 ? <select id={id} aria-describedby={`${id}-h`} onChange={(e) => put(p.name, e.currentTarget.value)}>{choices.map((c) => <option key={c} selected={c === value}>{c}</option>)}</select>
                 : <input id={id} size={10} value={value} inputMode={p.kind === "int" || p.kind === "float" ? "decimal" : "text"} aria-describedby={`${id}-h`} onInput={(e) => put(p.name, e.currentTarget.value)} />}
-              <small id={`${id}-h`}>{p.help} {p.allowed && `Allowed: ${p.allowed}.`}</small>
+              <small id={`${id}-h`}>{p.help}{p.help && !p.help.endsWith(".") && "."} {p.allowed && `Allowed: ${p.allowed}.`}</small>
             </div>
           );
         })}
