@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 CPP_SOURCES := $(wildcard src/trimtab/runtime/kernels/cpp/*.* src/trimtab/runtime/kernels/cpp/*/*.*)
 
-.PHONY: setup demo test test-all test-cpp lint format bench bench-peers clean
+.PHONY: setup demo test test-all test-cpp lint format web web-check bench bench-peers clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -52,6 +52,15 @@ lint: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The explorer's page, from web/ into src/trimtab/ui/web, where it is committed. Needs node and npm; users need neither.
+web: setup
+	$(BIN)/python scripts/explorer_schema.py > web/openapi.json.new
+	@mv web/openapi.json.new web/openapi.json
+	cd web && npm ci --silent && npm run --silent build
+
+web-check:
+	@bash scripts/check_web.sh
 
 bench: setup
 	@for file in $(wildcard benchmarks/*.py); do echo "== $$file"; $(BIN)/python $$file || exit 1; done

@@ -24,6 +24,7 @@ VERBS = {
     "run": "Generate text.",
     "chat": "Talk with a model in the terminal.",
     "serve": "An OpenAI-compatible HTTP server, techniques as model ids.",
+    "ui": "The explorer in the browser: verdict, roofline, sweeps, techniques, plans, runs.",
     "measure": "Predicted beside measured, quality included.",
     "eval": "Quality alone: text, needles, or through the cache (kv).",
     "study": "What a model looks like inside: outliers.",

@@ -85,7 +85,9 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Serve models over HTTP with OpenAI's interface, until SIGTERM.
 
-        Endpoints are listed at /openapi.json. Exit codes: 0 drained, 1 broke or stopped by a second signal, 2 could not start as asked.
+        Endpoints are listed at /openapi.json; the explorer is at /ui/.
+
+        Exit codes: 0 drained, 1 broke or stopped by a second signal, 2 could not start as asked.
         """
         import sys
 
@@ -96,6 +98,8 @@ def register(app: typer.Typer) -> None:
             from trimtab.serve.config import ServeConfig
             from trimtab.serve.keys import new_key as make_key
             from trimtab.serve.lifecycle import serve as run
+            from trimtab.ui.explorer.handlers import routes_of
+            from trimtab.ui.explorer.host import explorer_for
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("trimtab"):
                 raise
@@ -116,4 +120,4 @@ def register(app: typer.Typer) -> None:
             dtype=dtype, kv_dtype=kv_dtype, isa=isa, prefix_cache=prefix_cache, fairness=fairness,
             deterministic=deterministic,
         )  # fmt: skip
-        raise typer.Exit(run(config))
+        raise typer.Exit(run(config, routes=routes_of(explorer_for(config))))

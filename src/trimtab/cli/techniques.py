@@ -16,31 +16,10 @@ def register(app: typer.Typer) -> None:
         json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ) -> None:
         """List techniques, or show one with its parameters, defaults and allowed values."""
-        import dataclasses
-        import inspect
-
-        from trimtab.techniques.registry import technique_class, technique_names
+        from trimtab.ui.catalogues import technique_row, technique_rows
         from trimtab.ui.output import print_json, print_table
 
-        rows = []
-        for key in [technique_class(name).name] if name else technique_names():
-            cls = technique_class(key)
-            parameters = [
-                {"name": f.name, "type": str(f.type), "default": f.default, **f.metadata}
-                for f in dataclasses.fields(cls)
-            ]
-            rows.append(
-                {
-                    "name": key,
-                    "summary": cls.summary,
-                    "seam": cls.__module__.split(".")[-2],
-                    "stage": cls.stage.name.lower(),
-                    "needs": sorted(cls.needs),
-                    "paper": cls.paper,
-                    "parameters": parameters,
-                    "doc": inspect.getdoc(cls),
-                }
-            )
+        rows = [technique_row(name)] if name else technique_rows()
         if json:
             return print_json(rows[0] if name else rows)
         if not name:

@@ -47,6 +47,7 @@ class Run:
     Args:
         state: ``running``, ``done``, ``failed`` or ``interrupted`` (its process is gone).
         predicted, measured: reports as JSON; measured is None until done.
+        version: of the Trimtab that made it.
     """
 
     id: int
@@ -59,6 +60,7 @@ class Run:
     predicted: Mapping[str, Any]
     measured: Mapping[str, Any] | None
     error: str | None
+    version: str
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -130,7 +132,7 @@ class Ledger:
 
     def runs(self) -> list[Run]:
         """Every row, newest first."""
-        columns = "id, started_utc, finished_utc, state, model, techniques, plan, predicted, measured, error, pid, boot"
+        columns = "id, started_utc, finished_utc, state, model, techniques, plan, predicted, measured, error, version, pid, boot"
         with self._open() as database:
             rows = database.execute(f"SELECT {columns} FROM runs ORDER BY id DESC").fetchall()
         return [_run(row) for row in rows]
@@ -152,6 +154,7 @@ def _run(row: tuple[Any, ...]) -> Run:
         predicted=json.loads(facts[7]),
         measured=json.loads(facts[8]) if facts[8] else None,
         error=facts[9],
+        version=facts[10],
     )
 
 

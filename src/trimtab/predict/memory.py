@@ -99,6 +99,9 @@ class Footprint:
         self._prefill = live(self.graphs.kernels(self.graphs.prefill, stack))
         self._filter = live(self.graphs.kernels(self.graphs.filter, stack)) if spec.flow.filter else ()
         self.stages = stages(len(spec.layers), parallel.pp)
+        # Equal caches as one object, so that each is asked once: layers that a technique edited are equal, not the same.
+        same: dict[CacheSpec, CacheSpec] = {}
+        self._caches = tuple(same.setdefault(layer.cache, layer.cache) for layer in spec.layers)
         self._weights = self.graphs.weight_nbytes if parallel.pp == 1 else _largest_stage(spec, self.stages)
 
     def at(self, work: Workload) -> Memory:
@@ -117,15 +120,14 @@ class Footprint:
         share = -(-batch // self.parallel.dp)
         held = prompt_held(self.spec, prompt)
         new = self._last_passes(held)
-        # Equal layers are equal objects more often than not: each is asked once.
         known: dict[int, tuple[KVBytes, list[PassPages]]] = {}
-        for cache in self._caches():
+        for cache in self._caches:
             if id(cache) not in known:
                 known[id(cache)] = (
                     cache.nbytes(held + gen, held),
                     [_around(cache, held - past, count, held, held + gen) for past, count in new],
                 )
-        layers = [known[id(cache)] for cache in self._caches()]
+        layers = [known[id(cache)] for cache in self._caches]
         found = []
         for stage in self.stages:
             end = sum((layers[i][0] for i in stage), KVBytes(0, 0))
@@ -167,9 +169,6 @@ class Footprint:
         """Sequences whose prompts share a pass."""
         budget = self.stack.max_batched_tokens
         return batch if budget is None else np.minimum(batch, max(budget // prompt, 1))
-
-    def _caches(self) -> Iterable[CacheSpec]:
-        return (layer.cache for layer in self.spec.layers)
 
     def _activations(self, batch: IntArray, prompt: int, held: int, gen: int) -> IntArray:
         attention, chunk = self.stack.attention, self._chunk

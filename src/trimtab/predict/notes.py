@@ -10,16 +10,14 @@ import numpy as np
 from trimtab.errors import SpecError
 from trimtab.graph.build import Phase
 from trimtab.graph.ops import StepShape
-from trimtab.graph.passes import Graphs, prompt_held
-from trimtab.graph.shard import shard, tp_choices
+from trimtab.graph.passes import prompt_held
 from trimtab.predict.energy import multiply_add_pj, operation_energy, product_pj, technology
-from trimtab.predict.memory import UNBOUNDED, Footprint, Memory
-from trimtab.predict.price import product_dtypes
-from trimtab.spec import tree
+from trimtab.predict.memory import UNBOUNDED, Memory
+from trimtab.predict.slices import Slices
 from trimtab.spec.leaves import LinearSpec
 from trimtab.spec.machine import Machine, kernel_machines
-from trimtab.spec.model import owned
-from trimtab.spec.nodes import AttentionSpec, MoESpec
+from trimtab.spec.model import ModelSpec, owned
+from trimtab.spec.nodes import MoESpec
 from trimtab.spec.plan import Plan
 from trimtab.spec.product import EXACT, Lmul
 from trimtab.units import format_bytes
@@ -28,14 +26,14 @@ from trimtab.units import format_bytes
 _PRICE_AGE = datetime.timedelta(days=365)
 
 
-def notes(plan: Plan, memory: Memory, footprint: Footprint) -> tuple[str, ...]:
+def notes(plan: Plan, memory: Memory, slices: Slices) -> tuple[str, ...]:
     """Sentences about a plan, the most important first."""
     spec, work, machine = plan.model, plan.workload, plan.machine
     notes: list[str] = []
     usable = usable_bytes(plan)
     over = memory.peak - usable
     if over > 0:
-        notes.append(_too_big(plan, memory, over, footprint))
+        notes.append(_too_big(plan, memory, over, slices))
     longest = prompt_held(spec, work.prompt) + work.gen
     if spec.max_position_embeddings and longest > spec.max_position_embeddings:
         notes.append(
@@ -46,7 +44,7 @@ def notes(plan: Plan, memory: Memory, footprint: Footprint) -> tuple[str, ...]:
         notes.append(
             f"Warning: the filter pass reads {work.prompt} tokens, beyond the {spec.max_position_embeddings} positions of {spec.name}."
         )
-    for dtype in product_dtypes(spec):
+    for dtype in slices.dtypes:
         _, priced_as = machine.peak(dtype)
         if priced_as != dtype:
             notes.append(f"No {dtype} path on {machine.id}: arithmetic is priced as {priced_as}.")
@@ -63,17 +61,16 @@ def notes(plan: Plan, memory: Memory, footprint: Footprint) -> tuple[str, ...]:
         notes.append(f"Distinct experts per pass are an expectation under {routing}.")
     if any(getattr(layer.self_attn, "window", None) for layer in spec.layers):
         notes.append("Sliding-window layers keep every token in the cache; the window limits what is read.")
-    added = _added_bits(plan)
+    added = _added_bits(plan, slices.with_plain_products)
     if added:
         notes.append(added)
     return tuple(notes)
 
 
-def _added_bits(plan: Plan) -> str:
+def _added_bits(plan: Plan, plain: ModelSpec) -> str:
     """What products by addition of bit patterns (L-Mul) save, the memory included; empty for a model without them."""
     spec, work = plan.model, plan.workload
-    plain = tree.mapped(spec, _multiplied)
-    if plain == spec:
+    if plain is spec:
         return ""
     past = np.asarray([max(work.prompt - 1, 0) + work.gen // 2])
     passes: dict[Phase, StepShape] = {
@@ -95,16 +92,6 @@ def _added_bits(plan: Plan) -> str:
         f"the addition; of the whole model, DRAM included, {saved['decode']:.1%} of a decode step and {saved['prefill']:.1%} of "
         "the prefill. No processor of today has it, so no time is saved."
     )
-
-
-def _multiplied(node: tree.Node) -> dict[str, object]:
-    """A node with plain products in place of L-Mul."""
-    found: dict[str, object] = {}
-    if isinstance(getattr(node, "product", None), Lmul):
-        found["product"] = EXACT
-    if isinstance(node, AttentionSpec) and node.rope is not None and isinstance(node.rope.product, Lmul):
-        found["rope"] = replace(node.rope, product=EXACT)
-    return found
 
 
 def usable_bytes(plan: Plan) -> int:
@@ -144,9 +131,9 @@ def price_age(machine: Machine, today: datetime.date) -> str:
     )
 
 
-def _too_big(plan: Plan, memory: Memory, over: int, footprint: Footprint) -> str:
+def _too_big(plan: Plan, memory: Memory, over: int, slices: Slices) -> str:
     """What does not fit, by how much, and what would."""
-    work, machine = plan.workload, plan.machine
+    work, machine, footprint = plan.workload, plan.machine, slices.footprint(plan.parallel)
     total = (
         f"weights {format_bytes(memory.weights)} + cache {format_bytes(memory.kv_peak)} + activations "
         f"{format_bytes(memory.activations)} + reserve {format_bytes(memory.reserve)} = {format_bytes(memory.peak)}"
@@ -167,7 +154,7 @@ def _too_big(plan: Plan, memory: Memory, over: int, footprint: Footprint) -> str
     bits = min(8, int(8 * room * plan.parallel.devices / max(elements, 1) - 0.5))
     if bits >= 2:
         ways.append(f"Weights of {bits} bits would: `-t rtn:bits={bits},group=32`.")
-    tp = _smallest_tp(plan)
+    tp = _smallest_tp(plan, slices)
     if tp:
         ways.append(f"Cut over {tp} devices it would: `--tp {tp}`.")
     if not ways:
@@ -175,14 +162,13 @@ def _too_big(plan: Plan, memory: Memory, over: int, footprint: Footprint) -> str
     return " ".join((text, *ways))
 
 
-def _smallest_tp(plan: Plan) -> int | None:
+def _smallest_tp(plan: Plan, slices: Slices) -> int | None:
     """The smallest tensor-parallel degree inside a node that fits, on a machine with links."""
     if plan.machine.link_bytes_per_s_per_dir is None:
         return None
-    for tp in tp_choices(plan.model, plan.machine.node_devices):
-        if tp > plan.parallel.tp:
+    for tp in slices.tp_degrees:
+        if plan.parallel.tp < tp <= plan.machine.node_devices:
             parallel = replace(plan.parallel, tp=tp, ep=1)
-            cut = Footprint(Graphs(shard(plan.model, parallel)), plan.stack, parallel)
-            if cut.at(plan.workload).peak <= usable_bytes(plan):
+            if slices.footprint(parallel).at(plan.workload).peak <= usable_bytes(plan):
                 return tp
     return None

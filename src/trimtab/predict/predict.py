@@ -11,15 +11,17 @@ import numpy as np
 
 from trimtab.graph.attention import expected_moves
 from trimtab.graph.count import active_rows, count_all, count_groups, experts_touched
-from trimtab.graph.ops import Counts, StepShape
+from trimtab.graph.ops import Counts, Op, StepShape
 from trimtab.graph.passes import Graphs, Pass, mean_decode_step
 from trimtab.graph.shard import shard
 from trimtab.predict.figures import figures
 from trimtab.predict.memory import Memory
 from trimtab.predict.notes import notes, usable_bytes
-from trimtab.predict.price import Times
+from trimtab.predict.price import Times, main_op, product_dtype
 from trimtab.predict.request import Requests
+from trimtab.predict.slices import Slices
 from trimtab.spec.cache import Budget
+from trimtab.spec.leaves import LinearSpec
 from trimtab.spec.model import ModelSpec
 from trimtab.spec.nodes import AttentionSpec, FFNSpec, GateFirst, MoESpec
 from trimtab.spec.plan import Plan
@@ -28,8 +30,8 @@ from trimtab.spec.report import OpRow, Report
 _LAYER = re.compile(r"layers\.\d+\.")
 
 
-def predict(plan: Plan) -> Report:
-    """Price a plan.
+def predict(plan: Plan, slices: Slices | None = None) -> Report:
+    """Price a plan; `slices` of the same model and stack, kept from an earlier call, spare building the graph again.
 
     Counts (integers): ``weight_bytes`` resident weights; ``kv_bytes`` cache of all sequences at prompt + gen tokens (what is
     kept of a filtered prompt), ``kv_reserved_bytes`` the same in whole pages, ``kv_peak_bytes`` the most pages at any
@@ -41,11 +43,13 @@ def predict(plan: Plan) -> Report:
     Figures: ``ttft_s`` prefill plus first token; ``tpot_s`` mean of the other gen - 1 steps; ``tokens_per_s`` batch /
     tpot_s; ``energy_j`` the whole request; ``usd_per_million_tokens`` of decoded tokens. One without a source is None.
     """
-    graphs = Graphs(shard(plan.model, plan.parallel))
+    slices = slices or Slices(plan.model, plan.stack)
+    graphs = slices.graphs(plan.parallel)
     work = plan.workload
     requests = Requests(
         graphs, plan.machine, plan.stack, plan.parallel,
         prompt=work.prompt, gen=work.gen, concurrent=work.continuous, skew=work.skew,
+        footprint=slices.footprint(plan.parallel),
     )  # fmt: skip
     costs = requests.costs(np.asarray(work.batch))
     memory = requests.footprint.at(work)
@@ -57,7 +61,7 @@ def predict(plan: Plan) -> Report:
         figures=figures(plan, costs),
         observed=expected(graphs.spec, mean),
         ops=_rows(costs.passes),
-        notes=notes(plan, memory, requests.footprint),
+        notes=notes(plan, memory, slices),
     )
 
 
@@ -137,11 +141,12 @@ def _rows(done: Iterable[tuple[Pass, Times]]) -> tuple[OpRow, ...]:
     for each, times in done:
         for p in times.kernels:
             name = _LAYER.sub("layers.*.", p.group.names[0])
+            main = main_op(p.group.kernel)
             kind = next(
                 (op.kind for op in p.group.kernel.ops if op.kind == "attend" or op.kind == "linear"),
                 p.group.kernel.ops[0].kind,
             )
-            row = found.setdefault((each.phase, name), [kind, 0, 0, 0, 0.0, {}])
+            row = found.setdefault((each.phase, name), [kind, 0, 0, 0, 0.0, {}, shape_of(main), product_dtype(main)])
             row[1] += p.times * each.repeat
             row[2] += p.counts.total("flops", p.times, each.weight)
             row[3] += p.counts.total("nbytes", p.times, each.weight)
@@ -158,9 +163,21 @@ def _rows(done: Iterable[tuple[Pass, Times]]) -> tuple[OpRow, ...]:
             bytes=nbytes,
             time_s=time_s,
             bound=max(bounds, key=bounds.__getitem__),
+            shape=shape,
+            dtype=dtype,
         )
-        for (phase, name), (kind, times, flops, nbytes, time_s, bounds) in found.items()
+        for (phase, name), (kind, times, flops, nbytes, time_s, bounds, shape, dtype) in found.items()
     )
+
+
+def shape_of(op: Op) -> str:
+    """What an op works with, without batch or context: ``4096 -> 14336`` of a matrix, ``32/8 heads x 128`` of attention."""
+    node: Any = op.node
+    if isinstance(node, LinearSpec):
+        return f"{node.k} -> {node.n}"
+    if isinstance(node, AttentionSpec):
+        return f"{node.num_attention_heads}/{len(node.cache.heads)} heads x {node.head_dim}"
+    return f"{op.writes[0].width} wide" if op.writes else ""
 
 
 def kinds_of_bound(report: Report) -> dict[str, tuple[str, float]]:

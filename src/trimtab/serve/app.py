@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import msgspec
 from starlette.applications import Starlette
@@ -14,22 +15,29 @@ from starlette.routing import Route as StarletteRoute
 from trimtab.serve.call import Call
 from trimtab.serve.endpoint import Endpoint
 from trimtab.serve.errors import ApiError
-from trimtab.serve.front import Answer, Front, Plain
+from trimtab.serve.front import Answer, HttpFront, Plain
 from trimtab.serve.openapi import document
 from trimtab.serve.routes import ROUTES, Route
 
 
-def build_app(front: Front) -> Starlette:
-    """Make the application."""
-    schema = msgspec.json.encode(document(ROUTES))
+def build_app(front: HttpFront, more: Sequence[Route] = (), table: Sequence[Route] = ROUTES) -> Starlette:
+    """Make the application.
 
-    async def openapi(front: Front, call: Call) -> Answer:
+    Args:
+        front: what the handlers need.
+        more: endpoints beside those of `table`.
+        table: default: the endpoints of a server of models.
+    """
+    table = (*table, *more)
+    schema = msgspec.json.encode(document(table))
+
+    async def openapi(front: HttpFront, call: Call) -> Answer:
         return Plain(schema, "application/json")
 
     def endpoint(route: Route) -> Endpoint:
         return Endpoint(front, route if route.handler else dataclasses.replace(route, handler=openapi))
 
-    routes = [StarletteRoute(route.path, endpoint(route), methods=[route.method]) for route in ROUTES]
+    routes = [StarletteRoute(route.path, endpoint(route), methods=[route.method]) for route in table]
     return Starlette(routes=routes, exception_handlers={HTTPException: _not_routed})
 
 

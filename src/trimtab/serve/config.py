@@ -11,46 +11,30 @@ from trimtab.serve.messages import Start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServeConfig:
-    """All settings of a server; times in seconds, sizes in bytes.
+class HttpConfig:
+    """Settings of an HTTP process; times in seconds, sizes in bytes.
 
     Args:
-        models: ids to serve, ``base`` or ``base@spec+spec``; the first answers requests that name none.
-        tokenizer: a folder or .gguf file; None = that of each base.
         host, port: where to listen; port 0 takes a free one.
         api_key_file: see `trimtab.serve.keys`; None = no keys, which only a loopback host allows.
         allow_anonymous: listen beyond loopback without keys all the same.
-        max_queue, max_queue_tokens: requests and prompt tokens waiting, beyond which 429.
-        max_queue_s: longest wait before 429.
-        max_prompt_tokens: longest prompt; 0 = what the model takes.
         max_body: longest request body.
         max_headers: longest request line and headers.
         max_connections: open connections; more are closed at once.
         header_s, body_s, idle_s: longest time to send headers, to send a body, between requests.
         request_s: longest time of one request.
         slow_reader_s: how long a stream may stand still because its reader takes nothing.
-        stream_buffer: bytes kept for one stream; from half of it on the engine pauses the request.
         heartbeat_s: a comment is sent on a stream that has been silent so long.
         grace_s: how long open requests may go on after SIGTERM.
-        engine_s: longest silence of the engine before it is killed and started again.
-        start_s: longest time the engine may take to load.
-        kv_bytes, threads, isa, dtype, kv_dtype, step_ms, answer_ms, step_tokens, max_sequences, prefix_cache, fairness, deterministic: see
-            `trimtab.serve.messages.Start`.
 
     Raises:
         SpecError: a value outside its range, or a host beyond loopback without keys.
     """
 
-    models: tuple[str, ...]
-    tokenizer: Path | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_file: Path | None = None
     allow_anonymous: bool = False
-    max_queue: int = 256
-    max_queue_tokens: int = 1 << 20
-    max_queue_s: float = 60.0
-    max_prompt_tokens: int = 0
     max_body: int = 4 << 20
     max_headers: int = 32 << 10
     max_connections: int = 1024
@@ -59,9 +43,50 @@ class ServeConfig:
     idle_s: float = 60.0
     request_s: float = 600.0
     slow_reader_s: float = 30.0
-    stream_buffer: int = 256 << 10
     heartbeat_s: float = 10.0
     grace_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name, least)
+            if not value >= least:
+                raise SpecError(f"--{_flag(name)} {value}: not possible. Allowed: {least} or more.")
+        if self.port > 65535:
+            raise SpecError(f"--port {self.port}: not possible. Allowed: 0..65535; 0 takes a free one.")
+        if self.api_key_file is None and not self.allow_anonymous and not is_loopback(self.host):
+            raise SpecError(
+                f"--host {self.host} lets other machines in, and there are no API keys. Give --api-key-file FILE "
+                "(trimtab serve --new-key NAME makes an entry), or --allow-anonymous if the network is trusted."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig(HttpConfig):
+    """All settings of a server of models; times in seconds, sizes in bytes.
+
+    Args:
+        models: ids to serve, ``base`` or ``base@spec+spec``; the first answers requests that name none.
+        tokenizer: a folder or .gguf file; None = that of each base.
+        max_queue, max_queue_tokens: requests and prompt tokens waiting, beyond which 429.
+        max_queue_s: longest wait before 429.
+        max_prompt_tokens: longest prompt; 0 = what the model takes.
+        stream_buffer: bytes kept for one stream; from half of it on the engine pauses the request.
+        engine_s: longest silence of the engine before it is killed and started again.
+        start_s: longest time the engine may take to load.
+        kv_bytes, threads, isa, dtype, kv_dtype, step_ms, answer_ms, step_tokens, max_sequences, prefix_cache, fairness, deterministic: see
+            `trimtab.serve.messages.Start`.
+
+    Raises:
+        SpecError: as `HttpConfig`; no model, or one twice.
+    """
+
+    models: tuple[str, ...]
+    tokenizer: Path | None = None
+    max_queue: int = 256
+    max_queue_tokens: int = 1 << 20
+    max_queue_s: float = 60.0
+    max_prompt_tokens: int = 0
+    stream_buffer: int = 256 << 10
     engine_s: float = 60.0
     start_s: float = 600.0
     kv_bytes: int = 0
@@ -82,17 +107,7 @@ class ServeConfig:
             raise SpecError("No model to serve. Name one, for example: trimtab serve smollm2-135m.")
         if len(set(self.models)) != len(self.models):
             raise SpecError(f"A model is named twice: {', '.join(self.models)}. Name each once.")
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if not value >= least:
-                raise SpecError(f"--{_flag(name)} {value}: not possible. Allowed: {least} or more.")
-        if self.port > 65535:
-            raise SpecError(f"--port {self.port}: not possible. Allowed: 0..65535; 0 takes a free one.")
-        if self.api_key_file is None and not self.allow_anonymous and not is_loopback(self.host):
-            raise SpecError(
-                f"--host {self.host} lets other machines in, and there are no API keys. Give --api-key-file FILE "
-                "(trimtab serve --new-key NAME makes an entry), or --allow-anonymous if the network is trusted."
-            )
+        HttpConfig.__post_init__(self)
 
     def start(self) -> Start:
         """The engine's part."""

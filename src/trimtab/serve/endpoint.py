@@ -17,7 +17,7 @@ from trimtab.serve.call import Call, read_body
 from trimtab.serve.config import is_loopback
 from trimtab.serve.decode import decode
 from trimtab.serve.errors import ApiError
-from trimtab.serve.front import Answer, Events, Front, Json, Plain
+from trimtab.serve.front import Answer, Events, HttpFront, Json, Plain
 from trimtab.serve.routes import Route
 from trimtab.serve.sse import HEARTBEAT
 
@@ -29,7 +29,7 @@ CLIENT_GONE = 499
 class Endpoint:
     """An ASGI application for one route."""
 
-    def __init__(self, front: Front, route: Route) -> None:
+    def __init__(self, front: HttpFront, route: Route) -> None:
         self._front, self._route = front, route
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,7 +67,7 @@ class Endpoint:
                 )
         arguments: list[Any] = []
         if route.request is not None:
-            if route.access == "key":
+            if route.access == "key" and route.engine:
                 front.check()  # before the body is read
             body = await read_body(call, receive, front.config.max_body, front.config.body_s, front.bodies)
             arguments.append(decode(body, route.request))
@@ -82,7 +82,7 @@ class Endpoint:
         if isinstance(result, Json):
             await answer.whole(result.status, msgspec.json.encode(result.value), "application/json")
         elif isinstance(result, Plain):
-            await answer.whole(result.status, result.body, result.content_type)
+            await answer.whole(result.status, result.body, result.content_type, result.headers)
         else:
             await _unless_gone(self._stream(call, answer, result), receive)
 
@@ -259,7 +259,7 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-def _check_host(front: Front, call: Call) -> None:
+def _check_host(front: HttpFront, call: Call) -> None:
     """Without keys, answer only to names of this machine: a web page that points its own name here gets nothing.
 
     Raises:

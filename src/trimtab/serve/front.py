@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -13,7 +13,7 @@ from trimtab.errors import did_you_mean
 from trimtab.runtime.text.tokenizer import Tokenizer
 from trimtab.serve.call import Budget, Call
 from trimtab.serve.client import Engine
-from trimtab.serve.config import ServeConfig
+from trimtab.serve.config import HttpConfig, ServeConfig
 from trimtab.serve.errors import ApiError
 from trimtab.serve.keys import Keys
 from trimtab.serve.launch import Launcher
@@ -41,6 +41,7 @@ class Plain:
     body: bytes
     content_type: str
     status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -59,8 +60,26 @@ class Events:
 Answer = Json | Plain | Events
 
 
-class Front:
-    """Everything the handlers need.
+class HttpFront:
+    """What every endpoint needs, whatever stands behind it.
+
+    Args:
+        config: settings.
+        keys: who may call.
+        metrics: counters of answers.
+    """
+
+    def __init__(self, config: HttpConfig, keys: Keys, metrics: Metrics) -> None:
+        self.config, self.keys, self.metrics = config, keys, metrics
+        self.bodies = Budget(_BODIES * config.max_body)
+        self.calls = 0
+
+    def check(self) -> None:
+        """Refuse while no request can be taken; here nothing stands in the way."""
+
+
+class Front(HttpFront):
+    """Everything the handlers of the engine need.
 
     Args:
         config: settings.
@@ -72,17 +91,15 @@ class Front:
     def __init__(
         self, config: ServeConfig, launcher: Launcher, keys: Keys, tokenizer: Callable[[str], Tokenizer]
     ) -> None:
-        self.config, self.keys = config, keys
         self.engine = Engine(launcher, config)
-        self.metrics = Metrics(self.engine)
+        super().__init__(config, keys, Metrics(self.engine))
+        self.config: ServeConfig = config
         self.responses = ResponseStore()
         self.created = int(time.time())
         self.draining = False
-        self.bodies = Budget(_BODIES * config.max_body)
         self.on_drain: Callable[[], None] = lambda: None
         #: What can be cancelled by the id its client was told: (tenant name, how).
         self.open: dict[str, tuple[str, Callable[[], None]]] = {}
-        self.calls = 0
         self._load_tokenizer = tokenizer
         self._texts: dict[str, TokenTexts] = {}
 

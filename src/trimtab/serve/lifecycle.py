@@ -8,11 +8,8 @@ import gc
 import logging
 import os
 import signal
-import socket
 import sys
-from collections.abc import Callable, Iterator
-
-import uvicorn
+from collections.abc import Callable, Iterator, Sequence
 
 from trimtab.errors import SpecError
 from trimtab.runtime.text.tokenizer import Tokenizer
@@ -20,24 +17,16 @@ from trimtab.serve.app import build_app
 from trimtab.serve.client import StartFailed
 from trimtab.serve.config import ServeConfig, split_model_id
 from trimtab.serve.front import Front
+from trimtab.serve.http import HttpServer, listen
 from trimtab.serve.keys import read_keys
 from trimtab.serve.launch import Launcher, SubprocessLauncher
 from trimtab.serve.messages import Ready
-from trimtab.serve.protocol import make_protocol
+from trimtab.serve.routes import Route
 from trimtab.serve.texts import tokenizer_source
 
 _log = logging.getLogger("trimtab.serve")
 #: Exit codes: 0 drained, 1 broke or stopped by a second signal, 2 could not start as asked.
 BROKE, REFUSED = 1, 2
-
-
-class _Server(uvicorn.Server):
-    """Uvicorn without signal handlers of its own."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Signals are ours."""
-        yield
 
 
 class Service:
@@ -47,6 +36,7 @@ class Service:
         config: settings.
         launcher: starts engines; default: the real one.
         tokenizer: from a base model's name to its tokenizer; default: what `config` and the model say.
+        routes: endpoints beside the server's own.
 
     Attributes:
         front: state and engine.
@@ -54,7 +44,11 @@ class Service:
     """
 
     def __init__(
-        self, config: ServeConfig, launcher: Launcher | None = None, tokenizer: Callable[[str], Tokenizer] | None = None
+        self,
+        config: ServeConfig,
+        launcher: Launcher | None = None,
+        tokenizer: Callable[[str], Tokenizer] | None = None,
+        routes: Sequence[Route] = (),
     ) -> None:
         self.config = config
         self.front = Front(
@@ -68,13 +62,7 @@ class Service:
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._signals = 0
-        self.server = _Server(
-            uvicorn.Config(
-                build_app(self.front), host=config.host, port=config.port, http=make_protocol(config), ws="none", lifespan="off",
-                log_config=None, access_log=False, timeout_keep_alive=int(max(config.idle_s, 1)), timeout_graceful_shutdown=2,
-                server_header=False, date_header=False, proxy_headers=False, backlog=256,
-            )
-        )  # fmt: skip
+        self.server = HttpServer(build_app(self.front, routes), config)
 
     async def run(self, started: Callable[[Ready], None] | None = None) -> None:
         """Serve until drained.
@@ -87,7 +75,7 @@ class Service:
             SpecError: the address is taken, or a tokenizer is missing.
         """
         self._loop = asyncio.get_running_loop()
-        sock = _listen(self.config.host, self.config.port)
+        sock = listen(self.config.host, self.config.port)
         self.port = sock.getsockname()[1]
         serving = asyncio.create_task(self.server.serve(sockets=[sock]))
         try:
@@ -135,21 +123,11 @@ class Service:
         os._exit(BROKE)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        sock = socket.socket(found[0][0], socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(found[0][4])
-    except OSError as error:
-        raise SpecError(
-            f"--host {host} --port {port}: cannot listen there: {error.strerror or error}. Try another --port, or 0 for a free one."
-        ) from None
-    return sock
-
-
 def serve(
-    config: ServeConfig, launcher: Launcher | None = None, tokenizer: Callable[[str], Tokenizer] | None = None
+    config: ServeConfig,
+    launcher: Launcher | None = None,
+    tokenizer: Callable[[str], Tokenizer] | None = None,
+    routes: Sequence[Route] = (),
 ) -> int:
     """Serve until a signal or /admin/drain; return the exit code.
 
@@ -159,7 +137,7 @@ def serve(
     check_models(config)
 
     async def main() -> None:
-        service = Service(config, launcher, tokenizer)
+        service = Service(config, launcher, tokenizer, routes)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, service.signalled, number)
@@ -173,7 +151,7 @@ def serve(
                 signal.signal(number, signal.SIG_IGN)  # all that is left to do is to end
 
     try:
-        with _logging_to_stderr():
+        with logging_to_stderr():
             asyncio.run(main())
     except StartFailed as error:
         print(f"trimtab: {error}", file=sys.stderr)
@@ -217,7 +195,7 @@ def announcement(ready: Ready, config: ServeConfig, port: int) -> str:
 
 
 @contextlib.contextmanager
-def _logging_to_stderr() -> Iterator[None]:
+def logging_to_stderr() -> Iterator[None]:
     """Events as text, the access log as bare JSON lines; both on standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -27,10 +27,10 @@ class Metrics:
     """Counters and histograms of one server.
 
     Args:
-        engine: whose statistics are shown too.
+        engine: whose statistics are shown too; None where there is none.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | None) -> None:
         self.registry = registry = CollectorRegistry()
         model = ["model_name"]
         self.first_token = Histogram(
@@ -80,7 +80,8 @@ class Metrics:
             "trimtab_requests_rejected", "Answers of 400 and above.", ["status", "code"], registry=registry
         )
         self.http = Counter("trimtab_http_requests", "Answers.", ["route", "status"], registry=registry)
-        registry.register(_EngineCollector(engine))
+        if engine is not None:
+            registry.register(_EngineCollector(engine))
 
     def text(self) -> bytes:
         """The exposition format."""

@@ -16,6 +16,7 @@ _REASONS = {
     400: "The request is not possible as asked.", 401: "No API key, or an unknown one.", 403: "This key may not.",
     404: "Nothing of that name.", 408: "The body came too slowly.", 413: "The body is too long.", 415: "The body is not JSON.",
     429: "Too much waits, or the key's limit is reached; see Retry-After.", 431: "The headers are too long.",
+    409: "Another one is under way.",
     499: "The request was cancelled.", 500: "Something broke; the log has it.", 501: "An optional package is missing.",
     503: "Starting, restarting or shutting down; see Retry-After.", 504: "It took longer than allowed.",
 }  # fmt: skip
@@ -23,6 +24,7 @@ _REASONS = {
 
 def document(routes: Sequence[Route]) -> dict[str, Any]:
     """The document of a route table."""
+    routes = [route for route in routes if route.listed]
     kinds = [*types_of(tuple(routes)), ErrorReply]
     schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     named = dict(zip(kinds, schemas, strict=True))

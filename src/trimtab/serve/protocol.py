@@ -9,7 +9,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from trimtab.serve.config import ServeConfig
+from trimtab.serve.config import HttpConfig
 from trimtab.serve.errors import ApiError
 
 #: Bytes the system may hold for a reader that is slow; with uvicorn's own 64 KiB it bounds a connection's memory.
@@ -18,7 +18,7 @@ _SEND_BUFFER = 256 << 10
 _DEAD_PEER_S = 60
 
 
-def make_protocol(config: ServeConfig) -> type[HttpToolsProtocol]:
+def make_protocol(config: HttpConfig) -> type[HttpToolsProtocol]:
     """A protocol class with the limits of `config`."""
 
     class Protocol(HttpToolsProtocol):

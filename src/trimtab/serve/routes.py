@@ -43,6 +43,8 @@ class Route:
         access: ``open`` to all, needs a ``key``, or an ``admin`` key.
         status: of the answer.
         errors: statuses beyond those every route may give.
+        engine: whether its work is the engine's; such a request is refused while there is none.
+        listed: whether the OpenAPI document has it.
     """
 
     method: Literal["GET", "POST", "DELETE"]
@@ -55,6 +57,8 @@ class Route:
     status: int = 200
     errors: tuple[int, ...] = ()
     summary: str = ""
+    engine: bool = True
+    listed: bool = True
 
     @property
     def told(self) -> str:

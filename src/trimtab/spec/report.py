@@ -56,7 +56,10 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpRow:
-    """One row of the operator table: totals of one op over the phase it is named for."""
+    """One row of the operator table: totals of one op over the phase it is named for.
+
+    `shape` is what it works with (``4096 -> 14336``) and `dtype` the format whose peak bounds it.
+    """
 
     phase: str
     name: str
@@ -66,6 +69,8 @@ class OpRow:
     bytes: int
     time_s: float
     bound: str
+    shape: str = ""
+    dtype: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""

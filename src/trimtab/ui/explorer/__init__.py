@@ -1,0 +1,1 @@
+"""The explorer: typed JSON under ``/api/`` and the page under ``/ui/``."""
