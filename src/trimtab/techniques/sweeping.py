@@ -9,6 +9,8 @@ from trimtab.spec.model import ModelSpec
 from trimtab.techniques.blocks import change_blocks, weight_paths, windows_of
 
 if TYPE_CHECKING:
+    import torch
+
     from trimtab.model.calibration import Inputs
     from trimtab.runtime.weights.packed import Packed, Weights
     from trimtab.techniques.materials import Materials

@@ -46,9 +46,9 @@ class Shiftadd(Technique):
 
     Exact: bytes (signs in planes of bits, scales as powers of two). Approximated: the weights, coded inside a sweep that makes up
     for every column's error in later ones. Unlike the paper: every calibration token weighs the same (`tokens=unitnorm`); coding
-    starts from even levels too, which saves a sixth of the error at 3 bits; an average of bits is allotted by
-    an integer program over measured sensitivities, from the bits next to it; ``acc`` turns the columns alone and is stored in planes as well, so that inputs are
-    turned at run time and no bytes are lost.
+    starts from even levels too, which saves a sixth of the error at 3 bits; an average of bits is allotted by an integer program over
+    measured sensitivities, from the bits next to it; ``acc`` turns the columns alone and is stored in planes as well, so that inputs
+    are turned at run time and no bytes are lost.
 
     Source: You et al., ShiftAddLLM, NeurIPS 2024, arXiv 2406.05981.
     """
