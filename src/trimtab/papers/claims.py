@@ -19,6 +19,10 @@ class Needs(TrimtabError):
     """A check cannot run here: a peer, data, a GPU or a later part is missing. The message is its name."""
 
 
+#: Pause before a timed product: threads of the other library look out for work for a while after theirs, on the same cores.
+SETTLE_S = 0.02
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What one check found: texts for the table, and whether the line holds."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trimtab.errors import TrimtabError
-from trimtab.papers.claims import Bench, Line, Outcome
+from trimtab.papers.claims import SETTLE_S, Bench, Line, Outcome
 
 if TYPE_CHECKING:
     from trimtab.model.variant import Variant
@@ -21,8 +21,6 @@ WINDOWS, WINDOW = 3, 1024
 #: Columns whose norms are scaled, and by how much; any would do.
 PLANTED, FACTOR = (17, 200, 411), 30.0
 DEQUANT, PLAIN = "llm-int8:outlier_source=dequant", "llm-int8:decompose=false"
-#: Pause before a timed product: threads of the other library look out for work for a while after theirs, on the same cores.
-SETTLE_S = 0.02
 
 
 # ------------------------------------------------------------------------------------------------------------ quality
