@@ -18,15 +18,12 @@ from trimtab.sched.kv import KVBudget, NBytes
 from trimtab.sched.prefix import PrefixIndex
 from trimtab.sched.queue import FairShare, WaitingQueue
 from trimtab.sched.request import Admitted, Ended, Refusal, Request
-from trimtab.sched.throughput import Throughput
+from trimtab.sched.throughput import Pace, Throughput
 from trimtab.sched.trace import Cancelled, Cleared, Committed, Drained, Paused, Stepped, Submitted, Trace
 from trimtab.sched.work import Fork, Load, MarkPrefix, Outcome, Row, Start, StepWork
 
-
 #: So many prompts at least are on their way together, where there are bytes and sequences for them.
 _PROMPTS = 4
-#: How far the seconds of steps are believed to differ from the cost function, and the weight of the newest step.
-_PACE, _PACE_SHARE = (0.5, 8.0), 0.25
 
 
 @dataclasses.dataclass(slots=True)
@@ -98,7 +95,7 @@ class Scheduler:
         self._cleared: list[int] = []
         self._in_flight: StepWork | None = None
         self._now = 0.0
-        self._pace = self._answer_pace = 1.0  # measured over predicted seconds of late steps with prompts, and without
+        self._pace = Pace()
         self._draining = False
 
     # Requests come and go.
@@ -349,7 +346,7 @@ class Scheduler:
             return False
         context = sum(seq.total for other in self._running.values() for seq in other.running)
         new = len(group.unfinished)
-        return self._answer_pace * self._seconds(0, 0, self._slots + new, context + new * group.prompt) > limit
+        return self._pace.answers * self._seconds(0, 0, self._slots + new, context + new * group.prompt) > limit
 
     def _start(self, group: Group, draft: _Draft) -> bool:
         if not self._admission.start(group, draft.release):
@@ -387,7 +384,7 @@ class Scheduler:
                     context += done + 1
                 else:
                     prompts.append(seq)
-        target = None if config.target_step_s is None else config.target_step_s / self._pace
+        target = None if config.target_step_s is None else config.target_step_s / self._pace.prompts
         budget = StepBudget(config.max_step_tokens, target, self._seconds, config.min_prefill_tokens)
         budget.decode, budget.context = len(rows), context
         for seq, most in self._shares(prompts, budget):
@@ -508,14 +505,8 @@ class Scheduler:
         counters.prefill_tokens += work.load.n_prefill
         counters.decode_tokens += work.load.n_decode
         self._rate.ran(work.tokens, outcome.seconds)
-        if self._seconds is not None and work.rows and outcome.seconds > 0:
-            # The cost function was fitted once; a machine that is busier now, or a longer context, shows here.
-            low, high = _PACE
-            ratio = min(max(outcome.seconds / max(self._seconds(*work.load), 1e-9), low), high)
-            if work.load.n_prefill:
-                self._pace += _PACE_SHARE * (ratio - self._pace)
-            else:
-                self._answer_pace += _PACE_SHARE * (ratio - self._answer_pace)
+        if self._seconds is not None and work.rows:
+            self._pace.ran(work.load, outcome.seconds, self._seconds(*work.load))
         if outcome.held_bytes is not None:
             counters.kv_held_bytes = outcome.held_bytes
             counters.overruns += outcome.held_bytes > self.kv.used
