@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Iterator
 
 from trimtab.errors import SpecError, TrimtabError
 from trimtab.sched.admission import Admission
@@ -366,8 +365,7 @@ class Scheduler:
     def _rows(self) -> tuple[list[Row], Load]:
         """A token for every answer, then prompts while the budget lasts.
 
-        Shorter prompts may take half of what the oldest could; the rest goes to prompts in the order they started. So a short one
-        is done in a few steps whatever it came behind, and a long one takes twice as long at most.
+        A short prompt is done in a few steps whatever it came behind, and a long one takes twice as long at most.
         """
         config = self.config
         rows: list[Row] = []
@@ -387,7 +385,9 @@ class Scheduler:
         target = None if config.target_step_s is None else config.target_step_s / self._pace.prompts
         budget = StepBudget(config.max_step_tokens, target, self._seconds, config.min_prefill_tokens)
         budget.decode, budget.context = len(rows), context
-        for seq, most in self._shares(prompts, budget):
+        left = [seq.group.goal(seq) - seq.computed for seq in prompts]
+        for index, most in budget.shares(prompts[0].computed if prompts else 0, left):
+            seq = prompts[index]
             group, first = seq.group, seq.computed
             goal = group.goal(seq)
             count = self._admission.row_tokens(group, first, budget.take_prompt(first, most))
@@ -395,23 +395,6 @@ class Scheduler:
                 budget.spend(first, count)
                 rows.append(Row(seq.id, first, count, self._samples(group, seq) if first + count == goal else ()))
         return rows, Load(budget.prefill, budget.prefill_context, budget.decode, budget.context)
-
-    def _shares(self, prompts: list[Sequence], budget: StepBudget) -> Iterator[tuple[Sequence, int]]:
-        """Prompts in the order they get tokens of a step, and how many each may have."""
-        left = [seq.group.goal(seq) - seq.computed for seq in prompts]
-        ahead: set[int] = set()
-        if len(prompts) > 1:
-            half = budget.take_prompt(prompts[0].computed, left[0]) // 2
-            for index in sorted(range(1, len(prompts)), key=left.__getitem__):
-                if left[index] >= left[0] or not half:
-                    break
-                most = min(left[index], half)
-                half -= most
-                ahead.add(index)
-                yield prompts[index], most
-        for index, seq in enumerate(prompts):
-            if index not in ahead:
-                yield seq, left[index]
 
     def _samples(self, group: Group, seq: Sequence) -> tuple[int, ...]:
         """Who gets a token after all that is known has been run: nobody where a prompt is only run again to be forked."""
