@@ -36,18 +36,25 @@ def venv() -> Path:
     """
     found = Path(os.environ.get(ENVIRONMENT, ".venv-guidellm"))
     if not (found / "bin" / "guidellm").exists():
-        raise SystemExit(f"There is no guidellm in {found}. Run benchmarks/peers/guidellm.sh, or set {ENVIRONMENT} to its environment.")
+        raise SystemExit(
+            f"There is no guidellm in {found}. Run benchmarks/peers/guidellm.sh, or set {ENVIRONMENT} to its environment."
+        )
     return found
 
 
-def sweep(port: int, sizes: int, seconds: float, prompt: int, output: int, concurrency: int = 64, chat: bool = True) -> list[dict[str, Any]]:
+def sweep(
+    port: int, sizes: int, seconds: float, prompt: int, output: int, concurrency: int = 64, chat: bool = True
+) -> list[dict[str, Any]]:
     """Run guidellm; what it says of each of its strategies."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     file = Path(open_model(MODEL, dtype="file").tokenizer_source)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, report = Path(folder) / "tokenizer", Path(folder) / "report.json"
         subprocess.run(
-            [venv() / "bin" / "python", "-c", _EXPORT, file.parent, file.name, tokenizer], check=True, env=environment, capture_output=True
+            [venv() / "bin" / "python", "-c", _EXPORT, file.parent, file.name, tokenizer],
+            check=True,
+            env=environment,
+            capture_output=True,
         )
         format = "/v1/chat/completions" if chat else "/v1/completions"
         command = [
@@ -87,23 +94,33 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--gen", type=int, default=32)
-    parser.add_argument("--concurrency", type=int, default=64, help="most requests open; more than --max-queue are answered with 429")
+    parser.add_argument(
+        "--concurrency", type=int, default=64, help="most requests open; more than --max-queue are answered with 429"
+    )
     parser.add_argument("--server-flags", default="", help="of trimtab serve, in one text")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "guidellm.json")
     options = parser.parse_args()
     venv()
     with trimtab_server(MODEL, options.server_flags.split()) as server:
-        rows = sweep(server.port, options.sizes, options.seconds, options.prompt_tokens, options.gen, options.concurrency)
-    print(f"{'strategy':14}{'rate':>8}{'done':>7}{'errors':>8}{'requests/s':>12}{'tokens/s':>10}{'TTFT ms':>10}{'TPOT ms':>10}")
+        rows = sweep(
+            server.port, options.sizes, options.seconds, options.prompt_tokens, options.gen, options.concurrency
+        )
+    print(
+        f"{'strategy':14}{'rate':>8}{'done':>7}{'errors':>8}{'requests/s':>12}{'tokens/s':>10}{'TTFT ms':>10}{'TPOT ms':>10}"
+    )
     for row in rows:
         figures = [row[name] for name in ("requests_per_s", "output_tokens_per_s", "ttft_ms", "tpot_ms")]
-        told = "".join(f"{'-' if v is None else format(v, '.1f'):>{w}}" for v, w in zip(figures, (12, 10, 10, 10), strict=True))
+        told = "".join(
+            f"{'-' if v is None else format(v, '.1f'):>{w}}" for v, w in zip(figures, (12, 10, 10, 10), strict=True)
+        )
         rate = "" if row["rate"] is None else f"{row['rate']:.2f}"
         print(f"{row['strategy']:14}{rate:>8}{row['successful']:>7}{row['errored']:>8}{told}")
     errors = sum(row["errored"] for row in rows)
     print(f"errors: {errors} (needed: 0)")
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(about() | vars(options) | {"json": str(options.json), "rows": rows}, indent=1) + "\n")
+    options.json.write_text(
+        json.dumps(about() | vars(options) | {"json": str(options.json), "rows": rows}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -111,7 +111,9 @@ class Bench:
 
     def ttft(self) -> dict[str, Any]:
         budget = self.options.step_ms / 1000
-        title(f"First token of a short request while {self.options.long} tokens of another prompt run, steps of {budget * 1e3:g} ms")
+        title(
+            f"First token of a short request while {self.options.long} tokens of another prompt run, steps of {budget * 1e3:g} ms"
+        )
         inside: list[float] = []
         longs: list[float] = []
         flags = [*self.flags(), "--step-ms", f"{self.options.step_ms:g}"]
@@ -125,7 +127,13 @@ class Bench:
             after = asyncio.run(samples(server.port))
         step = grown(before, after, "trimtab_step_seconds_total") / grown(before, after, "trimtab_steps_total")
         worst = quantiles([value / budget for value in inside])
-        found = {"step_ms": self.options.step_ms, "long_ttft_s": longs, "step_s": step, "ttft_budgets": worst, "requests": len(inside)}
+        found = {
+            "step_ms": self.options.step_ms,
+            "long_ttft_s": longs,
+            "step_s": step,
+            "ttft_budgets": worst,
+            "requests": len(inside),
+        }
         rows = [
             row(f"median of {len(inside)} requests", f"{worst.get('p50', 0):.2f} budgets", "", None),
             row("p90", f"{worst.get('p90', 0):.2f} budgets", "", None),
@@ -197,11 +205,16 @@ class Bench:
                         for name in ("busy_seconds", "pass_seconds", "native_seconds", "steps")
                     )
                     found.setdefault(kind, []).append(
-                        {"step_ms": 1e3 * busy / steps, "outside_passes": 1 - passes / busy, "outside_native": 1 - native / busy}
+                        {
+                            "step_ms": 1e3 * busy / steps,
+                            "outside_passes": 1 - passes / busy,
+                            "outside_native": 1 - native / busy,
+                        }
                     )
         for kind in kinds:
             outside, arranging, step = (
-                float(np.median([each[name] for each in found[kind]])) for name in ("outside_passes", "outside_native", "step_ms")
+                float(np.median([each[name] for each in found[kind]]))
+                for name in ("outside_passes", "outside_native", "step_ms")
             )
             told = f"{kind}, step of {step:.1f} ms; with arranging pages {arranging:.1%}"
             found["rows"].append(row(told, f"{outside:.2%}", "below 5 %", outside < 0.05))
@@ -215,7 +228,14 @@ class Bench:
             f"Goodput: largest Poisson rate at which {SHARE:.0%} of requests have TTFT <= {TTFT_S:g} s and TPOT <= {1e3 * TPOT_S:g} ms, "
             f"{options.seconds:g} s each"
         )
-        found: dict[str, Any] = {"ttft_s": TTFT_S, "tpot_s": TPOT_S, "share": SHARE, "seconds": options.seconds, "ours": [], "theirs": []}
+        found: dict[str, Any] = {
+            "ttft_s": TTFT_S,
+            "tpot_s": TPOT_S,
+            "share": SHARE,
+            "seconds": options.seconds,
+            "ours": [],
+            "theirs": [],
+        }
         contestants = [("ours", flags) for flags in options.ours or OURS]
         if options.llama_server:
             contestants += [("theirs", flags) for flags in options.theirs or THEIRS]
@@ -228,7 +248,10 @@ class Bench:
                 server = llama_server(options.llama_server, self.path, [*common, *words])
             with server:
                 rate, runs = self._largest_rate(server.port)
-            print(f"    {' '.join(server.command[1 if who == 'theirs' else 3 :])}\n      {rate:.2f} requests/s", flush=True)
+            print(
+                f"    {' '.join(server.command[1 if who == 'theirs' else 3 :])}\n      {rate:.2f} requests/s",
+                flush=True,
+            )
             found[who].append({"command": server.command[1:], "rate": rate, "runs": runs})
         best = {who: max((each["rate"] for each in found[who]), default=0.0) for who in ("ours", "theirs")}
         ratio = best["ours"] / best["theirs"] if best["theirs"] else None
@@ -300,12 +323,21 @@ WHAT = ("throughput", "ttft", "jitter", "overhead", "goodput", "overload", "chao
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=(*WHAT, "all"), metavar="WHAT")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the engine; jitter and overhead set their own")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="of the engine; jitter and overhead set their own",
+    )
     parser.add_argument("--server-flags", default="", help="further flags of trimtab serve, in one text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3, help="of ttft and overhead")
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 64], help="of throughput; jitter takes the most")
-    parser.add_argument("--gen", type=int, default=128, help="new tokens of each stream in throughput, jitter and overhead")
+    parser.add_argument(
+        "--streams", type=int, nargs="+", default=[1, 8, 64], help="of throughput; jitter takes the most"
+    )
+    parser.add_argument(
+        "--gen", type=int, default=128, help="new tokens of each stream in throughput, jitter and overhead"
+    )
     parser.add_argument("--step-ms", type=float, default=100.0, help="budget of a step in ttft")
     parser.add_argument("--long", type=int, default=4096, help="tokens of the long prompt in ttft")
     parser.add_argument("--gap", type=float, default=0.7, help="mean seconds between short requests in ttft")
@@ -316,7 +348,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="length of a run in goodput and overload")
     parser.add_argument("--first-rate", type=float, default=1.0, help="requests/s that goodput tries first")
     parser.add_argument("--precision", type=float, default=0.1, help="of the largest rate")
-    parser.add_argument("--rate", type=float, help="requests/s sustained, for overload; default: the recorded or measured goodput")
+    parser.add_argument(
+        "--rate", type=float, help="requests/s sustained, for overload; default: the recorded or measured goodput"
+    )
     parser.add_argument("--times", type=float, default=10.0, help="of the sustained rate, in overload")
     parser.add_argument("--faults", type=int, default=1000, help="of clients, in chaos")
     parser.add_argument("--kills", type=int, default=10, help="of the engine, in chaos")

@@ -196,7 +196,9 @@ async def fetch(port: int, path: str) -> str:
     try:
         writer.write(request_bytes(path))
         _, headers = await head(reader)
-        return b"".join([data async for data in _chunks(reader, headers.get("transfer-encoding") == "chunked")]).decode()
+        return b"".join(
+            [data async for data in _chunks(reader, headers.get("transfer-encoding") == "chunked")]
+        ).decode()
     finally:
         writer.close()
 

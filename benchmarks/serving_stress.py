@@ -73,7 +73,9 @@ def overload(bench: Any, row: Row, title: Callable[[str], None]) -> dict[str, An
     taken = [a for a in answers if a.status == 200]
     whole = [a for a in taken if a.done and a.tokens]
     told = [a for a in answers if a.status == 429]
-    late = [a for a in taken if a.error and not a.done]  # a comment had gone out while it waited, so the refusal is an event
+    late = [
+        a for a in taken if a.error and not a.done
+    ]  # a comment had gone out while it waited, so the refusal is an event
     lost = [a for a in answers if not a.status or (a.status == 200 and not a.done and not a.error)]
     tpot = [a.tpot_s for a in whole if a.tokens > 1]
     p90 = float(np.quantile(tpot, 0.9)) if tpot else float("inf")
@@ -96,7 +98,9 @@ def overload(bench: Any, row: Row, title: Callable[[str], None]) -> dict[str, An
     }  # fmt: skip
 
 
-async def _overload(server: Server, jobs: list[Job], texts: Any, model: str) -> tuple[list[Answer], list[tuple[float, int, int]], dict]:
+async def _overload(
+    server: Server, jobs: list[Job], texts: Any, model: str
+) -> tuple[list[Answer], list[tuple[float, int, int]], dict]:
     for _ in range(KV_TOKENS * 5 // 4 // 4000):
         await play(server.port, [Job(0.0, texts.prompt(1000), 4) for _ in range(4)], model)
     await play(server.port, [Job(0.0, job.prompt, job.max_tokens) for job in jobs[:16]], model)
@@ -195,10 +199,13 @@ async def garbage(port: int, bench: Any, draw: random.Random) -> None:
     elif kind == 1:
         junk = draw.randbytes(200)
         writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 200\r\n\r\n" + junk
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 200\r\n\r\n"
+            + junk
         )
     else:
-        writer.write(request_bytes("/v1/completions", {"model": bench_model(bench), "prompt": [10**9], "max_tokens": -5}))
+        writer.write(
+            request_bytes("/v1/completions", {"model": bench_model(bench), "prompt": [10**9], "max_tokens": -5})
+        )
     try:
         async with asyncio.timeout(15):
             await reader.read(1000)
@@ -214,7 +221,9 @@ FAULTS = (vanish_mid_stream, vanish_mid_prompt, slow_reader, half_open, garbage)
 def chaos(bench: Any, row: Row, title: Callable[[str], None]) -> dict[str, Any]:
     """Faults of clients and deaths of the engine beside honest requests, then a look at what is left."""
     options = bench.options
-    title(f"{options.faults} faults and {options.kills} kills of the engine in {options.minutes:g} minutes ({' '.join(bench.flags())})")
+    title(
+        f"{options.faults} faults and {options.kills} kills of the engine in {options.minutes:g} minutes ({' '.join(bench.flags())})"
+    )
     with trimtab_server(bench_model(bench), bench.flags()) as server:
         found = asyncio.run(_chaos(server, bench))
         below = children(server.process.pid)

@@ -15,7 +15,9 @@ def test_a_sweep_meets_no_error(smollm2_path: Path, monkeypatch: pytest.MonkeyPa
     del smollm2_path  # skips where the model is not installed
     folder = os.environ.get("TRIMTAB_GUIDELLM")
     if folder is None:
-        pytest.skip("guidellm is not named; run benchmarks/peers/guidellm.sh, then set TRIMTAB_GUIDELLM to its environment")
+        pytest.skip(
+            "guidellm is not named; run benchmarks/peers/guidellm.sh, then set TRIMTAB_GUIDELLM to its environment"
+        )
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from guidellm_sweep import MODEL, sweep
     from serving_client import trimtab_server

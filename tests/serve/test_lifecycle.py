@@ -305,7 +305,11 @@ def test_the_delay_of_every_written_token_is_metered(start: Any, order: Any) -> 
     server = start()
     with server.client() as client:
         began = time.monotonic()
-        body = {"model": "tiny", "messages": [{"role": "user", "content": order(say="abcdefgh", delay=0.02)}], "stream": True}
+        body = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": order(say="abcdefgh", delay=0.02)}],
+            "stream": True,
+        }
         with client.stream("POST", "/v1/chat/completions", json=body) as answer:
             assert answer.read().endswith(b"[DONE]\n\n")
         took = time.monotonic() - began

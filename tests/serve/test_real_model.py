@@ -17,8 +17,8 @@ import pytest
 from tests.serve.engines import Bench
 from tests.serve.running import ServerThread
 from trimtab.runtime.text.builtin import builtin_text
-from trimtab.serve import messages as m
 from trimtab.serve import generation
+from trimtab.serve import messages as m
 from trimtab.serve.config import ServeConfig
 from trimtab.serve.engine.models import Models
 from trimtab.serve.keys import new_key
@@ -129,7 +129,9 @@ def test_no_piece_holds_part_of_a_character(model: Any) -> None:
 def test_the_engine_sends_whole_characters(model: Any) -> None:
     pytest.importorskip("llguidance")
     bench = Bench(model, kv_bytes=1 << 30)
-    bench.submit("r", [1, 2, 3], max_tokens=300, grammar=m.Grammar("lark", f"start: {json.dumps(HARD, ensure_ascii=False)}"))
+    bench.submit(
+        "r", [1, 2, 3], max_tokens=300, grammar=m.Grammar("lark", f"start: {json.dumps(HARD, ensure_ascii=False)}")
+    )
     bench.run()
     pieces = [piece.text for piece in bench.pieces("r")]
     assert "".join(pieces) == HARD and bench.finish("r") == "stop"
@@ -181,7 +183,9 @@ def signed_rank_p(differences: list[float]) -> float:
     return math.erfc(abs(z) / math.sqrt(2))
 
 
-def test_times_tell_what_others_asked_only_without_the_salt(running: Running, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_tell_what_others_asked_only_without_the_salt(
+    running: Running, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts, draw, rounds = model.base.tokenizer.encode(builtin_text()), random.Random(1), 24
     victim, attacker = running.keys
     salted = generation.salt

@@ -111,7 +111,13 @@ def test_a_short_prompt_passes_a_long_one_that_keeps_half_of_every_step() -> Non
     for name in ("s1", "s2", "s3"):
         scheduler.submit(ask(name, 12), 0.0)
     works, _ = drive(scheduler, executor, 8)
-    firsts = {seq: at for at, work in enumerate(works) for row in work.rows for seq in row.sample if seq > 0 and row.first < 12}
+    firsts = {
+        seq: at
+        for at, work in enumerate(works)
+        for row in work.rows
+        for seq in row.sample
+        if seq > 0 and row.first < 12
+    }
     assert firsts == {1: 1, 2: 3, 3: 4}  # each with what the answers before it leave of a half
     for work in works:
         assert work.load.n_prefill + work.load.n_decode == 16
@@ -128,7 +134,9 @@ def test_requests_wait_rather_than_make_answers_slow(slower: float, together: in
         scheduler.submit(ask(f"r{name}", 4, max_tokens=40), 0.0)
     works, ended = drive(scheduler, executor)
     assert len(ended) == 30  # all of them in the end
-    assert max(len(work.rows) for work in works) == 8  # 1 ms an answer; what is slower is known once it has been measured
+    assert (
+        max(len(work.rows) for work in works) == 8
+    )  # 1 ms an answer; what is slower is known once it has been measured
     assert max(len(work.rows) for work in works[60:]) == together
 
     alone = make(answer_step_s=1e-6, seconds=seconds)

@@ -58,12 +58,17 @@ def register(app: typer.Typer) -> None:
         ] = 50.0,
         answer_ms: Annotated[
             float,
-            typer.Option(help="Slowest step of answers alone: beyond it requests wait instead of slowing all; 0 is no limit."),
+            typer.Option(
+                help="Slowest step of answers alone: beyond it requests wait instead of slowing all; 0 is no limit."
+            ),
         ] = 100.0,
         step_tokens: Annotated[int, typer.Option(help="Tokens of a step; 0 follows --step-ms.")] = 0,
         max_sequences: Annotated[int, typer.Option(help="Requests in one step; 0 is what fits.")] = 0,
         kv_bytes: Annotated[
-            str, typer.Option(help="Room for keys and values, e.g. 2GiB; 0 is what full contexts need, at most half of what is free.")
+            str,
+            typer.Option(
+                help="Room for keys and values, e.g. 2GiB; 0 is what full contexts need, at most half of what is free."
+            ),
         ] = "0",
         dtype: Annotated[str, typer.Option(help="Weights: auto, file, float32, bfloat16 or float16.")] = "auto",
         kv_dtype: Annotated[

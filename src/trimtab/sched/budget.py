@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 #: seconds(n_prefill, prefill_context, n_decode, context_sum): what a `Load` takes; never falls with any of the four.
 Seconds = Callable[[int, int, int, int], float]
@@ -38,6 +38,29 @@ class StepBudget:
             else:
                 high = middle - 1
         return low
+
+    def shares(self, first: int, left: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Prompts in the order they get tokens of the step, and how many each may ask for.
+
+        Shorter ones together may take half of what the oldest could; the rest goes to all in the order they started.
+
+        Args:
+            first: tokens of the oldest that have been run.
+            left: tokens that each has left, oldest first.
+        """
+        ahead: set[int] = set()
+        if len(left) > 1:
+            half = self.take_prompt(first, left[0]) // 2
+            for index in sorted(range(1, len(left)), key=left.__getitem__):
+                if left[index] >= left[0] or not half:
+                    break
+                most = min(left[index], half)
+                half -= most
+                ahead.add(index)
+                yield index, most
+        for index, tokens in enumerate(left):
+            if index not in ahead:
+                yield index, tokens
 
     def spend(self, first: int, count: int) -> None:
         """Take so many tokens of a prompt."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Iterator
 
 from trimtab.errors import SpecError, TrimtabError
 from trimtab.sched.admission import Admission
@@ -18,15 +17,12 @@ from trimtab.sched.kv import KVBudget, NBytes
 from trimtab.sched.prefix import PrefixIndex
 from trimtab.sched.queue import FairShare, WaitingQueue
 from trimtab.sched.request import Admitted, Ended, Refusal, Request
-from trimtab.sched.throughput import Throughput
+from trimtab.sched.throughput import Pace, Throughput
 from trimtab.sched.trace import Cancelled, Cleared, Committed, Drained, Paused, Stepped, Submitted, Trace
 from trimtab.sched.work import Fork, Load, MarkPrefix, Outcome, Row, Start, StepWork
 
-
 #: So many prompts at least are on their way together, where there are bytes and sequences for them.
 _PROMPTS = 4
-#: How far the seconds of steps are believed to differ from the cost function, and the weight of the newest step.
-_PACE, _PACE_SHARE = (0.5, 8.0), 0.25
 
 
 @dataclasses.dataclass(slots=True)
@@ -98,7 +94,7 @@ class Scheduler:
         self._cleared: list[int] = []
         self._in_flight: StepWork | None = None
         self._now = 0.0
-        self._pace = self._answer_pace = 1.0  # measured over predicted seconds of late steps with prompts, and without
+        self._pace = Pace()
         self._draining = False
 
     # Requests come and go.
@@ -349,7 +345,7 @@ class Scheduler:
             return False
         context = sum(seq.total for other in self._running.values() for seq in other.running)
         new = len(group.unfinished)
-        return self._answer_pace * self._seconds(0, 0, self._slots + new, context + new * group.prompt) > limit
+        return self._pace.answers * self._seconds(0, 0, self._slots + new, context + new * group.prompt) > limit
 
     def _start(self, group: Group, draft: _Draft) -> bool:
         if not self._admission.start(group, draft.release):
@@ -369,8 +365,7 @@ class Scheduler:
     def _rows(self) -> tuple[list[Row], Load]:
         """A token for every answer, then prompts while the budget lasts.
 
-        Shorter prompts may take half of what the oldest could; the rest goes to prompts in the order they started. So a short one
-        is done in a few steps whatever it came behind, and a long one takes twice as long at most.
+        A short prompt is done in a few steps whatever it came behind, and a long one takes twice as long at most.
         """
         config = self.config
         rows: list[Row] = []
@@ -387,10 +382,12 @@ class Scheduler:
                     context += done + 1
                 else:
                     prompts.append(seq)
-        target = None if config.target_step_s is None else config.target_step_s / self._pace
+        target = None if config.target_step_s is None else config.target_step_s / self._pace.prompts
         budget = StepBudget(config.max_step_tokens, target, self._seconds, config.min_prefill_tokens)
         budget.decode, budget.context = len(rows), context
-        for seq, most in self._shares(prompts, budget):
+        left = [seq.group.goal(seq) - seq.computed for seq in prompts]
+        for index, most in budget.shares(prompts[0].computed if prompts else 0, left):
+            seq = prompts[index]
             group, first = seq.group, seq.computed
             goal = group.goal(seq)
             count = self._admission.row_tokens(group, first, budget.take_prompt(first, most))
@@ -398,23 +395,6 @@ class Scheduler:
                 budget.spend(first, count)
                 rows.append(Row(seq.id, first, count, self._samples(group, seq) if first + count == goal else ()))
         return rows, Load(budget.prefill, budget.prefill_context, budget.decode, budget.context)
-
-    def _shares(self, prompts: list[Sequence], budget: StepBudget) -> Iterator[tuple[Sequence, int]]:
-        """Prompts in the order they get tokens of a step, and how many each may have."""
-        left = [seq.group.goal(seq) - seq.computed for seq in prompts]
-        ahead: set[int] = set()
-        if len(prompts) > 1:
-            half = budget.take_prompt(prompts[0].computed, left[0]) // 2
-            for index in sorted(range(1, len(prompts)), key=left.__getitem__):
-                if left[index] >= left[0] or not half:
-                    break
-                most = min(left[index], half)
-                half -= most
-                ahead.add(index)
-                yield prompts[index], most
-        for index, seq in enumerate(prompts):
-            if index not in ahead:
-                yield seq, left[index]
 
     def _samples(self, group: Group, seq: Sequence) -> tuple[int, ...]:
         """Who gets a token after all that is known has been run: nobody where a prompt is only run again to be forked."""
@@ -508,14 +488,8 @@ class Scheduler:
         counters.prefill_tokens += work.load.n_prefill
         counters.decode_tokens += work.load.n_decode
         self._rate.ran(work.tokens, outcome.seconds)
-        if self._seconds is not None and work.rows and outcome.seconds > 0:
-            # The cost function was fitted once; a machine that is busier now, or a longer context, shows here.
-            low, high = _PACE
-            ratio = min(max(outcome.seconds / max(self._seconds(*work.load), 1e-9), low), high)
-            if work.load.n_prefill:
-                self._pace += _PACE_SHARE * (ratio - self._pace)
-            else:
-                self._answer_pace += _PACE_SHARE * (ratio - self._answer_pace)
+        if self._seconds is not None and work.rows:
+            self._pace.ran(work.load, outcome.seconds, self._seconds(*work.load))
         if outcome.held_bytes is not None:
             counters.kv_held_bytes = outcome.held_bytes
             counters.overruns += outcome.held_bytes > self.kv.used

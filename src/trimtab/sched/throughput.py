@@ -1,11 +1,14 @@
-"""How fast tokens go, and therefore how long those that wait will take."""
+"""How fast tokens go, and therefore how long those that wait will take; and how far the cost function is off."""
 
 from __future__ import annotations
 
 from trimtab.sched.queue import WaitingQueue
+from trimtab.sched.work import Load
 
 #: Share of what is known that remains after another step, or another finished request.
 _KEEP = 0.98
+#: How far the seconds of a step are believed to differ from the cost function, and the weight of the newest step.
+_LOW, _HIGH, _NEWEST = 0.5, 8.0, 0.25
 
 
 class Throughput:
@@ -42,3 +45,27 @@ class Throughput:
     def wait(self, queue: WaitingQueue) -> float | None:
         """Estimated seconds until all that wait have been served."""
         return self.seconds(queue.prompt_tokens, queue.output_tokens)
+
+
+class Pace:
+    """Measured over predicted seconds of late steps: the cost function was fitted once, and a machine may get busier.
+
+    Attributes:
+        prompts: of steps with prompts.
+        answers: of steps without.
+    """
+
+    __slots__ = ("answers", "prompts")
+
+    def __init__(self) -> None:
+        self.prompts = self.answers = 1.0
+
+    def ran(self, load: Load, seconds: float, predicted_s: float) -> None:
+        """A step has been measured."""
+        if seconds <= 0 or predicted_s <= 0:
+            return
+        ratio = min(max(seconds / predicted_s, _LOW), _HIGH)
+        if load.n_prefill:
+            self.prompts += _NEWEST * (ratio - self.prompts)
+        else:
+            self.answers += _NEWEST * (ratio - self.answers)

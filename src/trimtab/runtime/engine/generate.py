@@ -133,7 +133,9 @@ class Session:
         arrays = [np.asarray(piece, dtype=np.int64) for piece in pieces]
         return self._forward(every, arrays, None)
 
-    def append(self, piece: Sequence[int] | IntArray, reserve: int = 0, going: Callable[[], bool] | None = None) -> np.ndarray:
+    def append(
+        self, piece: Sequence[int] | IntArray, reserve: int = 0, going: Callable[[], bool] | None = None
+    ) -> np.ndarray:
         """Run further prompt tokens behind the only row, in chunks, and return the logits after them [1, V].
 
         Args:
