@@ -63,8 +63,8 @@ def test_every_library_in_the_bundle_has_its_licence_there(repository: Path) -> 
 
 @pytest.mark.slow
 def test_a_fresh_build_is_what_is_committed(repository: Path) -> None:
-    if shutil.which("npm") is None or not (repository / "web/node_modules").is_dir():
-        pytest.skip("needs node, npm and web/node_modules (cd web && npm ci)")
+    if shutil.which("npm") is None:
+        pytest.skip("needs node and npm, and the packages of web/package-lock.json")
     done = subprocess.run(["bash", "scripts/check_web.sh"], cwd=repository, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "is what web/ builds to" in done.stdout

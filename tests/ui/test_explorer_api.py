@@ -106,10 +106,10 @@ def test_deltas_are_ratios_of_two_predictions(post: Any) -> None:
 
 
 def test_one_refused_technique_does_not_hide_the_others(post: Any) -> None:
-    # Cut over four devices, a group of a whole row no longer divides: refused when priced, not when composed.
-    rows = post("deltas", **{**CASE, "tp": 4}, candidates=["tmac:group=-1", "rtn"])["rows"]
-    assert [bool(row["refused"]) for row in rows] == [True, False] or not any(row["refused"] for row in rows)
-    assert rows[1]["weights"] < 0.5
+    # Cut over four devices, a scale for a whole row no longer fits: refused when priced, not when composed.
+    rows = post("deltas", **{**CASE, "tp": 4}, candidates=["bipolar", "rtn"])["rows"]
+    assert "tp=4 cuts" in rows[0]["refused"] and rows[0]["weights"] is None
+    assert not rows[1]["refused"] and rows[1]["weights"] < 0.5
 
 
 def test_a_sweep_holds_the_predictions_of_its_cells(post: Any) -> None:
