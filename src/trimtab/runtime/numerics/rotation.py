@@ -14,8 +14,8 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from trimtab.runtime.step import IntArray
 from trimtab.spec.bcq import rotation_factor
 
 
@@ -31,7 +31,7 @@ class Rotation:
 
     left: np.ndarray
     right: np.ndarray
-    order: IntArray
+    order: NDArray[np.int32]
 
     def apply(self, x: np.ndarray) -> np.ndarray:
         """V x of the last axis: float32 or float64 [..., K]."""
