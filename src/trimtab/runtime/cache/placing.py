@@ -141,7 +141,7 @@ def _waits(row: Row) -> bool:
 def _steady_passes(row: Row) -> int:
     """How many tokens can follow one by one before something else than counting has to be done."""
     head = row.head
-    if isinstance(head.keep, Ring) or row.shared or row.score is not None:
+    if isinstance(head.keep, Ring) or row.score is not None:
         return 0
     if head.policy is not None and not (head.waits and row.ended):
         return 0
@@ -162,9 +162,13 @@ def _steady_passes(row: Row) -> int:
 
 
 def _room(row: Row, column: int, first: int) -> int:
-    """Slots from `first` on that have pages."""
+    """Slots from `first` on that have pages of this row alone."""
     tokens = row.layout.pages[column].tokens
-    absent = np.flatnonzero((row.tables[column][:, first // tokens :] < 0).any(axis=0))
+    part = row.tables[column][:, first // tokens :]
+    absent = part < 0
+    if row.shared:
+        absent |= row.layout.arenas[column].owners[np.where(absent, 0, part)] > 1
+    absent = np.flatnonzero(absent.any(axis=0))
     pages = int(absent[0]) if len(absent) else row.tables[column].shape[1] - first // tokens
     return pages * tokens - first % tokens
 
