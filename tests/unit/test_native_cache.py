@@ -126,3 +126,34 @@ def test_forks_and_marks_after_steady_passes(wide_model: Model, techniques: tupl
     store.release(mark)
     session.close()
     assert store.pages_bytes == 0
+
+
+def test_a_shared_prefix_leaves_the_short_way_open(wide_model: Model) -> None:
+    """Kept prefixes share whole pages: answers behind them are counted ahead, and what others own is copied before it is written."""
+    session = Session(lower(wide_model.spec, wide_model.weights, 1))
+    session.prefill([np.arange(70)])
+    store, seq = session.store, session.seqs[0]
+    kept = store.fork(seq)
+    store.truncate(kept, 64)  # one page, which nobody writes to any more
+    alone = [session.decode([token]) for token in range(3)]
+    assert seq._steady is not None and seq._steady.left == 128 - 73
+    mark = store.mark(seq)  # now the second page is shared: the next token has it copied, those after it go on alone
+    before = store.nbytes(seq).reserved
+    session.decode([3])
+    assert seq._steady is not None and seq._steady.left == 128 - 74
+    session.decode([4])
+    assert store.nbytes(seq).reserved == before
+    store.reset(seq, mark)
+    session.lengths[0] = 73
+    again = session.decode([3])
+    store.reset(seq, mark)
+    store.truncate(seq, 70)
+    session.lengths[0] = 70
+    for token, logits in enumerate(alone):
+        np.testing.assert_array_equal(session.decode([token]), logits)
+    np.testing.assert_array_equal(session.decode([3]), again)
+    for one in (kept,):
+        store.free(one)
+    store.release(mark)
+    session.close()
+    assert store.pages_bytes == 0
