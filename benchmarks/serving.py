@@ -258,7 +258,7 @@ class Bench:
         rows = [row("trimtab, best of its settings", f"{best['ours']:.2f} requests/s", "", None)]
         if ratio is not None:
             rows.append(row("llama.cpp, best of its settings", f"{best['theirs']:.2f} requests/s", "", None))
-            rows.append(row("trimtab over llama.cpp", f"{ratio:.2f}", "at least 1", ratio >= 1))
+            rows.append(row("trimtab over llama.cpp", f"{ratio:.2f}", "at least 1.3", ratio >= 1.3))
         else:
             print("  llama.cpp was left out: give --llama-server PATH")
         return found | {"best": best, "ratio": ratio, "rows": rows}

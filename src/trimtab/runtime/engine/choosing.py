@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from trimtab.errors import SpecError, TrimtabError
 from trimtab.runtime.engine.sampling import SamplingParams, candidates
+from trimtab.runtime.kernels import _core
 from trimtab.runtime.step import IntArray
 
 #: Rows of logits whose log-probabilities are made together.
@@ -190,16 +191,12 @@ def pick(row_V: NDArray[np.floating], params: SamplingParams, u: float, top: flo
         token = _at(found, np.cumsum(probabilities), u)
         return token if ids is None else int(ids[token])
     temperature = params.temperature
-    # Single precision for the sum of the many unlikely tokens: it moves a boundary by some 1e-7 of their share.
-    rough = np.subtract(row_V, np.float32(top), dtype=np.float32)
-    if temperature != 1:
-        rough *= np.float32(1 / temperature)
-    np.exp(rough, out=rough)
-    total = float(rough.sum())
+    # Single precision for the terms of the many unlikely tokens: it moves a boundary by some 1e-7 of their share.
+    total = _core.exp_sum(np.ascontiguousarray(row_V, np.float32), top, 1 / temperature)
     free = params.top_p == 1 and params.min_p == 0
     some, shares = np.zeros(0, np.int64), np.zeros(0)
     for level in _LEVELS:
-        some = np.flatnonzero(rough >= np.float32(math.exp(-level)))
+        some = np.flatnonzero(row_V >= top - level * temperature)
         shares = np.exp((row_V[some].astype(np.float64) - top) / temperature)
         # Without a cut the whole sum counts, with one what is left of it: enough is known once the cut lies inside.
         known = float(shares.sum()) / total

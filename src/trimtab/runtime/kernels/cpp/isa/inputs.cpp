@@ -115,6 +115,20 @@ void activate(Act act, float* gate, const float* up, int64_t count) {
     }
 }
 
+double exp_sum(const float* x, int64_t count, float top, float by) {
+    constexpr int64_t block = 16 * lanes;  // so few that single precision adds them up without loss
+    double total = 0;
+    int64_t i = 0;
+    for (; i + block <= count; i += block) {
+        FV sum[2] = {};
+        for (int64_t j = 0; j < block; j += 2 * lanes)
+            for (int k = 0; k < 2; ++k) sum[k] += exp_of((load<FV>(x + i + j + k * lanes) - top) * by);
+        total += sum_of(sum[0] + sum[1]);
+    }
+    for (; i < count; ++i) total += std::exp((x[i] - top) * by);
+    return total;
+}
+
 void rotate(float* x, const float* cos, const float* sin, int64_t half) {
     for (int64_t i = 0; i < half; ++i) {
         const float a = x[i], b = x[i + half];

@@ -223,9 +223,10 @@ void decode_page(const PageForm& form, const uint8_t* page, int64_t first, int64
 void attend_head(const AttendHead& a);  // attend_heads.cpp
 void bound(const float* keys, int64_t count, int64_t width, uint16_t* bounds);  // pieces.cpp
 void promise(const float* negative, const float* positive, const uint16_t* bounds, int64_t pieces, int64_t width, float* out);
+double exp_sum(const float* x, int64_t count, float top, float by);  // inputs.cpp
 
 extern const TileKernels tile_table;
 const TileKernels tile_table = {dot_tile, norm, quantize, tabulate, decode_tile, activate, rotate, dot_each, dot_decoded,
-                                encode_page, decode_page, attend_head, bound, promise};
+                                encode_page, decode_page, attend_head, bound, promise, exp_sum};
 
 }  // namespace trimtab::TRIMTAB_ISA

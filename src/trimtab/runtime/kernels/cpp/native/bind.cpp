@@ -212,6 +212,9 @@ void bind_native(nb::module_& m) {
     m.def("multiply", &multiply, nb::arg("w"), nb::arg("x"), nb::arg("threads"), nb::arg("y"),
           nb::arg("twice_from") = -1.0f, nb::arg("flat") = 1, nb::arg("decoded") = int64_t{1} << 40);
     m.def("time_products", &time_products);
+    m.def("exp_sum", [](Array<const float, 1> x, float top, float by) {
+        return tile_kernels().exp_sum(x.data(), static_cast<int64_t>(x.shape(0)), top, by);
+    });
     m.def("binary_multiply", [](const BinaryTuple& w, Array<const float, 2> x, int threads, Array<float, 2> y) {
         const Binary made = binary_of(w);
         nb::gil_scoped_release release;

@@ -97,6 +97,8 @@ struct TileKernels {
     void (*bound)(const float* keys, int64_t count, int64_t width, uint16_t* bounds);
     // The largest products that bounds [pieces, 2, H] allow with a query, given as its negative and its positive part.
     void (*promise)(const float* negative, const float* positive, const uint16_t* bounds, int64_t pieces, int64_t width, float* out);
+    // Sum of exp((x - top) * by) over `count` values, none of them above `top`.
+    double (*exp_sum)(const float* x, int64_t count, float top, float by);
 };
 
 const TileKernels& tile_kernels();  // of the instruction set in use
