@@ -19,14 +19,14 @@ def register(app: typer.Typer) -> None:
         import dataclasses
         import inspect
 
-        from trimtab.techniques.registry import technique_class, technique_names
+        from trimtab.techniques.registry import param_name, technique_class, technique_names
         from trimtab.ui.output import print_json, print_table
 
         rows = []
         for key in [technique_class(name).name] if name else technique_names():
             cls = technique_class(key)
             parameters = [
-                {"name": f.name, "type": str(f.type), "default": f.default, **f.metadata}
+                {"name": param_name(f), "type": str(f.type), "default": f.default, **f.metadata}
                 for f in dataclasses.fields(cls)
             ]
             rows.append(

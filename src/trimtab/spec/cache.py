@@ -242,6 +242,57 @@ class Pieces:
 
 
 @dataclass(frozen=True, slots=True)
+class Slots:
+    """Tokens of a sequence lie side by side in a slot of fixed address, whose memory comes as the sequence grows.
+
+    A tensor [slots, tokens, heads, head size] for keys, another for values, of every layer or of all. Source: Prabhu et al.,
+    vAttention, arXiv 2405.04437.
+
+    Args:
+        kind: ``vattn``: memory is mapped page by page; ``static``: a slot is mapped whole as it is taken.
+        page: bytes of a page, a multiple of 4096.
+        batch: slots: sequences that run at a time.
+        tokens: of the longest sequence.
+        heads: KV heads that share a tensor: those of one layer, or of all layers.
+        background: a thread maps what the next steps need.
+        eager_steps, eager_groups: how many steps ahead, and after how many groups of pages it stops.
+        deferred: pages of a sequence that ended stay mapped for the next one.
+        secure: such pages are zeroed first.
+    """
+
+    kind: str
+    page: int
+    batch: int
+    tokens: int
+    heads: int
+    background: bool = True
+    eager_steps: int = 10
+    eager_groups: int = 2
+    deferred: bool = True
+    secure: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("vattn", "static"):
+            raise SpecError(f"slots of kind {self.kind}: not possible. Allowed: vattn, static.")
+
+    def token_bytes(self, own: int) -> int:
+        """Bytes from one token of a tensor to the next, `own` of them one head's."""
+        return self.heads * own
+
+    def mapped(self, tokens: Tokens, own: int) -> Any:
+        """One head's part of the bytes that are mapped of a tensor, rounded up."""
+        used = tokens if self.kind == "vattn" else self.tokens * (tokens > 0)
+        return -(-(-(-used * self.token_bytes(own) // self.page) * self.page) // self.heads)
+
+    def block(self, own: int) -> int:
+        """Tokens of the smallest block that is whole pages."""
+        return math.lcm(self.page, self.token_bytes(own)) // self.token_bytes(own)
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.batch} slots of {self.tokens} tokens"
+
+
+@dataclass(frozen=True, slots=True)
 class KVBytes:
     """Bytes of cached tokens: those that hold a token, and those allocated for whole pages."""
 
@@ -287,6 +338,7 @@ class HeadSpec(Node):
         policy: of a `Budget`.
         thin: fewer channels for keys that have left the tail.
         select: which of the tokens held a pass of one token reads; None = all.
+        slots: where its tokens lie, if not in pages of their own.
     """
 
     head_dim: int
@@ -300,8 +352,11 @@ class HeadSpec(Node):
     policy: PolicySpec | None = None
     thin: Thin | None = None
     select: Pieces | None = None
+    slots: Slots | None = None
 
     def __post_init__(self) -> None:
+        if self.slots is not None:
+            self._check_slots(self.slots)
         if self.select is not None and (self.seals or self.k_format.by_channel or not isinstance(self.keep, All)):
             how = (
                 f"keeps {self.keep}"
@@ -326,6 +381,21 @@ class HeadSpec(Node):
             raise SpecError(
                 f"Keys of fewer channels in {self.k_format} without a tail in floats: not possible, since keys are written whole "
                 "before they are thinned. Allowed: keys in float32, bfloat16 or float16, or a tail."
+            )
+
+    def _check_slots(self, slots: Slots) -> None:
+        """Slots hold whole prefixes, in floats: a coded token would need its scales beside it, and one given up leaves a hole."""
+        floats = all(form.is_float or form.kind == "fp8" for form in (self.k_format, self.v_format))
+        if self.seals or self.policy is not None or self.select is not None or not isinstance(self.keep, All) or not floats:
+            how = f"keeps {self.keep}" if not isinstance(self.keep, All) else "codes, thins or chooses among its tokens"
+            raise SpecError(
+                f"A cache in {slots.kind} slots that {how}: not possible, since a slot holds every token of a sequence as it was "
+                "written. Allowed: float32, bfloat16, float16 or fp8, and every token kept. Use one of the two."
+            )
+        if self.k_format != self.v_format or self.head_dim != self.v_head_dim:
+            raise SpecError(
+                f"A cache in {slots.kind} slots with keys of {self.head_dim} in {self.k_format} and values of {self.v_head_dim} in "
+                f"{self.v_format}: not possible. Allowed: keys and values of one size and format."
             )
 
     @property
@@ -382,6 +452,12 @@ class HeadSpec(Node):
         """Tokens of a page that new tokens are written to: few where they soon leave it."""
         return min(self.page, _TILE) if self.seals and self.tail is not None else self.page
 
+    def block_tokens(self, format: PageFormat) -> int:
+        """Tokens of the smallest block that is whole pages, of those a head has for itself or of those it shares."""
+        if self.slots is not None:
+            return self.slots.block(format.nbytes(1, self.head_dim))
+        return self.page_tokens(format)
+
     def page_tokens(self, format: PageFormat) -> int:
         """Tokens of a page of coded keys or values: whole groups and tiles where tokens share a scale."""
         return math.lcm(self.page, format.group, _TILE) if format.by_channel else self.page
@@ -413,6 +489,8 @@ class HeadSpec(Node):
 
     def _pages(self, held: int, left: tuple[int, int], coded: tuple[int, int]) -> int:
         """Bytes of the pages of `held` tokens; keys and values that have left the pages they landed in, and those that are coded."""
+        if self.slots is not None:
+            return 2 * self.slots.mapped(held, self.k_format.nbytes(1, self.head_dim))
         reserved = 0
         sides = zip(
             self.landing,

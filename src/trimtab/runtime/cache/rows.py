@@ -8,6 +8,7 @@ Legend: G heads of the row, s new tokens, S tokens held, M pages, W elements of 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,12 +20,14 @@ from trimtab.runtime.cache.arena import Arena
 from trimtab.runtime.cache.pages import Code, Page, bounds_of, read_pages, widen, write_pages
 from trimtab.runtime.kernels import _core
 from trimtab.runtime.step import IntArray
-from trimtab.spec.cache import All, Budget, HeadSpec, Ring, page_nbytes
+from trimtab.spec.cache import All, Budget, HeadSpec, Ring, Slots, page_nbytes
 
 #: The columns of a row: keys and values as they land, then as they are coded.
 LANDING, CODED = (0, 1), (2, 3)
 #: Numbers of a head that the native kernels read, see `Row.record`.
 RECORD = 16
+#: Whether this system can map pages of a file in memory to fixed addresses.
+SLOTS = sys.platform == "linux"
 
 
 class Merge(NamedTuple):
@@ -54,14 +57,24 @@ class Layout:
 
     @staticmethod
     def of(head: HeadSpec, arena: Callable[[int], Arena], admit: Callable[[int], None]) -> Layout:
-        """Lay out a head over the arenas of a store."""
+        """Lay out a head over the arenas of a store; slots need none."""
         pages = pages_of(head)
+        if slots_of(head) is not None:
+            return Layout(head, pages, (), admit)
         sizes = (page_nbytes(page.form, page.width, page.tokens) for page in pages)
         return Layout(head, pages, tuple(arena(size) for size in sizes), admit)
 
 
+def slots_of(head: HeadSpec) -> Slots | None:
+    """The slots a head lies in; None = pages of its own, which stand in where the system has no slots."""
+    return head.slots if SLOTS else None
+
+
 def pages_of(head: HeadSpec) -> tuple[Page, ...]:
     """Kinds of page of the columns of a head: landing keys and values, and where tokens are sealed, coded ones."""
+    if (slots := slots_of(head)) is not None:  # one page of the longest sequence, the other heads of a token between
+        own = int(head.k_format.nbytes(1, head.head_dim))
+        return (Page(head.k_format, head.head_dim, slots.tokens, stride=slots.token_bytes(own)),) * 2
     forms = list(zip(head.landing, (head.head_dim, head.v_head_dim), strict=True))
     if head.seals:
         forms += [(head.k_format, head.k_width), (head.v_format, head.v_head_dim)]
@@ -138,6 +151,13 @@ class Row:
         """Take landing pages for so many tokens now, one head's behind another's."""
         for column in LANDING:
             self._grow(column, 0, tokens)
+
+    def room(self, column: int, first: int) -> int:
+        """Slots from `first` on that have pages."""
+        tokens, table = self.layout.pages[column].tokens, self.tables[column]
+        absent = np.flatnonzero((table[:, first // tokens :] < 0).any(axis=0))
+        pages = int(absent[0]) if len(absent) else table.shape[1] - first // tokens
+        return pages * tokens - first % tokens
 
     def _grow(self, column: int, first: int, end: int) -> None:
         """Make sure slots [first, end) have pages that only this row holds."""
