@@ -171,7 +171,7 @@ void SlotMemory::leave(Seq& s, int64_t from) {
         const bool here = slot && slot->mapped[static_cast<size_t>(i)] == group;
         if (--owners_[static_cast<size_t>(group)] == 0) {
             --used_;
-            if (here && !slot->locked[static_cast<size_t>(i)]) {
+            if (here) {
                 slot->stale[static_cast<size_t>(i)] = 1;
                 flush(i);
                 continue;
@@ -330,6 +330,12 @@ void SlotMemory::grow(Seq& s, int64_t id, int64_t first, int64_t end) {
     for (int64_t i = had; i < target; ++i) {
         int32_t group = slot.mapped[static_cast<size_t>(i)];
         if (group >= 0) {
+            if (slot.locked[static_cast<size_t>(i)]) {
+                std::vector<Change> again{{i, group, false, false}};
+                const uint8_t stale = slot.stale[static_cast<size_t>(i)];
+                map(s.slot, again);
+                slot.stale[static_cast<size_t>(i)] = stale;
+            }
             if (form_.secure && slot.stale[static_cast<size_t>(i)])
                 for (int64_t t = 0; t < tensors(); ++t) std::memset(at(t, s.slot, i), 0, static_cast<size_t>(form_.page));
             slot.stale[static_cast<size_t>(i)] = 0;
@@ -432,13 +438,13 @@ SlotCounts SlotMemory::counts() {
     done_.wait(lock, [&] { return !asked_; });
     SlotCounts found = counts_;
     found.used_groups = used_, found.kept_groups = committed_ - used_;
-    int64_t mappings = 0;
+    int64_t mappings = 0, before = -2;  // group and protection of the page before, neighbours in the file one mapping
+    uint8_t locked = 0;
     for (const Slot& slot : slots_)
         for (int64_t i = 0; i < pages_; ++i) {
-            const size_t p = static_cast<size_t>(i);
-            const bool joined = i && (slot.mapped[p] < 0 ? slot.mapped[p - 1] < 0
-                                                         : slot.mapped[p - 1] + 1 == slot.mapped[p] && slot.locked[p - 1] == slot.locked[p] && slot.mapped[p - 1] >= 0);
-            mappings += !joined;
+            const int64_t group = slot.mapped[static_cast<size_t>(i)];
+            const bool joined = group < 0 ? before == -1 : before >= 0 && before + 1 == group && locked == slot.locked[static_cast<size_t>(i)];
+            mappings += !joined, before = group, locked = slot.locked[static_cast<size_t>(i)];
         }
     found.mappings = mappings * tensors();
     struct stat status;
