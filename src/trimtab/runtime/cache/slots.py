@@ -27,7 +27,8 @@ from trimtab.units import format_bytes
 
 #: Mappings a slot has of one tensor: what is mapped, and what is not.
 _MAPPINGS = 2
-_MAX_MAP_COUNT = Path("/proc/sys/vm/max_map_count")
+#: Most mappings of a process.
+MAX_MAP_COUNT = Path("/proc/sys/vm/max_map_count")
 
 
 class SlotPool:
@@ -302,7 +303,7 @@ def slots_nbytes(pool: SlotPool, rows: Iterable[Row], every: bool) -> KVBytes:
 def _check_mappings(wanted: int, batch: int) -> None:
     """Refuse slots for which the process may run out of mappings."""
     try:
-        most, now = int(_MAX_MAP_COUNT.read_text()), Path("/proc/self/maps").read_bytes().count(b"\n")
+        most, now = int(MAX_MAP_COUNT.read_text()), Path("/proc/self/maps").read_bytes().count(b"\n")
     except OSError:
         return
     if now + wanted > most:
