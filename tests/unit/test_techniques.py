@@ -173,6 +173,23 @@ CASES = {
         "knorm:cap=100000",
         ("knorm:cap=0", "knorm:sink=-1", "knorm:cap=4,sink=5"),
     ),
+    "vattn": Case(
+        ("vattn:page=4096,max_len=256", "vattn:layout=mega,max_len=256,async=false,max_batch=8"),
+        "vattn",
+        (
+            "vattn:page=5000",
+            "vattn:page=0",
+            "vattn:page=x",
+            "vattn:max_batch=0",
+            "vattn:max_batch=1000",
+            "vattn:max_len=0",
+            "vattn:eager_steps=-1",
+            "vattn:eager_blocks=-1",
+            "vattn:layout=x",
+            "vattn:async=x",
+        ),
+        saves_time_only=True,
+    ),
     "quest": Case(
         ("quest:budget=8,page=4,skip=1", "quest:budget=6,page=3,skip=0"),
         "quest:budget=4096",

@@ -125,7 +125,7 @@ def serve(runner: NativeProgram, store: KVStore, requests: Sequence[Request], to
 
 def equal_outputs(bench: Bench) -> Outcome:
     """64 ragged requests that come and go: logits of slots and of memory reserved whole, and tokens of pages; no table is read."""
-    from trimtab.model.attention import sdpa
+    from trimtab.model.attention import eager, sdpa
 
     found = {}
     for how in (PAGED, SLOTS, STATIC):
@@ -136,8 +136,8 @@ def equal_outputs(bench: Bench) -> Outcome:
         found[STATIC].logits
     )
     tokens = found[SLOTS].tokens == found[STATIC].tokens == found[PAGED].tokens
-    source = inspect.getsource(sdpa)
-    tables = [word for word in ("table", "block", "pages") if word in source]
+    source = inspect.getsource(sdpa) + inspect.getsource(eager)
+    tables = [word for word in ("table", "blocks", "page") if word in source]
     plain = _sdpa_agrees(bench)
     steps = len(found[SLOTS].logits)
     return Outcome(
@@ -241,7 +241,7 @@ def pages_are_reused(bench: Bench) -> Outcome:
         store.free(seq)
         calls.append(store.slots.counts()["map_calls"])
     later = calls[-1] - calls[9]
-    how = "vattn:max_batch=16,max_len=256,page=4096"
+    how = f"{SLOTS},page=4096"
     program = _program(bench, how)
     from trimtab.runtime.cache.store import KVStore
 
