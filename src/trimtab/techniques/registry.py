@@ -85,7 +85,9 @@ def parse_technique(part: PartString | str) -> Technique:
         if key not in fields:
             listed = ", ".join(fields) or "none"
             raise SpecError(f"{part.name}: unknown parameter '{key}'.{did_you_mean(key, fields)} Allowed: {listed}.")
-        values[fields[key].name] = _read(part.name, key, text, hints[fields[key].name], fields[key].metadata.get("allowed", ""))
+        values[fields[key].name] = _read(
+            part.name, key, text, hints[fields[key].name], fields[key].metadata.get("allowed", "")
+        )
     return cls(**values)
 
 

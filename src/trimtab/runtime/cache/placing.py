@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trimtab.runtime.cache.rows import CODED, LANDING, RECORD, Row, ring_positions, ring_slot
+from trimtab.runtime.cache.rings import ring_positions, ring_slot
+from trimtab.runtime.cache.rows import CODED, LANDING, RECORD, Row
 from trimtab.runtime.step import IntArray
 from trimtab.spec.cache import Ring
 

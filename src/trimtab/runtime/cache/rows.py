@@ -18,9 +18,11 @@ import numpy as np
 from trimtab.errors import SpecError
 from trimtab.runtime.cache.arena import Arena
 from trimtab.runtime.cache.pages import Code, Page, bounds_of, read_pages, widen, write_pages
+from trimtab.runtime.cache.rings import ring_positions
 from trimtab.runtime.kernels import _core
 from trimtab.runtime.step import IntArray
-from trimtab.spec.cache import All, Budget, HeadSpec, Ring, Slots, page_nbytes
+from trimtab.spec.cache import All, Budget, HeadSpec, Ring, page_nbytes
+from trimtab.spec.slots import Slots
 
 #: The columns of a row: keys and values as they land, then as they are coded.
 LANDING, CODED = (0, 1), (2, 3)
@@ -491,26 +493,6 @@ class Row:
             held += self.head.select.bounds_bytes(self.held, self.head.head_dim) * len(self.heads)
         chosen = 0 if self.channels is None or not self.sealed[0] else self.channels.nbytes
         return held + chosen, taken + chosen
-
-
-def ring_slot(keep: Ring, index: int | IntArray) -> int | IntArray:
-    """Slot of the token that came as number `index`."""
-    turned = keep.sink + (index - keep.sink) % keep.recent
-    return (
-        np.where(index < keep.sink, index, turned)
-        if isinstance(index, np.ndarray)
-        else index
-        if index < keep.sink
-        else turned
-    )
-
-
-def ring_positions(keep: Ring, seen: int, held: int) -> IntArray:
-    """Positions of the tokens in the slots of a ring after `seen` tokens."""
-    slots = np.arange(held)
-    last = seen - 1
-    behind = (last - keep.sink - (slots - keep.sink)) % keep.recent
-    return np.where(slots < keep.sink, slots, last - behind)
 
 
 def _resized(value: np.ndarray, room: int) -> np.ndarray:

@@ -21,8 +21,9 @@ from trimtab.runtime.cache.arena import machine_bytes
 from trimtab.runtime.cache.pages import _converted, widen
 from trimtab.runtime.cache.rows import LANDING, Layout, Row
 from trimtab.runtime.kernels import _core
-from trimtab.spec.cache import HeadSpec, KVBytes, Slots
+from trimtab.spec.cache import HeadSpec, KVBytes
 from trimtab.spec.model import ModelSpec
+from trimtab.spec.slots import Slots
 from trimtab.units import format_bytes
 
 #: Mappings a slot has of one tensor: what is mapped, and what is not.
@@ -76,18 +77,18 @@ class SlotPool:
                 f"A pool of {format_bytes(capacity)} cannot hold one sequence of max_len={slots.tokens} tokens of {spec.name}: it "
                 f"takes {format_bytes(groups * self.group_bytes)}. Give the cache at least that, or lower max_len."
             )
+        self._ahead = slots.eager_steps if slots.background and slots.kind == "vattn" else 0
         _check_mappings(slots.batch * self.tensors * _MAPPINGS, slots.batch)
         try:
             self.core = _core.SlotMemory(
-                [token_bytes] * self.tensors, slots.batch, slots.tokens, slots.page, self.pool_groups, slots.background and slots.kind == "vattn",
-                slots.eager_steps, slots.eager_groups, slots.deferred, slots.kind == "static", slots.secure,
+                [token_bytes] * self.tensors, slots.batch, slots.tokens, slots.page, self.pool_groups, self._ahead > 0, slots.eager_steps,
+                slots.eager_groups, slots.deferred, slots.kind == "static", slots.secure,
             )  # fmt: skip
         except MemoryError as error:
             raise CapacityError(str(error)) from None
         self.slot_bytes = self.core.slot_bytes
         self.bases = [self.core.address(tensor) for tensor in range(self.tensors)]
         self.peak_bytes = 0
-        self._ahead = slots.eager_steps if slots.background and slots.kind == "vattn" else 0
 
     @property
     def used_bytes(self) -> int:
@@ -281,7 +282,8 @@ def slots_of_model(spec: ModelSpec) -> Slots | None:
     slots = found.pop()
     if not _rows.SLOTS:
         warnings.warn(
-            f"{slots}: this system cannot map pages to fixed addresses (Linux can); the cache is kept in pages.", stacklevel=3
+            f"{slots}: this system cannot map pages to fixed addresses (Linux can); the cache is kept in pages.",
+            stacklevel=3,
         )
         return None
     return slots

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +20,7 @@ from trimtab.runtime.cache.eviction import Attended, attended
 from trimtab.runtime.cache.placing import Steady, empty_records, fold, place
 from trimtab.runtime.cache.policy import Policy, policy_of
 from trimtab.runtime.cache.rows import CODED, LANDING, Layout, Merge, Row
+from trimtab.runtime.cache.sequences import Mark, Seq
 from trimtab.runtime.cache.slots import Place, SlotPool, SlotRow, slots_nbytes, slots_of_model
 from trimtab.runtime.cache.views import GroupView, queries_of, through_ring, view
 from trimtab.runtime.step import IntArray, Step
@@ -31,46 +31,6 @@ from trimtab.units import format_bytes
 
 if TYPE_CHECKING:
     from trimtab.spec.cache import PolicySpec
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A state of a sequence to come back to; free it by `KVStore.release`."""
-
-    seq: int
-    rows: tuple[tuple[Row, ...], ...]
-    ended: bool
-
-
-class Seq:
-    """A sequence of one store.
-
-    Attributes:
-        ended: policies have been told that its prompt has ended.
-    """
-
-    __slots__ = ("_held", "_steady", "ended", "id", "spec_hash")
-
-    def __init__(self, id: int, spec_hash: str, rows: list[list[Row]], ended: bool = False) -> None:
-        self.id, self.spec_hash, self._held, self.ended = id, spec_hash, rows, ended
-        self._steady: Steady | None = None
-
-    @property
-    def _rows(self) -> list[list[Row]]:
-        """The rows of every layer, up to date."""
-        if self._steady is not None:
-            self._steady.catch_up(self._held)
-            self._steady = None
-        return self._held
-
-    @_rows.setter
-    def _rows(self, rows: list[list[Row]]) -> None:
-        self._held, self._steady = rows, None
-
-    @property
-    def length(self) -> int:
-        """Tokens every layer has seen."""
-        return self._rows[-1][0].seen if self._held else 0
 
 
 class KVStore:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from trimtab.errors import SpecError
-from trimtab.spec.cache import Slots
 from trimtab.spec.model import ModelSpec
+from trimtab.spec.slots import Slots
 from trimtab.spec.tree import Edit
 from trimtab.techniques.base import Stage, Technique, param
 from trimtab.techniques.layers import attentions, heads
@@ -40,16 +40,22 @@ class VAttention(Technique):
     stage: ClassVar[Stage] = Stage.RUN
     paper: ClassVar[int | None] = 63
 
-    page: int | Literal["auto"] = param("auto", "bytes of a page; auto = whole tokens of all heads, near 64 KiB", "auto, a multiple of 4096")
+    page: int | Literal["auto"] = param(
+        "auto", "bytes of a page; auto = whole tokens of all heads, near 64 KiB", "auto, a multiple of 4096"
+    )
     max_batch: int = param(64, "slots: sequences that run at a time", "1..999")
     max_len: int = param(8192, "tokens of the longest sequence; a model's context where that is shorter", "1..1048576")
     async_: bool = param(True, "a thread maps what the next steps need", "true, false")
     eager_steps: int = param(10, "how many steps ahead it looks", "0 or more")
     eager_blocks: int = param(2, "page groups after which it stops", "0 or more")
     deferred_reclaim: bool = param(True, "pages of a sequence that ended stay mapped for the next", "true, false")
-    layout: Literal["per_layer", "mega"] = param("per_layer", "2 tensors of every layer, or 2 with the layers inside", "per_layer, mega")
+    layout: Literal["per_layer", "mega"] = param(
+        "per_layer", "2 tensors of every layer, or 2 with the layers inside", "per_layer, mega"
+    )
     secure: bool = param(False, "pages are zeroed before another sequence has them", "true, false")
-    backend: Literal["vattn", "static"] = param("vattn", "static maps a slot whole as it is taken: the baseline", "vattn, static")
+    backend: Literal["vattn", "static"] = param(
+        "vattn", "static maps a slot whole as it is taken: the baseline", "vattn, static"
+    )
 
     def __post_init__(self) -> None:
         if self.page != "auto" and (self.page < _PAGE or self.page % _PAGE):
@@ -65,7 +71,9 @@ class VAttention(Technique):
         ):
             if not least <= value <= most:
                 nearest = min(max(value, least), most)
-                raise SpecError(f"vattn: {name}={value} is not possible. Allowed: {least}..{most}. Try {name}={nearest}.")
+                raise SpecError(
+                    f"vattn: {name}={value} is not possible. Allowed: {least}..{most}. Try {name}={nearest}."
+                )
 
     def check(self, spec: ModelSpec) -> None:
         """Refuse latent attention, and heads that differ: a tensor holds heads of one size and format."""
