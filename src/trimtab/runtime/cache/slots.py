@@ -115,7 +115,7 @@ class SlotPool:
         numbers = np.array([(place.id, first, end) for place, first, end in wanted], np.int64).T.copy()
         found = np.empty((len(wanted), 2), np.int64)
         try:
-            self.core.step(*numbers, found)
+            self.core.step(numbers[0], numbers[1], numbers[2], found)
         except MemoryError as error:
             for place, _, _ in wanted:
                 place.forget()
@@ -221,8 +221,13 @@ class SlotRow(Row):
         apart = (self.heads[1] - self.heads[0]) * pool.own if len(self.heads) > 1 else pool.own
         span = (page.tokens - 1) * page.stride + (len(self.heads) - 1) * apart + pool.own
         memory = (ctypes.c_uint8 * span).from_address(pool.bases[tensor] + first)
+        memory.pool = pool  # type: ignore[attr-defined]  # addresses are valid for as long as it lives
         return np.ndarray(
-            (len(self.heads), page.tokens, page.width), dtype, memory, 0, (apart, page.stride, dtype.itemsize)
+            (len(self.heads), page.tokens, page.width),
+            dtype,
+            np.frombuffer(memory, np.uint8),
+            0,
+            (apart, page.stride, dtype.itemsize),
         )
 
     def _grow(self, column: int, first: int, end: int) -> None:
