@@ -33,7 +33,6 @@ void bind_slots(nb::module_& m) {
         .def("fork", &SlotMemory::fork, nb::arg("seq"), nb::arg("tokens"))
         .def("close", &SlotMemory::close, nb::arg("seq"), nb::call_guard<nb::gil_scoped_release>())
         .def("cut", &SlotMemory::cut, nb::arg("seq"), nb::arg("tokens"), nb::call_guard<nb::gil_scoped_release>())
-        .def("restore", &SlotMemory::restore, nb::arg("seq"), nb::arg("kept"), nb::call_guard<nb::gil_scoped_release>())
         .def("step",
              [](SlotMemory& self, Numbers seqs, Numbers first, Numbers end, nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> found) {
                  const size_t count = seqs.shape(0);

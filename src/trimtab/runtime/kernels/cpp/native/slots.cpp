@@ -144,19 +144,6 @@ void SlotMemory::cut(int64_t id, int64_t tokens) {
     leave(seq(id), groups_of(tokens));
 }
 
-void SlotMemory::restore(int64_t id, int64_t kept) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    Seq& s = seq(id);
-    const Seq& other = seq(kept);
-    size_t same = 0;
-    while (same < s.groups.size() && same < other.groups.size() && s.groups[same] == other.groups[same]) ++same;
-    leave(s, static_cast<int64_t>(same));
-    for (size_t i = same; i < other.groups.size(); ++i) {
-        s.groups.push_back(other.groups[i]);
-        ++owners_[static_cast<size_t>(other.groups[i])];
-    }
-}
-
 // Gives up the groups of a sequence from one on. Those nobody else has stay mapped in its slot, if it has one.
 void SlotMemory::leave(Seq& s, int64_t from) {
     int64_t first = -1;
@@ -461,7 +448,6 @@ int64_t SlotMemory::open() { return 0; }
 int64_t SlotMemory::fork(int64_t, int64_t) { return 0; }
 void SlotMemory::close(int64_t) {}
 void SlotMemory::cut(int64_t, int64_t) {}
-void SlotMemory::restore(int64_t, int64_t) {}
 void SlotMemory::step(const int64_t*, const int64_t*, const int64_t*, int64_t, int64_t*) {}
 void SlotMemory::settle() {}
 SlotCounts SlotMemory::counts() { return counts_; }

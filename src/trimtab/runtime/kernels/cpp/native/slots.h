@@ -63,8 +63,6 @@ class SlotMemory {
     void close(int64_t seq);
     // Gives up what lies behind `tokens`.
     void cut(int64_t seq, int64_t tokens);
-    // Brings a sequence to what another one, kept for that, shares.
-    void restore(int64_t seq, int64_t kept);
 
     // Makes tokens [first, end) of each sequence writable, and all before readable; then maps ahead in the background. Writes to
     // `found` [count, 2] the slot of each, and how many tokens have room from `first` on without another call.
