@@ -317,7 +317,20 @@ PAIRS = [
     f'duo:sink=1,recent=4,gates="{GATES}"+quest:budget=8,page=4,skip=0',
 ]
 #: These do not go with a ring in every head.
-NO_RINGS = ("vattn", "streaming", "duo", "snapkv", "pyramidkv", "h2o", "tova", "knorm", "quest", "think", "a-shape", "tri-shape")
+NO_RINGS = (
+    "vattn",
+    "streaming",
+    "duo",
+    "snapkv",
+    "pyramidkv",
+    "h2o",
+    "tova",
+    "knorm",
+    "quest",
+    "think",
+    "a-shape",
+    "tri-shape",
+)
 PROMPTS = {1: [[5]], 3: [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9], [2, 7, 1], list(range(40, 71))]}
 
 
