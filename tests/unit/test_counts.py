@@ -69,6 +69,8 @@ TECHNIQUES = [
     "gemfilter:layer=1,topk=12+snapkv:cap=7,window=2",
     "quest:budget=8,page=4,skip=1",
     "quest:budget=6,page=3,skip=0",
+    "vattn:page=4096,max_len=256",
+    "vattn:layout=mega,max_len=256",
     "think:ratio=0.4,obs=4,recent=4",
     "think:ratio=0.5,recent=100",
     "snapkv:cap=10,window=2+think:ratio=0.3,obs=3,recent=3",

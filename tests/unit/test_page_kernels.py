@@ -34,8 +34,8 @@ class Form:
     group: int = 0
 
     @property
-    def code(self) -> tuple[int, int, int, int, int]:
-        return self.kind, self.page, self.width, self.bits, self.group
+    def code(self) -> tuple[int, int, int, int, int, int]:
+        return self.kind, self.page, self.width, self.bits, self.group, 0
 
     @property
     def named(self) -> PageFormat:

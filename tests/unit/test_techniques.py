@@ -173,6 +173,23 @@ CASES = {
         "knorm:cap=100000",
         ("knorm:cap=0", "knorm:sink=-1", "knorm:cap=4,sink=5"),
     ),
+    "vattn": Case(
+        ("vattn:page=4096,max_len=256", "vattn:layout=mega,max_len=256,async=false,max_batch=8"),
+        "vattn",
+        (
+            "vattn:page=5000",
+            "vattn:page=0",
+            "vattn:page=x",
+            "vattn:max_batch=0",
+            "vattn:max_batch=1000",
+            "vattn:max_len=0",
+            "vattn:eager_steps=-1",
+            "vattn:eager_blocks=-1",
+            "vattn:layout=x",
+            "vattn:async=x",
+        ),
+        saves_time_only=True,
+    ),
     "quest": Case(
         ("quest:budget=8,page=4,skip=1", "quest:budget=6,page=3,skip=0"),
         "quest:budget=4096",
@@ -300,7 +317,20 @@ PAIRS = [
     f'duo:sink=1,recent=4,gates="{GATES}"+quest:budget=8,page=4,skip=0',
 ]
 #: These do not go with a ring in every head.
-NO_RINGS = ("streaming", "duo", "snapkv", "pyramidkv", "h2o", "tova", "knorm", "quest", "think", "a-shape", "tri-shape")
+NO_RINGS = (
+    "vattn",
+    "streaming",
+    "duo",
+    "snapkv",
+    "pyramidkv",
+    "h2o",
+    "tova",
+    "knorm",
+    "quest",
+    "think",
+    "a-shape",
+    "tri-shape",
+)
 PROMPTS = {1: [[5]], 3: [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9], [2, 7, 1], list(range(40, 71))]}
 
 

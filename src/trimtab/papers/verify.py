@@ -26,6 +26,7 @@ CHECKS = {
     52: "trimtab.papers.gemfilter",
     60: "trimtab.papers.cats",
     61: "trimtab.papers.scbench",
+    63: "trimtab.papers.vattention",
     66: "trimtab.papers.think",
     76: "trimtab.papers.olive",
     83: "trimtab.papers.bfp_ksort",

@@ -8,6 +8,7 @@ from typing import Any
 
 from trimtab.errors import SpecError
 from trimtab.spec.formats import DTYPE_ALIASES, FLOAT_KINDS, ITEM_BYTES, WeightFormat, dtype_name
+from trimtab.spec.slots import Slots
 from trimtab.spec.tree import Node
 
 #: A number of tokens, or a numpy array of such numbers: the formulas below hold for both.
@@ -287,6 +288,7 @@ class HeadSpec(Node):
         policy: of a `Budget`.
         thin: fewer channels for keys that have left the tail.
         select: which of the tokens held a pass of one token reads; None = all.
+        slots: where its tokens lie, if not in pages of their own.
     """
 
     head_dim: int
@@ -300,8 +302,11 @@ class HeadSpec(Node):
     policy: PolicySpec | None = None
     thin: Thin | None = None
     select: Pieces | None = None
+    slots: Slots | None = None
 
     def __post_init__(self) -> None:
+        if self.slots is not None:
+            self._check_slots(self.slots)
         if self.select is not None and (self.seals or self.k_format.by_channel or not isinstance(self.keep, All)):
             how = (
                 f"keeps {self.keep}"
@@ -326,6 +331,27 @@ class HeadSpec(Node):
             raise SpecError(
                 f"Keys of fewer channels in {self.k_format} without a tail in floats: not possible, since keys are written whole "
                 "before they are thinned. Allowed: keys in float32, bfloat16 or float16, or a tail."
+            )
+
+    def _check_slots(self, slots: Slots) -> None:
+        """Slots hold whole prefixes, in floats: a coded token would need its scales beside it, and one given up leaves a hole."""
+        floats = all(form.is_float or form.kind == "fp8" for form in (self.k_format, self.v_format))
+        if (
+            self.seals
+            or self.policy is not None
+            or self.select is not None
+            or not isinstance(self.keep, All)
+            or not floats
+        ):
+            how = f"keeps {self.keep}" if not isinstance(self.keep, All) else "codes, thins or chooses among its tokens"
+            raise SpecError(
+                f"A cache in {slots.kind} slots that {how}: not possible, since a slot holds every token of a sequence as it was "
+                "written. Allowed: float32, bfloat16, float16 or fp8, and every token kept. Use one of the two."
+            )
+        if self.k_format != self.v_format or self.head_dim != self.v_head_dim:
+            raise SpecError(
+                f"A cache in {slots.kind} slots with keys of {self.head_dim} in {self.k_format} and values of {self.v_head_dim} in "
+                f"{self.v_format}: not possible. Allowed: keys and values of one size and format."
             )
 
     @property
@@ -382,6 +408,12 @@ class HeadSpec(Node):
         """Tokens of a page that new tokens are written to: few where they soon leave it."""
         return min(self.page, _TILE) if self.seals and self.tail is not None else self.page
 
+    def block_tokens(self, format: PageFormat) -> int:
+        """Tokens of the smallest block that is whole pages, of those a head has for itself or of those it shares."""
+        if self.slots is not None:
+            return self.slots.block(format.nbytes(1, self.head_dim))
+        return self.page_tokens(format)
+
     def page_tokens(self, format: PageFormat) -> int:
         """Tokens of a page of coded keys or values: whole groups and tiles where tokens share a scale."""
         return math.lcm(self.page, format.group, _TILE) if format.by_channel else self.page
@@ -413,6 +445,8 @@ class HeadSpec(Node):
 
     def _pages(self, held: int, left: tuple[int, int], coded: tuple[int, int]) -> int:
         """Bytes of the pages of `held` tokens; keys and values that have left the pages they landed in, and those that are coded."""
+        if self.slots is not None:
+            return 2 * self.slots.mapped(held, self.k_format.nbytes(1, self.head_dim))
         reserved = 0
         sides = zip(
             self.landing,

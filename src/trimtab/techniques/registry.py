@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Iterable
 from importlib import metadata
+from typing import Any
 
 from trimtab.errors import SpecError, did_you_mean, unknown
 from trimtab.spec.strings import PartString, parse_composition, quote
@@ -78,14 +79,21 @@ def parse_technique(part: PartString | str) -> Technique:
         part = parts[0]
     cls = technique_class(part.name)
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {param_name(f): f for f in dataclasses.fields(cls)}
     values: dict[str, object] = {}
     for key, text in part.values.items():
         if key not in fields:
             listed = ", ".join(fields) or "none"
             raise SpecError(f"{part.name}: unknown parameter '{key}'.{did_you_mean(key, fields)} Allowed: {listed}.")
-        values[key] = _read(part.name, key, text, hints[key], fields[key].metadata.get("allowed", ""))
+        values[fields[key].name] = _read(
+            part.name, key, text, hints[fields[key].name], fields[key].metadata.get("allowed", "")
+        )
     return cls(**values)
+
+
+def param_name(field: dataclasses.Field[Any]) -> str:
+    """How a spec string spells a parameter: a word that Python keeps for itself has an underscore behind it in the class alone."""
+    return field.name.removesuffix("_")
 
 
 def parse_all(texts: Iterable[str | Technique]) -> tuple[Technique, ...]:
@@ -108,7 +116,7 @@ def spec_string(technique: Technique) -> str:
     for field in dataclasses.fields(technique):
         value = getattr(technique, field.name)
         if value != field.default:
-            shown.append(f"{field.name}={quote(_write(value))}")
+            shown.append(f"{param_name(field)}={quote(_write(value))}")
     return f"{technique.name}:{','.join(shown)}" if shown else technique.name
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from trimtab.errors import UnsupportedModelError
 from trimtab.spec.configs import active_parameters, load_spec, model_ids
 from trimtab.spec.nodes import AttentionSpec, LatentAttentionSpec
-from trimtab.techniques.registry import technique_class, technique_names
+from trimtab.techniques.registry import param_name, technique_class, technique_names
 
 
 def model_row(name: str) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def technique_row(name: str) -> dict[str, Any]:
         "needs": sorted(cls.needs),
         "paper": cls.paper,
         "parameters": [
-            {"name": f.name, "type": str(f.type), "default": f.default, **f.metadata} for f in dataclasses.fields(cls)
+            {"name": param_name(f), "type": str(f.type), "default": f.default, **f.metadata} for f in dataclasses.fields(cls)
         ],
         "doc": inspect.getdoc(cls),
     }

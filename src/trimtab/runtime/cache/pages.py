@@ -28,8 +28,8 @@ Parts = tuple[np.ndarray, ...]
 _TOO_LARGE = "A key or value is not finite, or beyond what an fp16 scale can express. Keep this cache in floats."
 
 
-#: A kind of page as the kernels take it: kind, tokens, width, bits and group.
-Code = tuple[int, int, int, int, int]
+#: A kind of page as the kernels take it: kind, tokens, width, bits, group and stride.
+Code = tuple[int, int, int, int, int, int]
 #: Page formats -> index in `PageKind` of ``cpp/native/pages.h``, for tokens side by side and for channels side by side.
 _ROWS = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8": 3, "int8": 4, "int4": 4, "int2": 4, "bfp": 5}
 _TURNED = {"fp32": 6, "fp16": 7, "bf16": 8}
@@ -47,6 +47,7 @@ class Page:
         width: elements of a token.
         tokens: of a page.
         turned: floats lie channel after channel, which a kernel that reads few of them wants.
+        stride: bytes from one token to the next, where other heads lie between them; 0 = side by side.
 
     Attributes:
         code: the kind as the kernels take it.
@@ -57,12 +58,13 @@ class Page:
     width: int
     tokens: int
     turned: bool = False
+    stride: int = 0
 
     @property
     def code(self) -> Code:
         """As the kernels take it."""
         kind = _GROUPED if self.form.by_channel else _ROWS[self.form.kind] if self.plain else self._coded
-        return kind, self.tokens, self.width, self.form.bits, self.form.group
+        return kind, self.tokens, self.width, self.form.bits, self.form.group, self.stride
 
     @property
     def plain(self) -> bool:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trimtab.runtime.cache.rows import CODED, LANDING, RECORD, Row, ring_positions, ring_slot
+from trimtab.runtime.cache.rings import ring_positions, ring_slot
+from trimtab.runtime.cache.rows import CODED, LANDING, RECORD, Row
 from trimtab.runtime.step import IntArray
 from trimtab.spec.cache import Ring
 
@@ -145,7 +146,7 @@ def _steady_passes(row: Row) -> int:
         return 0
     if head.policy is not None and not (head.waits and row.ended):
         return 0
-    rooms = [_room(row, column, row.held) for column in LANDING]
+    rooms = [row.room(column, row.held) for column in LANDING]
     if row.positions is not None:
         rooms.append(row.positions.shape[1] - row.held)
     if row.bounds is not None and head.select is not None:
@@ -155,22 +156,10 @@ def _steady_passes(row: Row) -> int:
         if row.held >= head.residual:
             if row.sealed[1] != row.held - head.residual:
                 return 0
-            rooms += [_room(row, CODED[1], row.sealed[1]), head.landing_page - row.sealed[1] % head.landing_page - 1]
+            rooms += [row.room(CODED[1], row.sealed[1]), head.landing_page - row.sealed[1] % head.landing_page - 1]
         else:
             rooms.append(head.residual - row.held)
     return max(0, min(rooms))
-
-
-def _room(row: Row, column: int, first: int) -> int:
-    """Slots from `first` on that have pages of this row alone."""
-    tokens = row.layout.pages[column].tokens
-    part = row.tables[column][:, first // tokens :]
-    absent = part < 0
-    if row.shared:
-        absent |= row.layout.arenas[column].owners[np.where(absent, 0, part)] > 1
-    absent = np.flatnonzero(absent.any(axis=0))
-    pages = int(absent[0]) if len(absent) else row.tables[column].shape[1] - first // tokens
-    return pages * tokens - first % tokens
 
 
 def empty_records(layers: int, sequences: int, heads: int) -> IntArray:

@@ -8,6 +8,7 @@ Legend: G heads of the row, s new tokens, S tokens held, M pages, W elements of 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,14 +18,18 @@ import numpy as np
 from trimtab.errors import SpecError
 from trimtab.runtime.cache.arena import Arena
 from trimtab.runtime.cache.pages import Code, Page, bounds_of, read_pages, widen, write_pages
+from trimtab.runtime.cache.rings import ring_positions
 from trimtab.runtime.kernels import _core
 from trimtab.runtime.step import IntArray
 from trimtab.spec.cache import All, Budget, HeadSpec, Ring, page_nbytes
+from trimtab.spec.slots import Slots
 
 #: The columns of a row: keys and values as they land, then as they are coded.
 LANDING, CODED = (0, 1), (2, 3)
 #: Numbers of a head that the native kernels read, see `Row.record`.
 RECORD = 16
+#: Whether this system can map pages of a file in memory to fixed addresses.
+SLOTS = sys.platform == "linux"
 
 
 class Merge(NamedTuple):
@@ -54,14 +59,24 @@ class Layout:
 
     @staticmethod
     def of(head: HeadSpec, arena: Callable[[int], Arena], admit: Callable[[int], None]) -> Layout:
-        """Lay out a head over the arenas of a store."""
+        """Lay out a head over the arenas of a store; slots need none."""
         pages = pages_of(head)
+        if slots_of(head) is not None:
+            return Layout(head, pages, (), admit)
         sizes = (page_nbytes(page.form, page.width, page.tokens) for page in pages)
         return Layout(head, pages, tuple(arena(size) for size in sizes), admit)
 
 
+def slots_of(head: HeadSpec) -> Slots | None:
+    """The slots a head lies in; None = pages of its own, which stand in where the system has no slots."""
+    return head.slots if SLOTS else None
+
+
 def pages_of(head: HeadSpec) -> tuple[Page, ...]:
     """Kinds of page of the columns of a head: landing keys and values, and where tokens are sealed, coded ones."""
+    if (slots := slots_of(head)) is not None:  # one page of the longest sequence, the other heads of a token between
+        own = int(head.k_format.nbytes(1, head.head_dim))
+        return (Page(head.k_format, head.head_dim, slots.tokens, stride=slots.token_bytes(own)),) * 2
     forms = list(zip(head.landing, (head.head_dim, head.v_head_dim), strict=True))
     if head.seals:
         forms += [(head.k_format, head.k_width), (head.v_format, head.v_head_dim)]
@@ -138,6 +153,17 @@ class Row:
         """Take landing pages for so many tokens now, one head's behind another's."""
         for column in LANDING:
             self._grow(column, 0, tokens)
+
+    def room(self, column: int, first: int) -> int:
+        """Slots from `first` on that have pages of this row alone."""
+        tokens = self.layout.pages[column].tokens
+        part = self.tables[column][:, first // tokens :]
+        absent = part < 0
+        if self.shared:
+            absent |= self.layout.arenas[column].owners[np.where(absent, 0, part)] > 1
+        found = np.flatnonzero(absent.any(axis=0))
+        pages = int(found[0]) if len(found) else part.shape[1]
+        return pages * tokens - first % tokens
 
     def _grow(self, column: int, first: int, end: int) -> None:
         """Make sure slots [first, end) have pages that only this row holds."""
@@ -471,26 +497,6 @@ class Row:
             held += self.head.select.bounds_bytes(self.held, self.head.head_dim) * len(self.heads)
         chosen = 0 if self.channels is None or not self.sealed[0] else self.channels.nbytes
         return held + chosen, taken + chosen
-
-
-def ring_slot(keep: Ring, index: int | IntArray) -> int | IntArray:
-    """Slot of the token that came as number `index`."""
-    turned = keep.sink + (index - keep.sink) % keep.recent
-    return (
-        np.where(index < keep.sink, index, turned)
-        if isinstance(index, np.ndarray)
-        else index
-        if index < keep.sink
-        else turned
-    )
-
-
-def ring_positions(keep: Ring, seen: int, held: int) -> IntArray:
-    """Positions of the tokens in the slots of a ring after `seen` tokens."""
-    slots = np.arange(held)
-    last = seen - 1
-    behind = (last - keep.sink - (slots - keep.sink)) % keep.recent
-    return np.where(slots < keep.sink, slots, last - behind)
 
 
 def _resized(value: np.ndarray, room: int) -> np.ndarray:

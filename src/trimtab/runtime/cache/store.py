@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +20,8 @@ from trimtab.runtime.cache.eviction import Attended, attended
 from trimtab.runtime.cache.placing import Steady, empty_records, fold, place
 from trimtab.runtime.cache.policy import Policy, policy_of
 from trimtab.runtime.cache.rows import CODED, LANDING, Layout, Merge, Row
+from trimtab.runtime.cache.sequences import Mark, Seq
+from trimtab.runtime.cache.slots import Place, SlotPool, SlotRow, slots_nbytes, slots_of_model
 from trimtab.runtime.cache.views import GroupView, queries_of, through_ring, view
 from trimtab.runtime.step import IntArray, Step
 from trimtab.spec.cache import All, Budget, HeadSpec, KVBytes, Ring
@@ -32,46 +33,6 @@ if TYPE_CHECKING:
     from trimtab.spec.cache import PolicySpec
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A state of a sequence to come back to; free it by `KVStore.release`."""
-
-    seq: int
-    rows: tuple[tuple[Row, ...], ...]
-    ended: bool
-
-
-class Seq:
-    """A sequence of one store.
-
-    Attributes:
-        ended: policies have been told that its prompt has ended.
-    """
-
-    __slots__ = ("_held", "_steady", "ended", "id", "spec_hash")
-
-    def __init__(self, id: int, spec_hash: str, rows: list[list[Row]], ended: bool = False) -> None:
-        self.id, self.spec_hash, self._held, self.ended = id, spec_hash, rows, ended
-        self._steady: Steady | None = None
-
-    @property
-    def _rows(self) -> list[list[Row]]:
-        """The rows of every layer, up to date."""
-        if self._steady is not None:
-            self._steady.catch_up(self._held)
-            self._steady = None
-        return self._held
-
-    @_rows.setter
-    def _rows(self, rows: list[list[Row]]) -> None:
-        self._held, self._steady = rows, None
-
-    @property
-    def length(self) -> int:
-        """Tokens every layer has seen."""
-        return self._rows[-1][0].seen if self._held else 0
-
-
 class KVStore:
     """Keys and values of any number of sequences of one model.
 
@@ -80,6 +41,7 @@ class KVStore:
         capacity_bytes: most bytes of pages; None = what the machine has.
 
     Attributes:
+        slots: that all sequences lie in; None = pages of each head.
         written: bytes of keys and values appended or coded so far.
         handed_out: bytes of keys and values in views so far.
     """
@@ -89,6 +51,8 @@ class KVStore:
         self.spec, self.capacity_bytes = spec, capacity_bytes
         self._arenas: dict[int, Arena] = {}
         self._most = machine_bytes() if capacity_bytes is None else capacity_bytes
+        slots = slots_of_model(spec)
+        self.slots = None if slots is None else SlotPool(spec, slots, capacity_bytes)
         layouts: dict[HeadSpec, Layout] = {}
         self._groups: list[list[tuple[tuple[int, ...], Layout]]] = []
         for layer in spec.layers:
@@ -122,11 +86,11 @@ class KVStore:
             CapacityError: its pages do not fit, before any is taken.
         """
         self._admit(self._wanted(reserve_tokens), f"{reserve_tokens} tokens")
-        rows = []
-        for groups in self._groups:
+        rows, where = [], None if self.slots is None else Place.new(self.slots)
+        for layer, groups in enumerate(self._groups):
             made = []
             for heads, layout in groups:
-                row = Row(heads, layout)
+                row = Row(heads, layout) if where is None else SlotRow(heads, layout, layer, where)
                 head = layout.head
                 if not head.seals and isinstance(head.keep, All | Ring):  # what else is held changes on the way
                     row.reserve(head.keep.held(reserve_tokens))
@@ -219,6 +183,8 @@ class KVStore:
             SpecError: slots that are not held, not ascending, or coded already.
         """
         self._check(seq)
+        if self.slots is not None:
+            raise SpecError(f"The cache lies in slots ({self.slots.slots}), which keep every token. Allowed: pages.")
         index, row = next((i, row) for i, row in enumerate(seq._rows[layer]) if head in row.heads)
         keep = np.asarray(keep, np.int64)
         if keep.ndim != 1 or (len(keep) and (keep[0] < 0 or keep[-1] >= row.held or bool((np.diff(keep) <= 0).any()))):
@@ -264,6 +230,7 @@ class KVStore:
             CapacityError: the pages do not fit.
         """
         views = []
+        self._make_room(step, layer)
         for index, seq in enumerate(step.seqs):
             self._check(seq)
             first, end = int(step.cu[index]), int(step.cu[index + 1])
@@ -337,6 +304,7 @@ class KVStore:
             CapacityError: the pages do not fit.
         """
         records = self.records(step)
+        self._make_room(step, 0)
         for index, seq in enumerate(step.seqs):
             self._check(seq)
             count = int(step.cu[index + 1] - step.cu[index])
@@ -349,6 +317,19 @@ class KVStore:
                     place(row, count, records[layer, index])
             seq._steady = Steady.after(rows, records[:, index]) if count == 1 else None
         return records
+
+    def _make_room(self, step: Step, layer: int) -> None:
+        """Map what the sequences of a pass need, in one call for all of them."""
+        if self.slots is None:
+            return
+        wanted = []
+        for seq, count in zip(step.seqs, np.diff(step.cu).tolist(), strict=True):
+            for row in seq._held[layer][:1]:
+                assert isinstance(row, SlotRow)
+                seen = row.seen + (0 if seq._steady is None else seq._steady.done)
+                wanted.append((row.place, seen, seen + count))
+        self.slots.step(wanted)
+        self._peak_bytes = self.slots.peak_bytes
 
     def records(self, step: Step) -> IntArray:
         """The records of a pass, yet to be filled in."""
@@ -397,6 +378,8 @@ class KVStore:
             for one in (self._seqs.values() if seq is None else (seq,))
             for row in itertools.chain.from_iterable(one._rows)
         ]
+        if self.slots is not None:
+            return slots_nbytes(self.slots, rows, seq is None)
         held = reserved = 0
         filled: dict[
             tuple[int, Layout, int], np.ndarray
@@ -431,6 +414,8 @@ class KVStore:
     @property
     def pages_bytes(self) -> int:
         """Bytes of all pages taken now, marks included."""
+        if self.slots is not None:
+            return self.slots.used_bytes
         return sum(arena.nbytes for arena in self._arenas.values())
 
     @property

@@ -13,7 +13,8 @@ import numpy as np
 from trimtab.runtime.cache.eviction import choose_pieces
 from trimtab.runtime.cache.pages import widen
 from trimtab.runtime.cache.placing import fold
-from trimtab.runtime.cache.rows import Row, ring_slot
+from trimtab.runtime.cache.rings import ring_slot
+from trimtab.runtime.cache.rows import Row
 from trimtab.runtime.step import IntArray
 from trimtab.spec.cache import Ring
 

@@ -26,7 +26,7 @@ def block_tokens(spec: ModelSpec) -> int:
         size
         for layer in spec.layers
         for head in layer.cache.heads
-        for size in (head.page_tokens(head.k_format), head.page_tokens(head.v_format))
+        for size in (head.block_tokens(head.k_format), head.block_tokens(head.v_format))
     }
     return math.lcm(*pages) if pages else 64
 

@@ -103,8 +103,9 @@ Int8Rows = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 #: Matrix, index of the values it writes, first column there, bias, factor, cap.
 Int8Product = tuple[Int8Rows, int, int, np.ndarray | None, float, float]
 
-#: Kind (see `cpp/native/pages.h`), tokens of a page, elements of a token, bits of a code, elements that share a scale.
-PageForm = tuple[int, int, int, int, int]
+#: Kind (see `cpp/native/pages.h`), tokens of a page, elements of a token, bits of a code, elements that share a scale,
+#: bytes from one token of floats to the next (0: side by side).
+PageForm = tuple[int, int, int, int, int, int]
 
 def encode_pages(form: PageForm, table: np.ndarray, first: int, x: np.ndarray) -> bool: ...
 def decode_pages(form: PageForm, table: np.ndarray, first: int, count: int, out: np.ndarray) -> None: ...
@@ -264,3 +265,29 @@ def bit_multiply(
     threads: int,
     y: np.ndarray,
 ) -> tuple[int, int]: ...
+
+class SlotMemory:
+    slot_bytes: int
+    used_groups: int
+    def __init__(
+        self,
+        token_bytes: list[int],
+        slots: int,
+        tokens: int,
+        page: int,
+        pool_groups: int,
+        background: bool = False,
+        eager_steps: int = 10,
+        eager_groups: int = 2,
+        deferred: bool = True,
+        whole: bool = False,
+        secure: bool = False,
+    ) -> None: ...
+    def open(self) -> int: ...
+    def fork(self, seq: int, tokens: int) -> int: ...
+    def close(self, seq: int) -> None: ...
+    def cut(self, seq: int, tokens: int) -> None: ...
+    def step(self, seqs: np.ndarray, first: np.ndarray, end: np.ndarray, found: np.ndarray) -> None: ...
+    def settle(self) -> None: ...
+    def address(self, tensor: int) -> int: ...
+    def counts(self) -> dict[str, int]: ...

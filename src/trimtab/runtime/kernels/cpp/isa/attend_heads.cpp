@@ -107,7 +107,7 @@ class Some {
     void score(const PageForm& form, const Part& part, int64_t inside, int count, int all, Ahead& values, float* to) {
         const bool sealed = part.slot < kv.k_sealed;
         const uint8_t* page = kv.k_page(part.slot);
-        const int64_t bytes = form.row_bytes(), by_four = values.pace((all + 3) / 4), by_tile = values.pace((all + tile_tokens - 1) / tile_tokens);
+        const int64_t bytes = form.pitch(), by_four = values.pace((all + 3) / 4), by_tile = values.pace((all + tile_tokens - 1) / tile_tokens);
         const uint8_t* rows = page + inside * bytes;
         const float* const* query = sealed ? q_thin : q;
         const bool whole = form.width == head_dim && query[0] == q[0];  // or some channels of a row
@@ -146,7 +146,7 @@ class Some {
 
     void weigh(const Part& part, int all, Ahead& keys) {
         const PageForm& form = kv.v_form(part.slot);
-        const int64_t inside = part.slot % form.page, bytes = form.row_bytes(), pace = keys.pace((all + 3) / 4);
+        const int64_t inside = part.slot % form.page, bytes = form.pitch(), pace = keys.pace((all + 3) / 4);
         const uint8_t *page = kv.v_page(part.slot), *rows = page + inside * bytes;
         const float* by = scores + part.at;
         switch (form.kind) {

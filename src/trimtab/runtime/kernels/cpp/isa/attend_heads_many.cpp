@@ -11,7 +11,7 @@ namespace {
 // elements do not fill a register is filled up with zeros, as is the last register of keys.
 const float* floats(const PageForm& form, const uint8_t* page, int64_t inside, int count, int64_t size, bool keys, float* room) {
     const bool full = size == form.width && (!keys || count % lanes == 0);
-    if (form.kind == PageKind::f32 && full) return reinterpret_cast<const float*>(page) + inside * size;
+    if (form.kind == PageKind::f32 && full && !form.stride) return reinterpret_cast<const float*>(page) + inside * size;
     decode_page(form, page, inside, count, room, size);
     if (full) return room;
     for (int s = 0; s < count; ++s)

@@ -324,9 +324,10 @@ void decode_grouped(const PageForm& form, const uint8_t* page, int64_t token, fl
     for (; c < form.width; ++c) out[c] = static_cast<float>(codes[c]) * half(scale[c]) + half(minimum[c]);
 }
 
-// Place of element i of a token among the floats of a page.
-inline int64_t float_at(const PageForm& form, int64_t token, int64_t i) {
-    return form.tiled() ? token / tile_tokens * tile_tokens * form.width + i * tile_tokens + token % tile_tokens : token * form.width + i;
+// Byte of a page at which element i of a token begins.
+inline int64_t byte_of(const PageForm& form, int64_t token, int64_t i) {
+    if (!form.tiled()) return token * form.pitch() + i * form.item();
+    return (token / tile_tokens * tile_tokens * form.width + i * tile_tokens + token % tile_tokens) * form.item();
 }
 
 }  // namespace
@@ -345,12 +346,12 @@ bool encode_page(const PageForm& form, uint8_t* page, int64_t first, int64_t cou
         } else if (form.kind == PageKind::bfp) {
             if (!encode_bfp_row(form, page, token, row)) return false;
         } else if (form.kind == PageKind::f32) {
-            memcpy(page + token * form.width * 4, row, static_cast<size_t>(form.width) * 4);
+            memcpy(page + token * form.pitch(), row, static_cast<size_t>(form.width) * 4);
         } else if (form.kind == PageKind::bf16) {
-            uint8_t* to = page + token * form.width * 2;
+            uint8_t* to = page + token * form.pitch();
             for (int64_t i = 0; i < form.width; ++i) put_half(to, i, bf16_bits(row[i]));
         } else {
-            for (int64_t i = 0; i < form.width; ++i) to_item(form.kind, row[i], page + float_at(form, token, i) * form.item());
+            for (int64_t i = 0; i < form.width; ++i) to_item(form.kind, row[i], page + byte_of(form, token, i));
         }
     }
     return true;
@@ -359,7 +360,7 @@ bool encode_page(const PageForm& form, uint8_t* page, int64_t first, int64_t cou
 void decode_page(const PageForm& form, const uint8_t* page, int64_t first, int64_t count, float* out, int64_t stride) {
     for (int64_t t = 0; t < count; ++t) {
         const int64_t token = first + t;
-        const uint8_t* row = page + token * form.row_bytes();
+        const uint8_t* row = page + token * form.pitch();
         float* to = out + t * stride;
         int64_t i = 0;
         switch (form.kind) {
@@ -375,7 +376,7 @@ void decode_page(const PageForm& form, const uint8_t* page, int64_t first, int64
                 break;
             default: break;
         }
-        for (; i < form.width; ++i) to[i] = from_item(form.kind, page + float_at(form, token, i) * form.item());
+        for (; i < form.width; ++i) to[i] = from_item(form.kind, page + byte_of(form, token, i));
     }
 }
 

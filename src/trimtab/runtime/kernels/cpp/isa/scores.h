@@ -19,17 +19,29 @@ class Ahead {
                 add(scales + 2 * form.width * (part * apart + first), scales + 2 * form.width * (part * apart + last));
             return add(codes, codes + count * form.row_bytes());
         }
+        if (form.stride) return add_rows(page + inside * form.stride, form.row_bytes(), count, form.stride);
         add(codes, inside == 0 && count == form.page ? page + form.nbytes(count) : codes + count * form.row_bytes());
     }
     void add(const uint8_t* at, const uint8_t* end) {
         if (regions_ == most) return;
-        region_[regions_++] = {at, end}, lines_ += (end - at) / 64 + 1;
+        region_[regions_++] = {at, end, 0, 0}, lines_ += (end - at) / 64 + 1;
+    }
+    // Rows with something else between them, which is not asked for.
+    void add_rows(const uint8_t* at, int64_t bytes, int64_t count, int64_t stride) {
+        if (regions_ == most) return;
+        region_[regions_++] = {at, at + count * stride, bytes, stride}, lines_ += count * ((bytes + 63) / 64);
     }
     // Lines to ask for in each of `steps` steps.
     int64_t pace(int64_t steps) const { return steps > 0 ? (lines_ + steps - 1) / steps : 0; }
     void some(int64_t lines) {
         while (lines > 0 && next_ < regions_) {
             Region& region = region_[next_];
+            if (region.stride) {
+                for (int64_t i = 0; i < region.row; i += 64, --lines) prefetch(region.at + i);
+                region.at += region.stride;
+                if (region.at >= region.end) ++next_;
+                continue;
+            }
             const int64_t left = (region.end - region.at + 63) / 64, now = lines < left ? lines : left;
             const uint8_t* at = region.at;
             for (int64_t i = 0; i < now; ++i) prefetch(at + 64 * i);
@@ -42,6 +54,7 @@ class Ahead {
     static constexpr int most = 24;
     struct Region {
         const uint8_t *at, *end;
+        int64_t row, stride;  // stride 0: everything from `at` to `end`
     };
     Region region_[most];
     int regions_ = 0, next_ = 0;
@@ -168,12 +181,17 @@ inline void products(const float* const* q, int64_t head_dim, Row row, float* sc
 template <PageKind KIND, int Q, int HEAD>
 __attribute__((noinline)) void score_rows(const float* const* q, const uint8_t* k, int64_t row_bytes, int64_t head_dim, int count,
                                            int64_t pace, Ahead& ahead, float* scores) {
+    const int64_t own = head_dim * (KIND == PageKind::f32 ? 4 : 2);  // bytes of a row; between rows may lie others
     int s = 0;
     for (; s < count; s += 4) {
         const uint8_t* row = k + s * row_bytes;
         auto element = [&](int j, int64_t i) { return load_row<KIND, paired<KIND, HEAD>>(row + j * row_bytes, i); };
         if (s + 4 > count) break;
-        for (int64_t line = 0; line < 4 * row_bytes; line += 64) prefetch(row + 8 * row_bytes + line);
+        if (row_bytes == own)
+            for (int64_t line = 0; line < 4 * own; line += 64) prefetch(row + 8 * own + line);
+        else
+            for (int64_t j = 8; j < 12; ++j)
+                for (int64_t line = 0; line < own; line += 64) prefetch(row + j * row_bytes + line);
         ahead.some(pace);
         products<Q, 4, HEAD>(q, head_dim, element, scores + s);
     }

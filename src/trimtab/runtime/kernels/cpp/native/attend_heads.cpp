@@ -46,15 +46,20 @@ struct AttendHeadsKernel : Kernel {
         worker.wait();
         if (choose(c, worker)) worker.wait();
         const auto& pieces = c.program.pieces();
-        // Head after head: the keys of one piece follow those of the piece before, and are asked for with it.
+        // Head after head: the keys of one piece follow those of the piece before, and are asked for with it. Where the heads of a
+        // token lie side by side, piece after piece: the next head reads lines that were brought near with this one's.
         const int64_t count = static_cast<int64_t>(pieces.size()), jobs = count * a.kv_heads;
+        const bool side_by_side = forms[0].k_landing.stride > 0;
+        auto attend_job = [&](int64_t j) {
+            const int64_t piece = side_by_side ? j / a.kv_heads : j % count;
+            attend(c, pieces[static_cast<size_t>(piece)], side_by_side ? j % a.kv_heads : j / count);
+        };
         bool partial = false;
         for (const Piece& piece : pieces) partial = partial || piece.slot >= 0;
         if (partial)
-            for (int64_t j = worker.begin(jobs); j < worker.end(jobs); ++j) attend(c, pieces[static_cast<size_t>(j % count)], j / count);
+            for (int64_t j = worker.begin(jobs); j < worker.end(jobs); ++j) attend_job(j);
         else
-            for (int64_t j; (j = c.next.fetch_add(1, std::memory_order_relaxed)) < jobs;)
-                attend(c, pieces[static_cast<size_t>(j % count)], j / count);
+            for (int64_t j; (j = c.next.fetch_add(1, std::memory_order_relaxed)) < jobs;) attend_job(j);
         worker.wait();
         if (worker.id == 0) c.next.store(0, std::memory_order_relaxed);
         const int64_t stores = c.step.rows * a.kv_heads;

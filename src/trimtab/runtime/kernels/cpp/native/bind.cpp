@@ -197,6 +197,7 @@ Norm make_norm(Bound& b, bool layer, float eps, int64_t size, std::optional<Floa
 
 void bind_native(nb::module_& m) {
     bind_pages(m);
+    bind_slots(m);
     nb::class_<BoundTiles>(m, "Tiles")
         .def_prop_ro("tile_bytes", [](const BoundTiles& b) { return b.tiles.tile_bytes() * b.tiles.tiles(); });
     m.def("tiles", &make_tiles, nb::arg("coding"), nb::arg("scales"), nb::arg("bits"), nb::arg("rows"), nb::arg("cols"),

@@ -14,9 +14,9 @@ namespace nb = nanobind;
 namespace trimtab {
 
 PageForm page_form(const FormTuple& form) {
-    const auto& [kind, page, width, bits, group] = form;
+    const auto& [kind, page, width, bits, group, stride] = form;
     PageForm made;
-    made.kind = static_cast<PageKind>(kind), made.page = page, made.width = width, made.bits = bits, made.group = group;
+    made.kind = static_cast<PageKind>(kind), made.page = page, made.width = width, made.bits = bits, made.group = group, made.stride = stride;
     made.check();
     return made;
 }
@@ -105,7 +105,7 @@ void move_token(const PageForm& form, const uint8_t* source, int64_t from, uint8
         }
         return;
     }
-    std::memmove(target + to * row, source + from * row, static_cast<size_t>(row));
+    std::memmove(target + to * form.pitch(), source + from * form.pitch(), static_cast<size_t>(row));
     if (form.kind == PageKind::bfp)
         std::memmove(target + scales + to * groups, source + scales + from * groups, static_cast<size_t>(groups));
     if (form.kind == PageKind::grid)

@@ -11,8 +11,8 @@
 
 namespace trimtab {
 
-// Kind, tokens of a page, elements of a token, bits of a code, elements that share a scale.
-using FormTuple = std::tuple<int, int64_t, int64_t, int, int64_t>;
+// Kind, tokens of a page, elements of a token, bits of a code, elements that share a scale, bytes from token to token (0: dense).
+using FormTuple = std::tuple<int, int64_t, int64_t, int, int64_t, int64_t>;
 
 // Throws std::invalid_argument where that is no form.
 PageForm page_form(const FormTuple& form);
@@ -23,5 +23,6 @@ using FormsTuple = std::tuple<FormTuple, FormTuple, std::optional<FormTuple>, st
 HeadForms head_forms(const FormsTuple& forms, int64_t head_dim);
 
 void bind_pages(nanobind::module_& m);
+void bind_slots(nanobind::module_& m);
 
 }  // namespace trimtab

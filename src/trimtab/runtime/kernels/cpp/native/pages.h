@@ -1,7 +1,7 @@
 // Pages of the cache: `page` tokens of the keys, or of the values, of one KV head. Legend: P tokens of a page, W elements of a
 // token that are stored (the head size, or the channels that thin keys keep), G elements that share a scale.
 //
-//   f32, f16, bf16, f8   [P, W]
+//   f32, f16, bf16, f8   [P, W]; with a stride, tokens begin that many bytes apart: other heads lie between them
 //   grid                 codes [P, bytes of a token], little-endian; fp16 scales [ceil(W / G), P], fp16 minima alike: scale * code + minimum
 //   bfp                  codes [P, bytes of a token], two's complement; one exponent byte [P, ceil(W / G)]
 //   tiled_*              [P / 16, W, 16]: channel after channel, so that scores of 16 tokens take no sum across a register
@@ -24,6 +24,7 @@ struct PageForm {
     int64_t page = 0, width = 0;
     int bits = 0;       // of a code
     int64_t group = 0;  // elements that share a scale or an exponent
+    int64_t stride = 0;  // bytes from one token of floats to the next; 0: they lie side by side
 
     bool tiled() const { return kind >= PageKind::tiled_f32; }
     bool coded() const { return kind == PageKind::grid || kind == PageKind::bfp || kind == PageKind::tiled_grid; }
@@ -37,8 +38,10 @@ struct PageForm {
             default: return 2;
         }
     }
-    // Bytes of one token's elements: where they lie side by side, and from one token to the next.
+    // Bytes of one token's elements, where they lie side by side.
     int64_t row_bytes() const { return coded() ? (width * bits + 7) / 8 : width * item(); }
+    // Bytes from one token to the next.
+    int64_t pitch() const { return stride ? stride : row_bytes(); }
     // Bytes of the scales or exponents that `count` tokens have, of a tiled grid in whole groups.
     int64_t scale_bytes(int64_t count) const {
         switch (kind) {
@@ -66,6 +69,7 @@ struct PageForm {
         need(kind >= PageKind::f32 && kind <= PageKind::tiled_grid, "A page form has a kind of 0..9.");
         need(page >= 1 && width >= 1 && width <= max_head_dim, "A page form has one token or more, of 1..512 elements.");
         need(!tiled() || page % tile_tokens == 0, "A tiled page form has a multiple of 16 tokens.");
+        need(!stride || (kind <= PageKind::f8 && stride >= row_bytes()), "A page form with a stride holds floats in rows, no wider than it.");
         if (!coded()) return;
         need(group >= 1, "A page form of codes has a group of one element or more.");
         if (kind == PageKind::bfp) return need(bits >= 2 && bits <= 16, "A page form of block floats has codes of 2..16 bits.");
