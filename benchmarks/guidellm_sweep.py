@@ -47,6 +47,9 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Run guidellm; what it says of each of its strategies."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["GUIDELLM__MAX_WORKER_PROCESSES"] = (
+        "2"  # of ten, some give up on a small machine before they have started
+    )
     file = Path(open_model(MODEL, dtype="file").tokenizer_source)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, report = Path(folder) / "tokenizer", Path(folder) / "report.json"

@@ -275,7 +275,8 @@ class Server:
         self.process = subprocess.Popen(
             self.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
         )
-        threading.Thread(target=self._read, args=(port_of,), daemon=True).start()
+        self._reader = threading.Thread(target=self._read, args=(port_of,), daemon=True)
+        self._reader.start()
         if not self._found.wait(180) or not self.port:
             self.stop()
             raise SystemExit(f"{name} did not start:\n" + "\n".join(self.log[-20:]))
@@ -298,7 +299,11 @@ class Server:
                 self.process.wait(60)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-        return self.process.wait(10)
+        code = self.process.wait(10)
+        self._reader.join(10)
+        if self.process.stderr is not None and not self._reader.is_alive():
+            self.process.stderr.close()
+        return code
 
     def __enter__(self) -> Server:
         return self
