@@ -17,6 +17,9 @@ from trimtab.ui.explorer.types import Case, Progress
 #: Characters of a failed measurement's last words that are kept.
 _LAST_WORDS = 2000
 
+#: Seconds that the end of a killed measurement may take.
+_LATE_S = 5.0
+
 
 class Step(msgspec.Struct):
     """A line the measuring process writes: `done` of `total` steps of what `label` names."""
@@ -76,8 +79,8 @@ class Measuring:
             self._state.state = "cancelled"
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
-            if self._watch is not None:
-                await self._watch
+            if self._watch is not None:  # it is dead; its last words may be late, and nobody waits long for them
+                await asyncio.wait([self._watch], timeout=_LATE_S)
         return self._state
 
     async def _follow(self, process: asyncio.subprocess.Process, case: Case) -> None:
