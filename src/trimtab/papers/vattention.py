@@ -251,7 +251,7 @@ def step_tail(bench: Bench, tokens: int = 900, batch: int = 8, steps: int = 240)
 
 def shared_prefix(bench: Bench, prefix: int = 2048, requests: int = 8, gen: int = 6) -> Outcome:
     """8 requests behind 2048 common tokens: pages mapped in all of them, against pages of their own; the last is run alone as well."""
-    how = "vattn:max_batch=8,max_len=2304"
+    how = "vattn:max_batch=8,max_len=2304,page=12288"  # 32 tokens a page
     program = _program(bench, how)
     rng = np.random.default_rng(4)
     common = rng.integers(5, program.spec.vocab_size, prefix)
