@@ -67,7 +67,8 @@ def technique_row(name: str) -> dict[str, Any]:
         "needs": sorted(cls.needs),
         "paper": cls.paper,
         "parameters": [
-            {"name": param_name(f), "type": str(f.type), "default": f.default, **f.metadata} for f in dataclasses.fields(cls)
+            {"name": param_name(f), "type": str(f.type), "default": f.default, **f.metadata}
+            for f in dataclasses.fields(cls)
         ],
         "doc": inspect.getdoc(cls),
     }
