@@ -225,7 +225,7 @@ class SlotRow(Row):
         return np.ndarray(
             (len(self.heads), page.tokens, page.width),
             dtype,
-            np.frombuffer(memory, np.uint8),
+            np.frombuffer(memoryview(memory), np.uint8),
             0,
             (apart, page.stride, dtype.itemsize),
         )
