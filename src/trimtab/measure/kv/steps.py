@@ -115,7 +115,8 @@ class Decode:
         for past in range(0, tokens, chunk):
             count = min(chunk, tokens - past)
             step = Step.of([count] * batch, [past] * batch, self.seqs)
-            k, v = (np.concatenate([part[:count]] * batch) for part in some)
+            at = past % 512
+            k, v = (np.concatenate([part[at : at + count]] * batch) for part in some)
             for layer in range(len(spec.layers)):
                 self.store.append(layer, k, v, step)
         self._core = _core.Program(1)
