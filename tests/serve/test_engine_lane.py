@@ -18,6 +18,7 @@ from trimtab.sched.scheduler import Scheduler
 from trimtab.sched.trace import Trace, replay
 from trimtab.serve import messages as m
 from trimtab.serve.config import ServeConfig
+from trimtab.serve.engine.cost import calibrate
 from trimtab.serve.engine.models import Models
 
 
@@ -395,3 +396,21 @@ def test_a_lane_runs_on_the_torch_decoder(folder: Path, model: Any) -> None:
     for index in range(3):
         assert torch.ids(f"t{index}") == torch.ids(f"t{index}", 1) == native.ids(f"t{index}")
     everything_is_free(torch)
+
+
+def test_slots_bound_rows_and_lengths(folder: Path) -> None:
+    """A cache in slots runs as many sequences as it has slots, and answers what pages answer; marks and forks take none for good."""
+    name = f"{folder}@vattn:max_batch=5,max_len=256,page=4096"
+    served = Models(ServeConfig(models=(name,), threads=1).start()).load(name)
+    assert served.info.context == 256
+    assert calibrate(served.runner).base_s > 0
+    plain, slots = Bench(load(folder)), Bench(served)
+    assert slots.lane.scheduler.config.max_running == 5
+    shared = prompt(3, 150)
+    for bench in (plain, slots):
+        for index in range(12):
+            bench.submit(f"r{index}", np.concatenate((shared, prompt(index, 20 + index))), ignore_eos=True, max_tokens=9)
+        bench.run()
+    for index in range(12):
+        assert slots.ids(f"r{index}") == plain.ids(f"r{index}") and len(slots.ids(f"r{index}")) == 9
+    assert slots.lane.scheduler.counters().prefix_hit_tokens > 0

@@ -11,6 +11,7 @@ from trimtab.runtime.step import Step
 from trimtab.sched.kv import NBytes, cache_bytes
 from trimtab.spec.cache import All, HeadSpec
 from trimtab.spec.model import ModelSpec
+from trimtab.spec.slots import Slots
 
 
 def rewindable(spec: ModelSpec) -> bool:
@@ -29,6 +30,20 @@ def block_tokens(spec: ModelSpec) -> int:
         for size in (head.block_tokens(head.k_format), head.block_tokens(head.v_format))
     }
     return math.lcm(*pages) if pages else 64
+
+
+def most_sequences(spec: ModelSpec) -> int | None:
+    """Sequences that can be run at a time, whatever the memory; None = any number."""
+    return min((slots.batch for slots in _slots(spec)), default=None)
+
+
+def longest(spec: ModelSpec) -> int:
+    """Tokens a sequence can have: those the model was made for, or fewer where slots are shorter."""
+    return min((spec.max_position_embeddings, *(slots.tokens for slots in _slots(spec))))
+
+
+def _slots(spec: ModelSpec) -> set[Slots]:
+    return {head.slots for layer in spec.layers for head in layer.cache.heads if head.slots is not None}
 
 
 def bound_bytes(spec: ModelSpec) -> NBytes:
@@ -71,5 +86,5 @@ def rows_alike(runner: Runner) -> bool:
             logits = runner.forward(ids, step, store, np.arange(len(seqs)))
         return logits[0]
 
-    alone = last(0)
-    return all(np.array_equal(alone, last(others)) for others in (1, 3, 6, 15, 31))
+    alone, most = last(0), most_sequences(runner.spec) or 32
+    return all(np.array_equal(alone, last(others)) for others in (1, 3, 6, 15, 31) if others < most)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import SpecError, TrimtabError
+from trimtab.runtime.engine.bounds import longest, most_sequences
 from trimtab.runtime.engine.generate import Runner
 from trimtab.runtime.step import Step
 
@@ -44,11 +45,12 @@ def calibrate(runner: Runner, clock: Callable[[], float] = time.perf_counter) ->
     """Time a few passes; about as long as forty steps.
 
     Raises:
+        SpecError: the model runs too few sequences at a time.
         TrimtabError: the model's numbers are not finite, which is found here rather than by the first request.
     """
-    store, context = runner.open_store(), min(_CONTEXT, runner.spec.max_position_embeddings - 2 * _PROMPT - 8)
+    store, context = runner.open_store(), min(_CONTEXT, longest(runner.spec) - 2 * _PROMPT - 8)
     context = max(context, 1)
-    prompt = max(min(_PROMPT, runner.spec.max_position_embeddings - context - 8), 1)
+    prompt = max(min(_PROMPT, longest(runner.spec) - context - 8), 1)
 
     def run(seqs: list, past: int, count: int) -> float:
         ids = np.arange(len(seqs) * count, dtype=np.int64) % runner.spec.vocab_size
@@ -66,12 +68,23 @@ def calibrate(runner: Runner, clock: Callable[[], float] = time.perf_counter) ->
         return spent
 
     def least(seqs: list, past: int, count: int) -> float:
-        return min(run([*map(store.fork, seqs)], past, count) for _ in range(_RUNS))
+        found = []
+        for _ in range(_RUNS):
+            forks = [*map(store.fork, seqs)]
+            found.append(run(forks, past, count))
+            for fork in forks:
+                store.free(fork)
+        return min(found)
 
+    most = _ROWS if (held := most_sequences(runner.spec)) is None else min(_ROWS, held - 2)
+    if most < 2:
+        raise SpecError(
+            f"{runner.spec.name} runs {held} sequences at a time; a server needs 4 or more. Raise max_batch."
+        )
     base = store.open()
     run([base], 0, 1)
-    one, rows = least([base], 1, 1), least([base] * _ROWS, 1, 1)
-    token_s = max((rows - one) / (_ROWS - 1), 0.0)
+    one, rows = least([base], 1, 1), least([base] * most, 1, 1)
+    token_s = max((rows - one) / (most - 1), 0.0)
     base_s = max(one - token_s, 1e-6)
     prompts = least([base], 1, prompt)
     long = store.open()
@@ -80,8 +93,8 @@ def calibrate(runner: Runner, clock: Callable[[], float] = time.perf_counter) ->
         count = min(prompt, context - done)
         run([long], done, count)
         done += count
-    far = least([long] * _ROWS, context, 1)
-    context_s = max((far - rows) / (_ROWS * context), 0.0)
+    far = least([long] * most, context, 1)
+    context_s = max((far - rows) / (most * context), 0.0)
     attended = prompt * (prompt + 3) / 2
     # On a busy machine the difference may come out as nothing, and a step would take any prompt: never below a tenth.
     prompt_s = max(prompts - base_s - context_s * attended, prompts / 10) / prompt

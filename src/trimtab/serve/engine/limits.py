@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trimtab.errors import SpecError
-from trimtab.runtime.engine.bounds import block_tokens
+from trimtab.runtime.engine.bounds import block_tokens, most_sequences
 from trimtab.sched.config import SchedulerConfig
 from trimtab.serve.engine.choice import Choice, Served
 from trimtab.serve.engine.memory import MAX_SEQUENCES, STEP_TOKENS
@@ -26,7 +26,7 @@ def scheduler_config(start: Start, spec: ModelSpec, *, plain: bool) -> Scheduler
         plain: sequences can be cut back, so prefixes and preemption cost nothing but time. Caches that code or give up tokens
             depend on where a prompt ended and was cut, so there nothing is kept, and every byte is reserved at the start.
     """
-    rows = start.max_sequences or MAX_SEQUENCES
+    rows = min(start.max_sequences or MAX_SEQUENCES, most_sequences(spec) or MAX_SEQUENCES)
     return SchedulerConfig(
         max_running=rows,
         max_step_tokens=max(start.step_tokens or STEP_TOKENS, rows),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trimtab.errors import CapacityError
 from trimtab.runtime.cache.arena import machine_bytes
-from trimtab.runtime.engine.bounds import bound_bytes
+from trimtab.runtime.engine.bounds import bound_bytes, longest
 from trimtab.serve.engine.models import Served
 from trimtab.serve.messages import MemoryPlan, Start
 from trimtab.units import format_bytes
@@ -66,11 +66,11 @@ def plan_memory(start: Start, served: list[Served], available: int) -> MemoryPla
     tokens = start.step_tokens or STEP_TOKENS
     rows = start.max_sequences or MAX_SEQUENCES
     workspace = workspace_bytes(served, tokens, rows)
-    whole = sum(bound_bytes(spec)(spec.max_position_embeddings) for spec in (one.runner.spec for one in served))
+    whole = sum(bound_bytes(spec)(longest(spec)) for spec in (one.runner.spec for one in served))
     kv = start.kv_bytes or min(rows * whole, int((available - workspace) * _SHARE))
     share = kv // len(served)
     first = served[0].runner.spec
-    nbytes, context = bound_bytes(first), first.max_position_embeddings
+    nbytes, context = bound_bytes(first), longest(first)
     for one in served:
         if share < bound_bytes(one.runner.spec)(2):
             raise CapacityError(

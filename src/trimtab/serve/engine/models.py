@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trimtab.errors import SpecError, UnsupportedModelError
+from trimtab.runtime.engine.bounds import longest
 from trimtab.runtime.engine.generate import Runner
 from trimtab.runtime.native.lower import SharedTiles, lower
 from trimtab.runtime.text.detokenize import TokenBytes
@@ -187,7 +188,7 @@ class Models:
         techniques = tuple(str(technique) for technique in chosen)
         name = f"{base.name}@{'+'.join(techniques)}" if techniques else base.name
         return ModelInfo(
-            id=name, base=base.name, techniques=techniques, context=spec.max_position_embeddings,
+            id=name, base=base.name, techniques=techniques, context=longest(spec),
             vocab_size=spec.vocab_size, hidden_size=spec.hidden_size, runs=runs, spec_hash=spec.hash,
             weight_bytes=weight_bytes, asked=asked if asked != name else "",
         )  # fmt: skip
