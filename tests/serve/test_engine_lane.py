@@ -409,7 +409,9 @@ def test_slots_bound_rows_and_lengths(folder: Path) -> None:
     shared = prompt(3, 150)
     for bench in (plain, slots):
         for index in range(12):
-            bench.submit(f"r{index}", np.concatenate((shared, prompt(index, 20 + index))), ignore_eos=True, max_tokens=9)
+            bench.submit(
+                f"r{index}", np.concatenate((shared, prompt(index, 20 + index))), ignore_eos=True, max_tokens=9
+            )
         bench.run()
     for index in range(12):
         assert slots.ids(f"r{index}") == plain.ids(f"r{index}") and len(slots.ids(f"r{index}")) == 9

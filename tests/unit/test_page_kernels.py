@@ -187,11 +187,12 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="no page for slot 128"):
         paged.read(128, 1)
     for code in (
-        (10, 64, 64, 0, 0),
-        (F32, 0, 64, 0, 0),
-        (GRID, 64, 64, 3, 64),
-        (TILED_F16, 24, 64, 0, 0),
-        (TILED_GRID, 48, 64, 2, 32),
+        (10, 64, 64, 0, 0, 0),
+        (F32, 0, 64, 0, 0, 0),
+        (GRID, 64, 64, 3, 64, 0),
+        (TILED_F16, 24, 64, 0, 0, 0),
+        (TILED_GRID, 48, 64, 2, 32, 0),
+        (GRID, 64, 64, 4, 64, 512),
     ):
         with pytest.raises(ValueError, match="form|grid"):
             _core.decode_pages(code, paged.table, 0, 1, np.empty((1, 1, 64), np.float32))

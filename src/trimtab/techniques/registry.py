@@ -93,7 +93,12 @@ def parse_technique(part: PartString | str) -> Technique:
 
 def param_name(field: dataclasses.Field[Any]) -> str:
     """How a spec string spells a parameter: a word that Python keeps for itself has an underscore behind it in the class alone."""
-    return field.name.removesuffix("_")
+    return spelled(field.name)
+
+
+def spelled(name: str) -> str:
+    """How a spec string spells a field of a technique's class."""
+    return name.removesuffix("_")
 
 
 def parse_all(texts: Iterable[str | Technique]) -> tuple[Technique, ...]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from trimtab.errors import UnsupportedModelError
 from trimtab.spec.configs import active_parameters, load_spec, model_ids
 from trimtab.spec.nodes import AttentionSpec, LatentAttentionSpec
-from trimtab.techniques.registry import param_name, technique_class, technique_names
+from trimtab.techniques.registry import param_name, spelled, technique_class, technique_names
 
 
 def model_row(name: str) -> dict[str, Any]:
@@ -89,10 +89,11 @@ def parameter_kinds(name: str) -> dict[str, tuple[Widget, list[str]]]:
     """
     widgets: dict[object, Widget] = {int: "int", float: "float", bool: "bool"}
     found: dict[str, tuple[Widget, list[str]]] = {}
-    for key, hint in typing.get_type_hints(technique_class(name)).items():
+    for field, hint in typing.get_type_hints(technique_class(name)).items():
         origin = typing.get_origin(hint)
-        if origin is typing.ClassVar or key.startswith("_"):
+        if origin is typing.ClassVar or field.startswith("_"):
             continue
+        key = spelled(field)
         if origin is typing.Literal:
             found[key] = ("choice", [str(value) for value in typing.get_args(hint)])
         elif isinstance(hint, types.UnionType) or origin is typing.Union:
