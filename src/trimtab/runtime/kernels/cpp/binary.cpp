@@ -10,24 +10,6 @@
 
 namespace trimtab {
 
-void Rotation::apply(float* x, float* room) const {
-    for (int64_t i = 0; i < cols(); ++i) room[i] = x[order[i]];
-    std::fill_n(x, cols(), 0.0f);
-    for (int64_t i = 0; i < lefts; ++i)
-        for (int64_t k = 0; k < rights; ++k) {
-            const float* row = right_t + k * rights;
-            const float by = room[i * rights + k];
-            for (int64_t j = 0; j < rights; ++j) x[i * rights + j] += by * row[j];
-        }
-    std::fill_n(room, cols(), 0.0f);
-    for (int64_t i = 0; i < lefts; ++i)
-        for (int64_t k = 0; k < lefts; ++k) {
-            const float by = left[i * lefts + k];
-            for (int64_t j = 0; j < rights; ++j) room[i * rights + j] += by * x[k * rights + j];
-        }
-    std::copy_n(room, cols(), x);
-}
-
 void binary_multiply(const Binary& w, const float* x, int64_t tokens, int threads, float* y) {
     const BinaryKernels& k = binary_kernels();
     const bool look = w.scale_cols == chunk_cols && tokens <= lookup_tokens;

@@ -144,6 +144,24 @@ struct BinaryLinear : Kernel {
 
 }  // namespace
 
+void Rotation::apply(float* x, float* room) const {
+    for (int64_t i = 0; i < cols(); ++i) room[i] = x[order[i]];
+    std::fill_n(x, cols(), 0.0f);
+    for (int64_t i = 0; i < lefts; ++i)
+        for (int64_t k = 0; k < rights; ++k) {
+            const float* row = right_t + k * rights;
+            const float by = room[i * rights + k];
+            for (int64_t j = 0; j < rights; ++j) x[i * rights + j] += by * row[j];
+        }
+    std::fill_n(room, cols(), 0.0f);
+    for (int64_t i = 0; i < lefts; ++i)
+        for (int64_t k = 0; k < lefts; ++k) {
+            const float by = left[i * lefts + k];
+            for (int64_t j = 0; j < rights; ++j) room[i * rights + j] += by * x[k * rights + j];
+        }
+    std::copy_n(room, cols(), x);
+}
+
 void Program::binary_linear(const std::string& name, int source, const Norm* norm, std::optional<Rotation> rotation,
                             std::vector<BinaryProduct> products, Store store, Act act) {
     auto kernel = std::make_unique<BinaryLinear>();
