@@ -327,7 +327,7 @@ def llama_server(binary: str, path: str, flags: Sequence[str]) -> Server:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         number = free.getsockname()[1]
-    ready = re.compile(r"server is listening|all slots are idle")
+    ready = re.compile(r"server is listening|llama_server: listening on|all slots are idle")
     command = [binary, "-m", path, "--host", "127.0.0.1", "--port", str(number), "--no-webui", *flags]
     return Server(command, lambda line: number if ready.search(line) else None, "llama.cpp")
 
